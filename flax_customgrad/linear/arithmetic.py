@@ -1,0 +1,117 @@
+"""How the linear family computes: dtypes and precision forward, float32 sums backward.
+
+A forward in half precision follows flax.nnx to the bit. A backward multiplies in the same compute
+dtype but accumulates in float32 (float64 for float64), and what it returns stays in that dtype:
+the contract casts it once, to the dtype of the parameter. Autodiff rounds a weight gradient to the
+compute dtype and sums a bias gradient in it; see https://github.com/jax-ml/jax/issues/34330.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.nnx.nn import dtypes
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The choices of a layer that are not arrays.
+
+    Attributes:
+        dtype: dtype of the computation, or None to infer it from inputs and parameters.
+        precision: `jax.lax.Precision` of every product, forward and backward.
+        preferred_element_type: dtype of the forward product's result, or None.
+        out_sharding: sharding of the forward product's result, or None.
+    """
+
+    dtype: Any = None
+    precision: Any = None
+    preferred_element_type: Any = None
+    out_sharding: Any = None
+
+    def promote(self, *arrays: jax.Array | None) -> tuple[Any, ...]:
+        """The arrays in the dtype of the computation, as `nnx` promotes them; None stays None."""
+        dtype = dtypes.canonicalize_dtype(*arrays, dtype=self.dtype)
+        return tuple(a if a is None or a.dtype == dtype else a.astype(dtype) for a in arrays)
+
+    def product(self) -> dict[str, Any]:
+        """The keyword arguments of the forward `dot_general` or `einsum`."""
+        kwargs = {"precision": self.precision, "out_sharding": self.out_sharding}
+        if self.preferred_element_type is not None:
+            kwargs["preferred_element_type"] = self.preferred_element_type
+        return kwargs
+
+
+def accumulator(*arrays: jax.Array) -> Any:
+    """The dtype in which a backward sums: float32, or wider where an array is wider."""
+    return jnp.result_type(jnp.float32, *arrays)
+
+
+def contract(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    dimension_numbers: Any,
+    *,
+    like: Any,
+    order: Sequence[int] | None = None,
+    precision: Any = None,
+) -> jax.Array:
+    """`lax.dot_general`, summed in float32, laid out and sharded like what it is a gradient of.
+
+    Args:
+        lhs: array of any shape.
+        rhs: array of any shape.
+        dimension_numbers: ((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch)).
+        like: the array, or its type, whose gradient this is.
+        order: which axis of `like` each axis of the product is; None where they agree.
+        precision: `jax.lax.Precision`.
+
+    Returns:
+        An array of `like`'s shape, in the accumulator's dtype.
+    """
+    product = lax.dot_general(
+        lhs,
+        rhs,
+        dimension_numbers,
+        precision=precision,
+        preferred_element_type=accumulator(lhs, rhs),
+        out_sharding=explicit_sharding(like, order),
+    )
+    if order is None:
+        return product
+    return lax.transpose(product, [list(order).index(axis) for axis in range(product.ndim)])
+
+
+def total(g: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The sum over axes in the accumulator's dtype; what the gradient of a bias is."""
+    return lax.reduce_sum(g.astype(accumulator(g)), axes)
+
+
+def explicit_sharding(array: Any, order: Sequence[int] | None = None) -> NamedSharding | None:
+    """The sharding of an array where it is part of the array's type, for a product to ask for.
+
+    Args:
+        array: an array or its type.
+        order: the array's axes in the order in which the product yields them.
+
+    Returns:
+        A sharding on a mesh with Explicit axes, None elsewhere.
+    """
+    sharding = jax.typeof(array).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    if order is None:
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec[axis] for axis in order)))
+
+
+def takes(*values: Any) -> bool:
+    """Whether the hand-written backwards apply to these arrays: real ones, or None.
+
+    Complex parameters are left to autodiff, which knows the conventions of JAX for them.
+    """
+    return not any(v is not None and jnp.iscomplexobj(v) for v in values)
