@@ -12,9 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from flax_customgrad import autodiff
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def contract(
     rhs: jax.Array,
     dimension_numbers: Any,
     *,
-    like: Any,
+    like: jax.Array,
     order: Sequence[int] | None = None,
     precision: Any = None,
 ) -> jax.Array:
@@ -66,7 +69,7 @@ def contract(
         lhs: array of any shape.
         rhs: array of any shape.
         dimension_numbers: ((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch)).
-        like: the array, or its type, whose gradient this is.
+        like: the array whose gradient this is.
         order: which axis of `like` each axis of the product is; None where they agree.
         precision: `jax.lax.Precision`.
 
@@ -79,7 +82,7 @@ def contract(
         dimension_numbers,
         precision=precision,
         preferred_element_type=accumulator(lhs, rhs),
-        out_sharding=explicit_sharding(like, order),
+        out_sharding=explicit_sharding(jax.typeof(like), order),
     )
     if order is None:
         return product
@@ -91,17 +94,17 @@ def total(g: jax.Array, axes: Sequence[int]) -> jax.Array:
     return lax.reduce_sum(g.astype(accumulator(g)), axes)
 
 
-def explicit_sharding(array: Any, order: Sequence[int] | None = None) -> NamedSharding | None:
+def explicit_sharding(aval: Any, order: Sequence[int] | None = None) -> NamedSharding | None:
     """The sharding of an array where it is part of the array's type, for a product to ask for.
 
     Args:
-        array: an array or its type.
+        aval: the type of an array, `jax.typeof(array)`.
         order: the array's axes in the order in which the product yields them.
 
     Returns:
         A sharding on a mesh with Explicit axes, None elsewhere.
     """
-    sharding = jax.typeof(array).sharding
+    sharding = aval.sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return None
     if order is None:
@@ -109,9 +112,17 @@ def explicit_sharding(array: Any, order: Sequence[int] | None = None) -> NamedSh
     return NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec[axis] for axis in order)))
 
 
-def takes(*values: Any) -> bool:
-    """Whether the hand-written backwards apply to these arrays: real ones, or None.
+def parameters(layer: nnx.Module, *names: str) -> nnx.State:
+    """The values of a layer's parameters by name; one that the layer does without is left out."""
+    variables = {name: getattr(layer, name) for name in names}
+    return nnx.State({name: v[...] for name, v in variables.items() if v is not None})
 
-    Complex parameters are left to autodiff, which knows the conventions of JAX for them.
+
+def applies(inputs: Any, params: nnx.State) -> bool:
+    """Whether the hand-written backwards apply: real floating arrays, and no `use_autodiff`.
+
+    Integer inputs and complex numbers are left to autodiff, which knows JAX's conventions for them.
     """
-    return not any(v is not None and jnp.iscomplexobj(v) for v in values)
+    if autodiff.in_use() or not hasattr(inputs, "dtype"):
+        return False
+    return all(jnp.issubdtype(a.dtype, jnp.floating) for a in (inputs, *params.values()))

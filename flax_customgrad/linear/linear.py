@@ -19,9 +19,8 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 
-from flax_customgrad import autodiff
 from flax_customgrad.contract import custom_vjp
-from flax_customgrad.linear.arithmetic import Arithmetic, contract, takes, total
+from flax_customgrad.linear.arithmetic import Arithmetic, applies, contract, parameters, total
 
 
 class Residuals(NamedTuple):
@@ -78,7 +77,7 @@ class Linear(nnx.Linear):
     """`nnx.Linear` with float32 sums in its backward and no copy of the kernel kept.
 
     Constructor, parameters, initial values and results are those of `flax.nnx.Linear`. With a
-    `dot_general` or `promote_dtype` of the user's own, and for complex inputs or parameters, the
+    `dot_general` or `promote_dtype` of the user's own, and for integer or complex inputs, the
     layer computes as nnx does and JAX differentiates that.
 
     Example:
@@ -103,10 +102,8 @@ class Linear(nnx.Linear):
             self.dot_general is not lax.dot_general
             or self.promote_dtype is not dtypes.promote_dtype
         )
-        params = {"kernel": self.kernel[...]}
-        if self.bias is not None:
-            params["bias"] = self.bias[...]
-        if injected or autodiff.in_use() or not takes(inputs, *params.values()):
+        params = parameters(self, "kernel", "bias")
+        if injected or not applies(inputs, params):
             return super().__call__(inputs, out_sharding)
         how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
-        return linear(nnx.State(params), inputs, how)
+        return linear(params, inputs, how)

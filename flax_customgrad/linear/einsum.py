@@ -1,0 +1,209 @@
+"""Einsum: an einsum of the input and a kernel, and a bias.
+
+Written for 'nta,hab->nthb'; any equation of two operands follows the same pattern, because an
+einsum is linear in each operand:
+
+    forward   y[n,t,h,b]  = sum_a x[n,t,a] W[h,a,b] + c[h,b]
+    backward  dx[n,t,a]   = sum_hb g[n,t,h,b] W[h,a,b]        einsum('nthb,hab->nta', g, W)
+              dW[h,a,b]   = sum_nt x[n,t,a] g[n,t,h,b]        einsum('nta,nthb->hab', x, g)
+              dc[h,b]     = sum_nt g[n,t,h,b]
+    kept      x and the parameters, as they came: no copy of W in the compute dtype.
+
+A label that only one operand has, and y has not, is summed away in the forward, so the gradient is
+the same at each of its places. The sums run in float32 and are cast once.
+"""
+
+import string
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+
+from flax_customgrad.contract import custom_vjp
+from flax_customgrad.linear.arithmetic import (
+    Arithmetic,
+    accumulator,
+    applies,
+    explicit_sharding,
+    parameters,
+    total,
+)
+
+
+@dataclass(frozen=True)
+class Equation:
+    """An einsum equation without ellipsis: the labels of x, of the kernel and of y."""
+
+    x: str
+    kernel: str
+    y: str
+
+    @classmethod
+    def parse(cls, equation: str, x_ndim: int, kernel_ndim: int) -> "Equation":
+        """Reads 'nta,hab->nthb'; an ellipsis becomes labels that the equation does not use.
+
+        Raises:
+            ValueError: an operand has fewer axes than labels.
+        """
+        operands, y = equation.split("->")
+        x, kernel = operands.split(",")
+        sizes = [n - len(s.replace("...", "")) for s, n in ((x, x_ndim), (kernel, kernel_ndim))]
+        covered = [n for s, n in zip((x, kernel), sizes, strict=True) if "..." in s]
+        if min(sizes) < 0 or any(
+            n != 0 for s, n in zip((x, kernel), sizes, strict=True) if "..." not in s
+        ):
+            raise ValueError(
+                f"einsum {equation!r} does not fit an input of rank {x_ndim} and a kernel of rank "
+                f"{kernel_ndim}"
+            )
+        unused = [c for c in string.ascii_letters if c not in equation]
+        ellipsis = "".join(unused[: max(covered, default=0)])
+        x, kernel = (
+            s.replace("...", ellipsis[len(ellipsis) - n :] if n else "")
+            for s, n in zip((x, kernel), sizes, strict=True)
+        )
+        return cls(x, kernel, y.replace("...", ellipsis))
+
+    @property
+    def bias_axes(self) -> tuple[int, ...]:
+        """The axes of y that the bias does not have: those that are no axis of the kernel."""
+        return tuple(i for i, label in enumerate(self.y) if label not in self.kernel)
+
+    def is_regular(self, x_shape: tuple[int, ...], kernel_shape: tuple[int, ...]) -> bool:
+        """Whether no operand repeats a label and each label has one size."""
+        sizes: dict[str, int] = {}
+        pairs = [*zip(self.x, x_shape, strict=True), *zip(self.kernel, kernel_shape, strict=True)]
+        return all(sizes.setdefault(label, size) == size for label, size in pairs) and all(
+            len(set(labels)) == len(labels) for labels in (self.x, self.kernel, self.y)
+        )
+
+
+class Residuals(NamedTuple):
+    """What the backward of `einsum` keeps: only what the caller holds anyway."""
+
+    params: nnx.State
+    x: jax.Array
+    equation: Equation
+    how: Arithmetic
+
+
+@custom_vjp
+def einsum(params: nnx.State, x: jax.Array, equation: Equation, how: Arithmetic) -> jax.Array:
+    """Computes an einsum of an input and a kernel, and adds a bias.
+
+    Args:
+        params: `kernel`, float, with an axis per label of `equation.kernel`; `bias` with as many
+            elements as those axes of y that the kernel has, or no bias.
+        x: inputs, float, with an axis per label of `equation.x`.
+        equation: the labels; regular, see `Equation.is_regular`.
+        how: dtype, precision and sharding.
+
+    Returns:
+        Array with an axis per label of `equation.y`, in the dtype of the computation.
+    """
+    x, kernel, bias = how.promote(x, params["kernel"], params.get("bias"))
+    labels = f"{equation.x},{equation.kernel}->{equation.y}"
+    y = jnp.einsum(labels, x, kernel, **how.product())
+    if bias is None:
+        return y
+    return y + jnp.reshape(
+        bias, [1 if i in equation.bias_axes else y.shape[i] for i in range(y.ndim)]
+    )
+
+
+def _fwd(
+    params: nnx.State, x: jax.Array, equation: Equation, how: Arithmetic
+) -> tuple[jax.Array, Residuals]:
+    return einsum(params, x, equation, how), Residuals(params, x, equation, how)
+
+
+def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None]:
+    params, labels, how = res.params, res.equation, res.how
+    x, kernel = how.promote(res.x, params["kernel"])
+    dx = _einsum_for(labels.x, res.x, (labels.y, g), (labels.kernel, kernel), how)
+    dkernel = _einsum_for(labels.kernel, params["kernel"], (labels.x, x), (labels.y, g), how)
+    chex.assert_equal_shape([dx, x])
+    chex.assert_equal_shape([dkernel, kernel])
+    grads = {"kernel": dkernel}
+    if "bias" in params:
+        grads["bias"] = jnp.reshape(total(g, labels.bias_axes), params["bias"].shape)
+    return nnx.State(grads), dx, None, None
+
+
+def _einsum_for(
+    labels: str,
+    like: jax.Array,
+    lhs: tuple[str, jax.Array],
+    rhs: tuple[str, jax.Array],
+    how: Arithmetic,
+) -> jax.Array:
+    """The einsum of two labelled arrays onto the labels of `like`, summed in float32."""
+    present = "".join(label for label in labels if label in lhs[0] + rhs[0])
+    product = jnp.einsum(
+        f"{lhs[0]},{rhs[0]}->{present}",
+        lhs[1],
+        rhs[1],
+        precision=how.precision,
+        preferred_element_type=accumulator(lhs[1], rhs[1]),
+        out_sharding=explicit_sharding(jax.typeof(like), [labels.index(c) for c in present]),
+    )
+    if present == labels:
+        return product
+    summed_away = [i for i, label in enumerate(labels) if label not in present]
+    return jnp.broadcast_to(jnp.expand_dims(product, summed_away), like.shape)
+
+
+einsum.defvjp(_fwd, _bwd)
+
+
+class Einsum(nnx.Einsum):
+    """`nnx.Einsum` with float32 sums in its backward and no copy of the kernel kept.
+
+    Constructor, parameters, initial values and results are those of `flax.nnx.Einsum`. With an
+    `einsum_op` or `promote_dtype` of the user's own, for integer or complex inputs, and for an
+    equation that repeats a label within an operand or broadcasts an axis of size 1, the layer
+    computes as nnx does and JAX differentiates that.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> from flax import nnx
+        >>> layer = fcg.Einsum('nta,hab->nthb', (8, 2, 4), (8, 4), rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((16, 11, 2))).shape
+        (16, 11, 8, 4)
+    """
+
+    def __call__(
+        self, inputs: jax.Array, einsum_str: str | None = None, out_sharding: Any = None
+    ) -> jax.Array:
+        """Applies the layer.
+
+        Args:
+            inputs: array with an axis per label of the first operand.
+            einsum_str: the equation, where the constructor was given none.
+            out_sharding: sharding of the result on a mesh with Explicit axes, or None.
+
+        Returns:
+            Array with an axis per label behind the arrow.
+
+        Raises:
+            ValueError: the equation is missing, given twice, or does not fit inputs and kernel.
+        """
+        equations = [e for e in (einsum_str, self.einsum_str) if e is not None]
+        injected = (
+            self.einsum_op is not jnp.einsum or self.promote_dtype is not dtypes.promote_dtype
+        )
+        params = parameters(self, "kernel", "bias")
+        # nnx reports a missing, doubled or malformed equation.
+        if injected or len(equations) != 1 or not applies(inputs, params):
+            return super().__call__(inputs, einsum_str, out_sharding)
+        text = equations[0].replace(" ", "")
+        self._einsum_str_check(text)
+        equation = Equation.parse(text, inputs.ndim, params["kernel"].ndim)
+        if not equation.is_regular(inputs.shape, params["kernel"].shape):
+            return super().__call__(inputs, einsum_str, out_sharding)
+        how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        return einsum(params, inputs, equation, how)

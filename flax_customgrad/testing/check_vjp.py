@@ -1,0 +1,257 @@
+"""`check_vjp`: proves the gradient of a layer or function under everything that JAX does to it."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flax_customgrad.contract import CustomVJP
+from flax_customgrad.residuals import residual_bytes
+from flax_customgrad.testing import checks
+from flax_customgrad.testing.problem import Problem
+from flax_customgrad.testing.report import GradientError, Report, Row
+
+_EXACT = {
+    "autodiff": checks.autodiff,
+    "finite_differences": checks.finite_differences,
+    "jit": checks.jit,
+    "vmap": checks.vmap,
+    "scan": checks.scan,
+    "remat": checks.remat,
+    "second_order": checks.second_order,
+    "modes": checks.modes,
+    "mesh": checks.mesh,
+    "shard_map": checks.shard_map,
+}
+
+CHECKS = (*_EXACT, "dtypes", "residuals")
+"""The names of the checks, in the order in which they run."""
+
+_TOLERANCES = {"float64": 1e-9, "float32": 2e-6, "float16": 4e-3, "bfloat16": 3e-2}
+_SLOPE_TOLERANCE = 1e-6
+
+
+def check_vjp(
+    fn: Callable[..., Any],
+    *args: Any,
+    reference: Callable[..., Any] | None = None,
+    formula: Callable[..., tuple[Any, ...]] | None = None,
+    checks: Sequence[str] = CHECKS,
+    dtypes: Sequence[Any] = ("float32", "bfloat16", "float16"),
+    tolerances: Mapping[str, float] | None = None,
+    raises: bool = True,
+) -> Report:
+    """Compares a gradient with what it should be, plainly and under the transforms of JAX.
+
+    Everything but `dtypes` runs in float64, where a mistake cannot pass for rounding.
+
+    Args:
+        fn: a layer, called with `args`; or a function of `args`, the first of which may be a
+            Module, a State or a dict of parameters. Any custom gradient will do: that of this
+            library, `jax.custom_vjp`, `nnx.custom_vjp`.
+        *args: arrays, Modules, States, dicts, None and static values. An axis of size 8 in front
+            of the inputs lets the checks on a mesh split them.
+        reference: a function of the same arguments for autodiff to differentiate. By default `fn`
+            itself under `use_autodiff`, which is right for a gradient of this library; for another
+            custom gradient give the plain function.
+        formula: for a gradient that is meant to differ from the derivative: a function of the
+            arguments and of the output's cotangent, `formula(*args, g)`, that returns what a
+            backward returns, one cotangent per argument. It takes the place of the reference, and
+            finite differences are left out.
+        checks: which of `CHECKS` to run:
+            `autodiff` (value and gradient of the reference), `finite_differences`, `jit`, `vmap`
+            (parameters batched and shared), `scan`, `remat`, `second_order` (grad of grad, jvp of
+            grad), `modes` (nnx.jit, remat, vmap and scan in each mode of NNX), `mesh` (8 devices,
+            Explicit and Auto axes), `shard_map` (with and without check_vma), `dtypes`,
+            `residuals` (bytes kept, beside autodiff; reported, never a failure).
+        dtypes: dtypes for the check `dtypes`, whose expected values are computed in float64 from
+            the same rounded inputs.
+        tolerances: the error allowed per dtype, relative to the largest expected value; by default
+            1e-9 for float64, 2e-6 for float32, 4e-3 for float16 and 3e-2 for bfloat16.
+        raises: whether a failure raises.
+
+    Returns:
+        A `Report`; `print` shows it as a table.
+
+    Raises:
+        GradientError: a comparison failed; it names the check, the argument and how far off.
+        ValueError: a check does not exist, or `reference` and `formula` are both given.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> from flax import nnx
+        >>> from flax_customgrad.testing import check_vjp
+        >>> layer = fcg.Linear(3, 4, rngs=nnx.Rngs(0))
+        >>> report = check_vjp(layer, jnp.ones((8, 3)), checks=["autodiff", "vmap"])
+        >>> report.failures
+        []
+    """
+    unknown = sorted(set(checks) - set(CHECKS))
+    if unknown:
+        raise ValueError(f"unknown checks {unknown}; there are {', '.join(CHECKS)}")
+    if reference is not None and formula is not None:
+        raise ValueError("give a reference or a formula, not both: each says what is expected")
+    name = _name(fn)
+    if isinstance(fn, nnx.Module):
+        args = (fn, *args)
+        names = ["", *_argument_names(type(fn).__call__, len(args))[1:]]
+        fn = _call
+    else:
+        names = _argument_names(fn, len(args))
+    if formula is not None:
+        reference = _with_formula(fn, formula, names)
+    allowed = {**_TOLERANCES, **(tolerances or {})}
+    report = Report(name)
+    with jax.enable_x64(True):
+        problem = Problem.make(fn, reference, args, names, jnp.float64)
+        for check in (c for c in _EXACT if c in checks):
+            if check == "finite_differences" and formula is not None:
+                continue
+            tolerance = _SLOPE_TOLERANCE if check == "finite_differences" else allowed["float64"]
+            for comparison in _EXACT[check](problem):
+                report.rows += _compare(problem, check, comparison, tolerance)
+        if "dtypes" in checks:
+            for dtype in dtypes:
+                report.rows += _in_dtype(fn, reference, args, names, jnp.dtype(dtype), allowed)
+    if "residuals" in checks:
+        _measure_residuals(report, Problem.make(fn, reference, args, names, jnp.float32))
+    if raises and report.failures:
+        raise GradientError(report)
+    return report
+
+
+def _compare(
+    problem: Problem, check: str, comparison: checks.Comparison, tolerance: float
+) -> list[Row]:
+    """Runs one comparison: a row per argument, or one that says why there is none."""
+    case = comparison.case
+    try:
+        comparison.needs()
+        expected = comparison.expected()
+    except checks.Skip as reason:
+        return [Row(check, case, status="skipped", note=str(reason))]
+    except Exception as error:
+        note = f"the reference fails as well: {_first_line(error)}"
+        return [Row(check, case, status="skipped", note=note)]
+    try:
+        got = comparison.got()
+    except Exception as error:
+        note = f"raised {type(error).__name__}: {_first_line(error)}"
+        return [Row(check, case, status="failed", note=note)]
+    return _rows(problem, check, case, got, expected, tolerance)
+
+
+def _rows(problem, check, case, got, expected, tolerance) -> list[Row]:
+    rows = []
+    if case == "value":
+        labels = ["output"] * len(got)
+    else:
+        labels = [problem.names[i] for i in problem.differentiable]
+    for label, g, e in zip(labels, got, expected, strict=False):
+        g, e = (np.asarray(a, np.float64) for a in (g, e))
+        if g.shape != e.shape:
+            note = f"has shape {g.shape}, expected {e.shape}"
+            rows.append(Row(check, case, label, status="failed", note=note))
+            continue
+        error = relative_error(g, e)
+        status = "ok" if error <= tolerance else "failed"
+        rows.append(Row(check, case, label, error, tolerance, status))
+    return rows
+
+
+def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference relative to the largest expected value; inf where one is not finite.
+
+    Values that are not finite agree where they are equal, NaN with NaN.
+    """
+    if got.size == 0:
+        return 0.0
+    same = (got == expected) | (np.isnan(got) & np.isnan(expected))
+    difference = np.where(same, 0.0, np.abs(got - expected))
+    if not np.isfinite(difference).all():
+        return float("inf")
+    finite = np.abs(expected[np.isfinite(expected)])
+    scale = finite.max(initial=0.0)
+    return float(difference.max() / scale) if scale else float(difference.max())
+
+
+def _in_dtype(fn, reference, args, names, dtype, allowed) -> list[Row]:
+    """The gradient in a dtype against the reference in float64, from the same rounded inputs."""
+    low = Problem.make(fn, reference, args, names, dtype)
+    high = Problem.make(fn, reference, low.args, names, jnp.float64)
+    comparison = checks.Comparison(
+        dtype.name,
+        lambda: jax.jit(_linear_gradient(low, low.fn))(*low.arrays),
+        lambda: jax.jit(_linear_gradient(high, high.reference))(*high.arrays),
+    )
+    return _compare(low, "dtypes", comparison, allowed[dtype.name])
+
+
+def _linear_gradient(problem: Problem, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The gradient for a cotangent of small integers, exact in every dtype."""
+
+    def objective(*arrays: jax.Array) -> jax.Array:
+        total = jnp.zeros(())
+        for leaf in jax.tree.leaves(problem.apply(fn)(*arrays)):
+            if jnp.issubdtype(leaf.dtype, jnp.floating):
+                weights = (np.arange(leaf.size) % 7 - 2.0).reshape(leaf.shape)
+                total += jnp.sum(leaf.astype(total.dtype) * weights)
+        return total
+
+    return jax.grad(objective, problem.differentiable)
+
+
+def _measure_residuals(report: Report, problem: Problem) -> None:
+    diff = [problem.arrays[i] for i in problem.differentiable]
+
+    def of(fn: Callable[..., Any]) -> Callable[..., Any]:
+        def pure(*diff: jax.Array) -> Any:
+            arrays = list(problem.arrays)
+            for i, a in zip(problem.differentiable, diff, strict=True):
+                arrays[i] = a
+            return problem.apply(fn)(*arrays)
+
+        return pure
+
+    report.residual_bytes = residual_bytes(of(problem.fn), *diff)
+    report.reference_residual_bytes = residual_bytes(of(problem.reference), *diff)
+    note = f"keeps {report.residual_bytes} bytes, autodiff {report.reference_residual_bytes}"
+    report.rows.append(Row("residuals", "float32", note=note))
+
+
+def _with_formula(fn: Callable[..., Any], formula: Callable[..., Any], names: list[str]):
+    """`fn` with the gradient that a formula states."""
+    plain = CustomVJP(fn.fun if isinstance(fn, CustomVJP) else fn, surrogate=True)
+    plain._signature = inspect.Signature(
+        [inspect.Parameter(f"a{i}", inspect.Parameter.POSITIONAL_ONLY) for i in range(len(names))]
+    )
+    plain.defvjp(lambda *args: (plain.fun(*args), args), lambda args, g: formula(*args, g))
+    return plain
+
+
+def _call(module: nnx.Module, *args: Any) -> Any:
+    return module(*args)  # type: ignore[operator]
+
+
+def _name(fn: Any) -> str:
+    if isinstance(fn, nnx.Module):
+        return type(fn).__name__
+    return getattr(fn, "__name__", type(fn).__name__)
+
+
+def _argument_names(fn: Callable[..., Any], n: int) -> list[str]:
+    """The names in a function's signature, numbered where it has none."""
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        parameters = ()
+    names = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
+    return [*names[:n], *(f"argument {i}" for i in range(len(names), n))]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:300]

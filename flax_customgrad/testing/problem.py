@@ -1,0 +1,165 @@
+"""A function under test, as pure functions of arrays: what every transform of JAX can take.
+
+The arguments (modules, States, arrays, static values) are packed into a list of arrays. What is
+compared is the gradient of one number, a weighted sum of sines of the output: its second
+derivatives vanish for no argument, and the weights leave no sum over the batch to chance.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flax_customgrad.arguments import Packed, by_path, is_parameters, pack
+from flax_customgrad.autodiff import use_autodiff
+
+Arrays = Sequence[jax.Array]
+Gradient = tuple[jax.Array, ...]
+
+
+@dataclass
+class Problem:
+    """A function, a reference for it, and arguments in one dtype.
+
+    Attributes:
+        fn: the function whose gradient is checked; takes the arguments.
+        reference: a function of the same arguments that autodiff is trusted to differentiate.
+        args: the arguments.
+        arrays: the arrays among them.
+        packed: what is left of them.
+        names: the name of each array, such as "m.kernel".
+        differentiable: positions of the arrays that have a gradient.
+        parameters: positions of the arrays that belong to a Module, State or dict.
+        owned_by_first: positions of the arrays that belong to the first argument.
+    """
+
+    fn: Callable[..., Any]
+    reference: Callable[..., Any]
+    args: tuple[Any, ...]
+    arrays: list[jax.Array]
+    packed: Packed
+    names: list[str]
+    differentiable: tuple[int, ...]
+    parameters: tuple[int, ...]
+    owned_by_first: tuple[int, ...]
+
+    @classmethod
+    def make(
+        cls,
+        fn: Callable[..., Any],
+        reference: Callable[..., Any] | None,
+        args: tuple[Any, ...],
+        arg_names: Sequence[str],
+        dtype: Any,
+    ) -> "Problem":
+        """Converts the arguments to a dtype and takes them apart.
+
+        Args:
+            fn: the function under test.
+            reference: the reference; None for `fn` under `use_autodiff`.
+            args: its arguments.
+            arg_names: their names.
+            dtype: dtype for each floating array and for each `dtype` that a layer was given.
+        """
+        args = tuple(convert(arg, dtype) for arg in args)
+        arrays, packed = pack(args, "an argument")
+        arrays = [jnp.asarray(a) if isinstance(a, np.ndarray | np.generic) else a for a in arrays]
+        names = [""] * len(arrays)
+        differentiable, parameters = [], []
+        for arg, name in zip(packed.positions(), arg_names, strict=True):
+            leaves = by_path(arg) if is_parameters(arg) else [((), arg)]
+            for path, leaf in leaves:
+                # Statistics and counters are Variables, but no Params: they have no gradient.
+                fixed = isinstance(leaf, nnx.Variable) and not isinstance(leaf, nnx.Param)
+                for position in jax.tree.leaves(leaf):
+                    names[position] = ".".join(map(str, (name, *path))).lstrip(".")
+                    if is_parameters(arg):
+                        parameters.append(int(position))
+                    if not fixed and jnp.issubdtype(arrays[position].dtype, jnp.floating):
+                        differentiable.append(int(position))
+        return cls(
+            fn,
+            reference or _by_autodiff(fn),
+            args,
+            arrays,
+            packed,
+            names,
+            tuple(sorted(differentiable)),
+            tuple(sorted(parameters)),
+            tuple(map(int, jax.tree.leaves(packed.positions()[0]))),
+        )
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Positions of the arrays that are no parameters: the ones that a batch varies."""
+        return tuple(i for i in range(len(self.arrays)) if i not in self.parameters)
+
+    def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn` as a function of the arrays."""
+        return lambda *arrays: fn(*self.packed.unpack(arrays))
+
+    def objective(self, fn: Callable[..., Any]) -> Callable[..., jax.Array]:
+        """A scalar function of the arrays: the weighted sum of sines of what `fn` returns."""
+        return lambda *arrays: weigh(self.apply(fn)(*arrays))
+
+    def gradient(self, fn: Callable[..., Any]) -> Callable[..., Gradient]:
+        """The gradient of `objective`, as a function of the arrays."""
+        return jax.grad(self.objective(fn), argnums=self.differentiable)
+
+    def batch(self, size: int, positions: Sequence[int], seed: int) -> list[jax.Array]:
+        """The arrays, with those at `positions` stacked `size` times with different values."""
+        return [
+            _stack(a, size, np.random.default_rng([seed, i])) if i in positions else a
+            for i, a in enumerate(self.arrays)
+        ]
+
+
+def weigh(out: Any) -> jax.Array:
+    """A number that depends on every element of an output in its own way."""
+    total = jnp.zeros(())
+    for leaf in jax.tree.leaves(out):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            weights = np.cos(1.0 + np.arange(leaf.size)).reshape(leaf.shape)
+            total += jnp.sum(jnp.sin(leaf) * weights.astype(leaf.dtype)).astype(total.dtype)
+    return total
+
+
+def convert(arg: Any, dtype: Any) -> Any:
+    """An argument with its floating arrays, and the `dtype` of its layers, in another dtype."""
+    if isinstance(arg, nnx.Module):
+        arg = nnx.clone(arg)
+        for _, node in nnx.iter_graph(arg, graph=True):
+            for name in ("dtype", "preferred_element_type"):
+                if isinstance(node, nnx.Module) and getattr(node, name, None) is not None:
+                    setattr(node, name, dtype)
+        graphdef, state = nnx.split(arg, graph=True)
+        return nnx.merge(graphdef, jax.tree.map(lambda a: _cast(a, dtype), state))
+    return jax.tree.map(lambda a: _cast(a, dtype), arg)
+
+
+def _by_autodiff(fn: Callable[..., Any]) -> Callable[..., Any]:
+    def reference(*args: Any) -> Any:
+        with use_autodiff():
+            return fn(*args)
+
+    return reference
+
+
+def _cast(array: Any, dtype: Any) -> Any:
+    is_array = isinstance(array, jax.Array | np.ndarray)
+    if is_array and jnp.issubdtype(array.dtype, jnp.floating):
+        return jnp.asarray(np.asarray(array), dtype)
+    return array
+
+
+def _stack(array: jax.Array, size: int, rng: np.random.Generator) -> jax.Array:
+    """Copies of an array: floats with other values near them, anything else as it is."""
+    copies = jnp.stack([array] * size)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return copies
+    noise = 0.1 * rng.standard_normal((size, *array.shape))
+    return copies + jnp.asarray(noise, array.dtype)

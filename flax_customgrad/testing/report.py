@@ -1,0 +1,104 @@
+"""What a check found: rows, the table that a person reads, and the error that a failure raises."""
+
+import io
+from dataclasses import dataclass, field
+from typing import Literal
+
+import rich.box
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        check: name of the check, such as "vmap".
+        case: which variant of it, such as "parameters shared".
+        argument: which argument's gradient, such as "m.kernel"; empty where it concerns all.
+        error: largest difference, relative to the largest expected value; None if not compared.
+        tolerance: the error allowed.
+        status: "ok", "failed", or "skipped".
+        note: why it was skipped, what was raised, or a figure to read.
+    """
+
+    check: str
+    case: str
+    argument: str = ""
+    error: float | None = None
+    tolerance: float | None = None
+    status: Literal["ok", "failed", "skipped"] = "ok"
+    note: str = ""
+
+    def __str__(self) -> str:
+        place = ", ".join(part for part in (self.check, self.case, self.argument) if part)
+        if self.error is None:
+            return f"{place}: {self.note or self.status}"
+        return f"{place}: off by {self.error:.1e}, {self.tolerance:.0e} allowed"
+
+
+class GradientError(AssertionError):
+    """A gradient is not what it should be.
+
+    Attributes:
+        report: the `Report` with every row.
+    """
+
+    def __init__(self, report: "Report"):
+        self.report = report
+        lines = [f"the gradient of {report.name} failed {len(report.failures)} comparisons:"]
+        super().__init__("\n  ".join([*lines, *map(str, report.failures)]))
+
+
+@dataclass
+class Report:
+    """Every comparison made on one function or layer; prints as a table.
+
+    Attributes:
+        name: the function or layer.
+        rows: the comparisons, in order.
+        residual_bytes: bytes that the backward keeps, arguments excluded; None if not measured.
+        reference_residual_bytes: the same for autodiff of the reference.
+    """
+
+    name: str
+    rows: list[Row] = field(default_factory=list)
+    residual_bytes: int | None = None
+    reference_residual_bytes: int | None = None
+
+    @property
+    def failures(self) -> list[Row]:
+        """The rows that failed."""
+        return [row for row in self.rows if row.status == "failed"]
+
+    def __rich__(self) -> Table:
+        """One line per check and case, with the worst argument of each."""
+        table = Table(title=f"gradient of {self.name}", box=rich.box.SIMPLE_HEAD)
+        for column in ("check", "case", "worst argument", "error", "allowed", ""):
+            numeric = column in ("error", "allowed")
+            table.add_column(column, justify="right" if numeric else "left", no_wrap=column != "")
+        style = {"ok": "green", "failed": "bold red", "skipped": "yellow"}
+        for row in self._worst():
+            error = "" if row.error is None else f"{row.error:.1e}"
+            allowed = "" if row.tolerance is None else f"{row.tolerance:.0e}"
+            status = f"[{style[row.status]}]{row.status}[/] {row.note}".rstrip()
+            table.add_row(row.check, row.case, row.argument, error, allowed, status)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=120)
+        console.print(self)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    def _worst(self) -> list[Row]:
+        def badness(row: Row) -> tuple[bool, float]:
+            share = (row.error or 0.0) / row.tolerance if row.tolerance else 0.0
+            return row.status == "failed", share
+
+        worst: dict[tuple[str, str], Row] = {}
+        for row in self.rows:
+            key = (row.check, row.case)
+            if key not in worst or badness(row) > badness(worst[key]):
+                worst[key] = row
+        return list(worst.values())
