@@ -24,10 +24,10 @@ class Static:
 
 @dataclass(frozen=True)
 class _Split:
-    """A Module taken apart: its arrays are traced, its graph definition stays behind."""
+    """A Module taken apart: its `size` arrays are traced, its graph and tree definitions stay."""
 
     graphdef: nnx.GraphDef
-    state: jax.tree_util.PyTreeDef
+    state: Any
     size: int
 
 
@@ -49,7 +49,7 @@ class Packed:
         size: number of arrays that `unpack` takes.
     """
 
-    treedef: jax.tree_util.PyTreeDef
+    treedef: Any
     leaves: tuple[Any, ...]
     size: int
 

@@ -33,7 +33,7 @@ from flax_customgrad.arguments import Packed, Static, pack
 def custom_vjp(fun: Callable[..., Any]) -> "CustomVJP": ...
 @overload
 def custom_vjp(*, surrogate: bool = False) -> Callable[[Callable[..., Any]], "CustomVJP"]: ...
-def custom_vjp(fun=None, *, surrogate=False):
+def custom_vjp(fun: Callable[..., Any] | None = None, *, surrogate: bool = False) -> Any:
     """Gives a function of parameters and arrays a backward pass of its own.
 
     The rules of a backward are on `CustomVJP.defvjp`.
@@ -211,7 +211,7 @@ class CustomVJP:
         snapshots = _snapshots(rest, residuals)
         try:
             cts = self._bwd(residuals, g[0])
-        except (TypeError, ValueError) as error:
+        except Exception as error:
             explanation = cotangents.explain(f"`{self._name}`", error)
             if explanation is None:
                 raise

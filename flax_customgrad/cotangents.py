@@ -197,15 +197,22 @@ def explain(where: str, error: Exception) -> CotangentError | None:
     """Explains an error that a backward raised, where the cause is a known one.
 
     `nnx.State((x_grad,))`, the form in circulation for the cotangent of an array, fails inside
-    flax with "unhashable type" before anything is returned.
+    flax with "unhashable type" before anything is returned. On a mesh with Explicit axes `x.T @ g`
+    fails because JAX will not guess the sharding of the product; that error gets a note.
 
     Args:
         where: the operation, for the message.
         error: what the backward raised.
 
     Returns:
-        The error to raise instead, or None where the cause is not known.
+        The error to raise instead, or None to let it pass.
     """
+    if type(error).__name__ == "ShardingTypeError":
+        error.add_note(
+            f"in the backward of {where}: a product over a sharded axis has to say how its result "
+            "is sharded. For the gradient of `kernel` that is as the kernel is: "
+            "jnp.einsum(..., out_sharding=jax.typeof(kernel).sharding)"
+        )
     frame = _innermost(error.__traceback__)
     if frame is None or frame.f_code is not nnx.State.__init__.__code__:
         return None

@@ -70,7 +70,7 @@ def apply(module: nnx.Module, updates: tuple[Static, list[Any]]) -> None:
     static, values = updates
     if static.value:
         flat = zip(static.value, jax.lax.stop_gradient(values), strict=True)
-        nnx.update(module, nnx.State.from_flat_path(dict(flat)))
+        nnx.update(module, nnx.from_flat_state(list(flat)))
 
 
 def _values(module: nnx.Module) -> tuple[nnx.GraphDef, dict[tuple[Any, ...], Any]]:

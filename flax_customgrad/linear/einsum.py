@@ -26,6 +26,7 @@ from flax.nnx.nn import dtypes
 from flax_customgrad.contract import custom_vjp
 from flax_customgrad.linear.arithmetic import (
     Arithmetic,
+    Parameters,
     accumulator,
     applies,
     explicit_sharding,
@@ -85,14 +86,14 @@ class Equation:
 class Residuals(NamedTuple):
     """What the backward of `einsum` keeps: only what the caller holds anyway."""
 
-    params: nnx.State
+    params: Parameters
     x: jax.Array
     equation: Equation
     how: Arithmetic
 
 
 @custom_vjp
-def einsum(params: nnx.State, x: jax.Array, equation: Equation, how: Arithmetic) -> jax.Array:
+def einsum(params: Parameters, x: jax.Array, equation: Equation, how: Arithmetic) -> jax.Array:
     """Computes an einsum of an input and a kernel, and adds a bias.
 
     Args:
@@ -116,7 +117,7 @@ def einsum(params: nnx.State, x: jax.Array, equation: Equation, how: Arithmetic)
 
 
 def _fwd(
-    params: nnx.State, x: jax.Array, equation: Equation, how: Arithmetic
+    params: Parameters, x: jax.Array, equation: Equation, how: Arithmetic
 ) -> tuple[jax.Array, Residuals]:
     return einsum(params, x, equation, how), Residuals(params, x, equation, how)
 
@@ -183,24 +184,24 @@ class Einsum(nnx.Einsum):
 
         Args:
             inputs: array with an axis per label of the first operand.
-            einsum_str: the equation, where the constructor was given none.
+            einsum_str: an equation that goes before that of the constructor, or None.
             out_sharding: sharding of the result on a mesh with Explicit axes, or None.
 
         Returns:
             Array with an axis per label behind the arrow.
 
         Raises:
-            ValueError: the equation is missing, given twice, or does not fit inputs and kernel.
+            ValueError: there is no equation, or it does not fit inputs and kernel.
         """
-        equations = [e for e in (einsum_str, self.einsum_str) if e is not None]
+        given = self.einsum_str if einsum_str is None else einsum_str
         injected = (
             self.einsum_op is not jnp.einsum or self.promote_dtype is not dtypes.promote_dtype
         )
         params = parameters(self, "kernel", "bias")
-        # nnx reports a missing, doubled or malformed equation.
-        if injected or len(equations) != 1 or not applies(inputs, params):
+        # nnx says what is wrong with a missing equation.
+        if injected or given is None or not applies(inputs, params):
             return super().__call__(inputs, einsum_str, out_sharding)
-        text = equations[0].replace(" ", "")
+        text = given.replace(" ", "")
         self._einsum_str_check(text)
         equation = Equation.parse(text, inputs.ndim, params["kernel"].ndim)
         if not equation.is_regular(inputs.shape, params["kernel"].shape):

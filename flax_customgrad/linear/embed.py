@@ -25,6 +25,7 @@ from flax.nnx.nn import dtypes
 from flax_customgrad.contract import custom_vjp
 from flax_customgrad.linear.arithmetic import (
     Arithmetic,
+    Parameters,
     accumulator,
     applies,
     contract,
@@ -42,7 +43,7 @@ class LookupResiduals(NamedTuple):
 
 
 @custom_vjp
-def lookup(params: nnx.State, ids: jax.Array, how: Arithmetic) -> jax.Array:
+def lookup(params: Parameters, ids: jax.Array, how: Arithmetic) -> jax.Array:
     """Takes rows of a table.
 
     Args:
@@ -56,18 +57,18 @@ def lookup(params: nnx.State, ids: jax.Array, how: Arithmetic) -> jax.Array:
     """
     (table,) = dtypes.promote_dtype((params["embedding"],), dtype=how.dtype, inexact=False)
     if table.shape[0] == 1:
-        return jnp.broadcast_to(table, (*ids.shape, table.shape[1]))
+        return jnp.broadcast_to(table[0], (*ids.shape, table.shape[1]))
     if how.out_sharding is None:
         return jnp.take(table, ids, axis=0)
     # jnp.take knows no out_sharding; inside auto_axes the compiler shards it.
     take = jax.sharding.auto_axes(
         lambda table, ids: jnp.take(table, ids, axis=0), out_sharding=how.out_sharding
     )
-    return take(table, ids)
+    return take(table, ids)  # pyright: ignore[reportCallIssue]
 
 
 def _lookup_fwd(
-    params: nnx.State, ids: jax.Array, how: Arithmetic
+    params: Parameters, ids: jax.Array, how: Arithmetic
 ) -> tuple[jax.Array, LookupResiduals]:
     return lookup(params, ids, how), LookupResiduals(ids, jax.typeof(params["embedding"]))
 
@@ -85,7 +86,8 @@ def _lookup_bwd(res: LookupResiduals, g: jax.Array) -> tuple[nnx.State, None, No
     elif sharding is None:
         dtable = scatter(ids, g)
     else:
-        dtable = jax.sharding.auto_axes(scatter, out_sharding=sharding)(ids, g)
+        scatter_on_mesh = jax.sharding.auto_axes(scatter, out_sharding=sharding)
+        dtable = scatter_on_mesh(ids, g)  # pyright: ignore[reportCallIssue]
     chex.assert_shape(dtable, table.shape)
     return nnx.State({"embedding": dtable}), None, None
 
@@ -96,13 +98,13 @@ lookup.defvjp(_lookup_fwd, _lookup_bwd)
 class AttendResiduals(NamedTuple):
     """What the backward of `attend` keeps: only what the caller holds anyway."""
 
-    params: nnx.State
+    params: Parameters
     query: jax.Array
     how: Arithmetic
 
 
 @custom_vjp
-def attend(params: nnx.State, query: jax.Array, how: Arithmetic) -> jax.Array:
+def attend(params: Parameters, query: jax.Array, how: Arithmetic) -> jax.Array:
     """Multiplies a query with every row of a table.
 
     Args:
@@ -118,7 +120,7 @@ def attend(params: nnx.State, query: jax.Array, how: Arithmetic) -> jax.Array:
 
 
 def _attend_fwd(
-    params: nnx.State, query: jax.Array, how: Arithmetic
+    params: Parameters, query: jax.Array, how: Arithmetic
 ) -> tuple[jax.Array, AttendResiduals]:
     return attend(params, query, how), AttendResiduals(params, query, how)
 

@@ -20,19 +20,26 @@ from flax.nnx.nn import dtypes
 from jax import lax
 
 from flax_customgrad.contract import custom_vjp
-from flax_customgrad.linear.arithmetic import Arithmetic, applies, contract, parameters, total
+from flax_customgrad.linear.arithmetic import (
+    Arithmetic,
+    Parameters,
+    applies,
+    contract,
+    parameters,
+    total,
+)
 
 
 class Residuals(NamedTuple):
     """What the backward of `linear` keeps: only what the caller holds anyway."""
 
-    params: nnx.State
+    params: Parameters
     x: jax.Array
     how: Arithmetic
 
 
 @custom_vjp
-def linear(params: nnx.State, x: jax.Array, how: Arithmetic) -> jax.Array:
+def linear(params: Parameters, x: jax.Array, how: Arithmetic) -> jax.Array:
     """Applies a linear map over the last axis.
 
     Args:
@@ -49,7 +56,7 @@ def linear(params: nnx.State, x: jax.Array, how: Arithmetic) -> jax.Array:
     return y if bias is None else y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
 
 
-def _fwd(params: nnx.State, x: jax.Array, how: Arithmetic) -> tuple[jax.Array, Residuals]:
+def _fwd(params: Parameters, x: jax.Array, how: Arithmetic) -> tuple[jax.Array, Residuals]:
     return linear(params, x, how), Residuals(params, x, how)
 
 

@@ -23,7 +23,14 @@ from flax.nnx.nn import dtypes
 from jax import lax
 
 from flax_customgrad.contract import custom_vjp
-from flax_customgrad.linear.arithmetic import Arithmetic, applies, contract, parameters, total
+from flax_customgrad.linear.arithmetic import (
+    Arithmetic,
+    Parameters,
+    applies,
+    contract,
+    parameters,
+    total,
+)
 
 
 @dataclass(frozen=True)
@@ -54,14 +61,14 @@ class Axes:
 class Residuals(NamedTuple):
     """What the backward of `linear_general` keeps: only what the caller holds anyway."""
 
-    params: nnx.State
+    params: Parameters
     x: jax.Array
     axes: Axes
     how: Arithmetic
 
 
 @custom_vjp
-def linear_general(params: nnx.State, x: jax.Array, axes: Axes, how: Arithmetic) -> jax.Array:
+def linear_general(params: Parameters, x: jax.Array, axes: Axes, how: Arithmetic) -> jax.Array:
     """Applies a linear map over several axes.
 
     Args:
@@ -84,7 +91,7 @@ def linear_general(params: nnx.State, x: jax.Array, axes: Axes, how: Arithmetic)
 
 
 def _fwd(
-    params: nnx.State, x: jax.Array, axes: Axes, how: Arithmetic
+    params: Parameters, x: jax.Array, axes: Axes, how: Arithmetic
 ) -> tuple[jax.Array, Residuals]:
     return linear_general(params, x, axes, how), Residuals(params, x, axes, how)
 
@@ -159,7 +166,7 @@ class LinearGeneral(nnx.LinearGeneral):
         if injected or not applies(inputs, params):
             return super().__call__(inputs, out_sharding)
         contracted = tuple(sorted(axis % inputs.ndim for axis in self.axis))
-        batch = tuple(sorted(axis % inputs.ndim for axis in self.batch_axis))
+        batch = tuple(sorted(int(axis) % inputs.ndim for axis in self.batch_axis))
         free = tuple(a for a in range(inputs.ndim) if a not in (*contracted, *batch))
         how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         return linear_general(params, inputs, Axes(contracted, batch, free), how)

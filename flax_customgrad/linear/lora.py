@@ -20,21 +20,21 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from flax_customgrad.contract import custom_vjp
-from flax_customgrad.linear.arithmetic import Arithmetic, applies, contract, parameters
+from flax_customgrad.linear.arithmetic import Arithmetic, Parameters, applies, contract, parameters
 from flax_customgrad.linear.linear import Linear
 
 
 class Residuals(NamedTuple):
     """What the backward of `lora` keeps: what the caller holds, and h of the rank's width."""
 
-    params: nnx.State
+    params: Parameters
     x: jax.Array
     h: jax.Array
     how: Arithmetic
 
 
 @custom_vjp
-def lora(params: nnx.State, x: jax.Array, how: Arithmetic) -> jax.Array:
+def lora(params: Parameters, x: jax.Array, how: Arithmetic) -> jax.Array:
     """Applies a linear map of low rank over the last axis.
 
     Args:
@@ -48,7 +48,7 @@ def lora(params: nnx.State, x: jax.Array, how: Arithmetic) -> jax.Array:
     return _fwd(params, x, how)[0]
 
 
-def _fwd(params: nnx.State, x: jax.Array, how: Arithmetic) -> tuple[jax.Array, Residuals]:
+def _fwd(params: Parameters, x: jax.Array, how: Arithmetic) -> tuple[jax.Array, Residuals]:
     x_, a, b = how.promote(x, params["lora_a"], params["lora_b"])
     h = x_ @ a
     return h @ b, Residuals(params, x, h, how)

@@ -18,7 +18,7 @@ from flax_customgrad.testing.problem import Gradient, Problem, weigh
 
 _BATCH = 2
 _DEVICES = 8
-_MODES = {
+_MODES: dict[str, dict[str, Any]] = {
     "graph and updates": {"graph": True, "graph_updates": True},
     "graph": {"graph": True, "graph_updates": False},
     "tree": {"graph": False, "graph_updates": False},

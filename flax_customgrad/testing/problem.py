@@ -18,7 +18,7 @@ from flax_customgrad.arguments import Packed, by_path, is_parameters, pack
 from flax_customgrad.autodiff import use_autodiff
 
 Arrays = Sequence[jax.Array]
-Gradient = tuple[jax.Array, ...]
+Gradient = tuple[Any, ...]
 
 
 @dataclass
