@@ -1,0 +1,51 @@
+"""The command line: `python -m flax_customgrad train | list | check`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from flax_customgrad.command import check, listing, train
+
+_COMMANDS = {"train": train, "list": listing, "check": check}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that complains in one line; `--help` shows the usage to whoever asks for it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the arguments; those of the process by default.
+
+    Returns:
+        The exit status: 0 if all is well, 1 if a command found a fault, 2 for bad arguments.
+    """
+    parser = _Parser(
+        prog="flax-customgrad",
+        description="Flax NNX layers that each carry a hand-written backward pass.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, command in _COMMANDS.items():
+        summary = (command.__doc__ or "").partition("\n")[0]
+        subparser = commands.add_parser(name, help=summary, description=summary)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

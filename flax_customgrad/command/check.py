@@ -1,0 +1,116 @@
+"""Proves the gradient of every layer, or of those named.
+
+Each example of a catalogue entry goes through `check_vjp`, and gets a line as soon as it is done.
+"""
+
+import argparse
+import os
+import time
+
+import jax
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from flax_customgrad import catalogue
+from flax_customgrad.testing import CHECKS, Report, check_vjp
+
+_DEVICES = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `check` to a parser."""
+    parser.add_argument(
+        "layers", nargs="*", type=_layer, metavar="NAME", help="a layer to check; all by default"
+    )
+    parser.add_argument(
+        "--only",
+        type=_checks,
+        default=CHECKS,
+        metavar="CHECKS",
+        help=f"the checks to run, separated by commas: {', '.join(CHECKS)}",
+    )
+    parser.add_argument("--details", action="store_true", help="print the table of each example")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Checks the examples and prints a line for each.
+
+    Returns:
+        The exit status: 1 if any comparison failed, else 0.
+    """
+    _ask_for_devices()
+    console = Console(highlight=False)
+    named = [catalogue.find(name) for name in dict.fromkeys(args.layers)]
+    entries = named or catalogue.entries()
+    examples = {
+        f"{entry.name}: {name}": make(entry.module)
+        for entry in entries
+        for name, make in entry.examples.items()
+    }
+    width = max(map(len, examples))
+    heading = f"{'':7}{'':{width}}  compared  skipped  error/allowed"
+    console.print(heading, style="dim", soft_wrap=True)
+    reports, start = [], time.perf_counter()
+    for label, example in examples.items():
+        began = time.perf_counter()
+        with console.status(f"checking {label}"):
+            report = check_vjp(*example, checks=args.only, raises=False)
+        report.name = label
+        reports.append(report)
+        console.print(_line(report, width, time.perf_counter() - began), soft_wrap=True)
+        for row in report.rows:
+            if row.status != "ok":
+                console.print(Padding(Text(f"{row.status}: {row}"), (0, 0, 0, 7), expand=False))
+        if args.details:
+            console.print(report)
+    failed = sum(len(report.failures) for report in reports)
+    console.print(
+        f"{len(examples)} examples: {sum(map(_compared, reports))} comparisons, {failed} failed, "
+        f"{sum(map(_skipped, reports))} skipped, in {time.perf_counter() - start:.0f} s"
+    )
+    return 1 if failed else 0
+
+
+def _line(report: Report, width: int, seconds: float) -> Text:
+    """The summary of one example, below the heading that `run` prints."""
+    shares = [r.error / r.tolerance for r in report.rows if r.error is not None and r.tolerance]
+    worst = f"{max(shares):.1e}" if shares else ""
+    return Text.assemble(
+        ("failed ", "bold red") if report.failures else ("ok     ", "green"),
+        f"{report.name:{width}}  {_compared(report):8}  {_skipped(report):7}",
+        f"  {worst:>13}  {seconds:5.1f} s",
+    )
+
+
+def _compared(report: Report) -> int:
+    return sum(row.error is not None or row.status == "failed" for row in report.rows)
+
+
+def _skipped(report: Report) -> int:
+    return sum(row.status == "skipped" for row in report.rows)
+
+
+def _ask_for_devices() -> None:
+    """Asks for 8 CPU devices, which a mesh needs; too late once JAX has a backend."""
+    flag = "--xla_force_host_platform_device_count"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if flag not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}={_DEVICES}".strip()
+    if not jax.config.jax_platforms:  # type: ignore[attr-defined]
+        jax.config.update("jax_platforms", "cpu")
+
+
+def _layer(name: str) -> str:
+    try:
+        return catalogue.find(name).name
+    except KeyError as unknown:
+        raise argparse.ArgumentTypeError(unknown.args[0]) from None
+
+
+def _checks(names: str) -> tuple[str, ...]:
+    chosen = tuple(name.strip() for name in names.split(","))
+    for name in chosen:
+        if name not in CHECKS:
+            raise argparse.ArgumentTypeError(f"no check {name!r}; there are {', '.join(CHECKS)}")
+    return chosen

@@ -1,0 +1,172 @@
+"""The comparison: two runs on the same batches from the same seed, and how far they are apart."""
+
+import math
+import statistics
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from flax import nnx
+
+import flax_customgrad
+from flax_customgrad.command.digits import data
+from flax_customgrad.command.digits.network import Network
+from flax_customgrad.command.digits.run import Run
+from flax_customgrad.model.convert import layers
+from flax_customgrad.testing.check_vjp import relative_error
+
+GRADIENT_TOLERANCE = 1e-4
+"""The relative difference allowed between two gradients at the first step."""
+
+_ACCURACY_TOLERANCE = 0.02
+_ROUNDS = 100
+
+Watch = Callable[[Run, Run], None]
+"""Called with the plain and the converted run after each step."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the network, before and after the conversion.
+
+    Attributes:
+        path: where it is, such as "dense_1".
+        plain: its class in the plain network.
+        converted: its class in the converted one.
+    """
+
+    path: str
+    plain: type
+    converted: type
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether its class has changed."""
+        return self.converted is not self.plain
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one run.
+
+    Attributes:
+        losses: the training loss of each step.
+        test_accuracy: from 0 to 1.
+        seconds: of steps timed after training; those of the two runs were taken in pairs.
+        residual_bytes: what is kept for the backward of the loss, parameters excluded.
+    """
+
+    losses: list[float]
+    test_accuracy: float
+    seconds: list[float]
+    residual_bytes: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A plain and a converted run.
+
+    Attributes:
+        steps: how many steps both were trained.
+        seed: the seed of both.
+        layers: the layers of the network, which itself is none.
+        gradients: largest difference of each parameter's gradient at the first step, relative to
+            its largest value in the plain run.
+        plain: the run of the layers of flax.nnx.
+        converted: the run of the converted layers.
+    """
+
+    steps: int
+    seed: int
+    layers: list[Layer]
+    gradients: dict[str, float]
+    plain: Outcome
+    converted: Outcome
+
+    @property
+    def worst_gradient(self) -> tuple[str, float]:
+        """The parameter whose gradients differ most, and by how much."""
+        return max(self.gradients.items(), key=lambda item: item[1])
+
+    @property
+    def speed(self) -> tuple[float, float, float]:
+        """How many times as fast a converted step is: lower quartile, median, upper quartile."""
+        pairs = zip(self.plain.seconds, self.converted.seconds, strict=True)
+        lower, median, upper = statistics.quantiles((p / c for p, c in pairs), n=4)
+        return lower, median, upper
+
+    def disagreements(self) -> list[str]:
+        """Why the two runs cannot pass for the same training; empty if they do."""
+        found = []
+        path, difference = self.worst_gradient
+        if difference > GRADIENT_TOLERANCE:
+            found.append(
+                f"the gradient of {path} differs by {difference:.1e} at the first step, "
+                f"{GRADIENT_TOLERANCE:.0e} is allowed"
+            )
+        apart = abs(self.plain.test_accuracy - self.converted.test_accuracy)
+        if apart > _ACCURACY_TOLERANCE:
+            found.append(
+                f"test accuracy differs by {100 * apart:.1f} points, "
+                f"{100 * _ACCURACY_TOLERANCE:.0f} are allowed"
+            )
+        for name, run in {"plain": self.plain, "converted": self.converted}.items():
+            if not all(map(math.isfinite, run.losses)):
+                found.append(f"the loss of the {name} run is not finite")
+        return found
+
+
+def compare(steps: int, seed: int, watching: AbstractContextManager[Watch]) -> Comparison:
+    """Trains both networks step by step, then measures them.
+
+    Args:
+        steps: how many steps, at least 1.
+        seed: of the split of the data, the parameters and the batches.
+        watching: a context that shows the training while it lasts.
+    """
+    train, test = data.load(seed)
+    network = Network(nnx.Rngs(seed))
+    classes = {path: type(layer) for (path, *_), layer in layers(network)}
+    plain = Run(network)
+    network = flax_customgrad.convert(Network(nnx.Rngs(seed)))
+    pairs = [
+        Layer(path, classes[path], type(layer)) for (path, *_), layer in layers(network) if path
+    ]
+    converted = Run(network)
+    # On a GPU, products of float32 are otherwise rounded to fewer bits, differently in each run.
+    with jax.default_matmul_precision("float32"):
+        gradients = {}
+        with watching as watch:
+            for batch in data.batches(train, steps, seed):
+                expected, got = plain.step(batch), converted.step(batch)
+                gradients = gradients or _differences(got, expected)
+                watch(plain, converted)
+        batch = next(data.batches(train, 1, seed))
+        seconds = _paired_seconds(plain, converted, batch)
+        outcomes = [
+            Outcome(run.losses, run.test_accuracy(test), times, run.residual_bytes(batch))
+            for run, times in zip((plain, converted), seconds, strict=True)
+        ]
+    return Comparison(steps, seed, pairs, gradients, *outcomes)
+
+
+def _differences(got: nnx.State, expected: nnx.State) -> dict[str, float]:
+    """The relative difference of each parameter's gradient, by path."""
+    return {
+        "/".join(map(str, path)): relative_error(np.asarray(g[...]), np.asarray(e[...]))
+        for (path, g), (_, e) in zip(
+            nnx.to_flat_state(got), nnx.to_flat_state(expected), strict=True
+        )
+    }
+
+
+def _paired_seconds(plain: Run, converted: Run, batch: data.Batch) -> tuple[list[float], ...]:
+    """Times steps of both in turn, so that whatever else the machine does slows both alike."""
+    pairs = []
+    for k in range(_ROUNDS):
+        first, second = (plain, converted) if k % 2 else (converted, plain)
+        taken = {run: run.seconds(batch) for run in (first, second)}
+        pairs.append((taken[plain], taken[converted]))
+    return tuple(map(list, zip(*pairs, strict=True)))

@@ -1,0 +1,43 @@
+"""The data: scikit-learn's handwritten digits, 1797 images of 8 by 8 pixels in ten classes."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+_BATCH = 64
+
+
+class Batch(NamedTuple):
+    """Images and what they show.
+
+    Attributes:
+        images: float32 of shape (n, 8, 8, 1), from 0 to 1.
+        labels: int32 of shape (n,), from 0 to 9.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def load(seed: int) -> tuple[Batch, Batch]:
+    """The images to train on, and a quarter of each class to test on."""
+    pixels, classes = load_digits(return_X_y=True)
+    images = (np.reshape(pixels, (-1, 8, 8, 1)) / 16).astype(np.float32)
+    labels = np.asarray(classes, np.int32)
+    rows = np.arange(len(labels))
+    kept, held_out = train_test_split(rows, test_size=0.25, stratify=labels, random_state=seed)
+    return Batch(images[kept], labels[kept]), Batch(images[held_out], labels[held_out])
+
+
+def batches(data: Batch, steps: int, seed: int) -> Iterator[Batch]:
+    """That many batches of 64, in a new order for each pass over the data."""
+    rng = np.random.default_rng(seed)
+    order = np.empty(0, np.int64)
+    for _ in range(steps):
+        if len(order) < _BATCH:
+            order = rng.permutation(len(data.labels))
+        chosen, order = order[:_BATCH], order[_BATCH:]
+        yield Batch(data.images[chosen], data.labels[chosen])

@@ -1,0 +1,94 @@
+"""Trains a network on handwritten digits, plainly and converted, and compares the two."""
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+_EXTRAS = ("sklearn", "matplotlib", "optax")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `train` to a parser."""
+    parser.add_argument(
+        "--steps", type=_steps, default=400, help="training steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=_seed,
+        default=0,
+        help="seed of the split, the parameters and the batches (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=_figure,
+        default="customgrad_train.png",
+        metavar="FILE.png",
+        help="where to save the figure (default: %(default)s)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="print only the final table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, prints the table and saves the figure.
+
+    Returns:
+        The exit status: 1 if the two runs disagree, 2 if a package is missing, else 0.
+    """
+    for extra in _EXTRAS:
+        try:
+            importlib.import_module(extra)
+        except ModuleNotFoundError as missing:
+            return _complain(
+                2, f'{missing.name} is not installed: pip install "flax-customgrad[train]"'
+            )
+    from flax_customgrad.command.digits import comparison, figure, progress, table
+
+    console = Console(highlight=False)
+    watching = progress.hidden() if args.quiet else progress.shown(console, args.steps)
+    found = comparison.compare(args.steps, args.seed, watching)
+    figure.save(found, args.out)
+    console.print(table.make(found, args.out))
+    disagreements = found.disagreements()
+    return _complain(1, f"the runs disagree: {'; '.join(disagreements)}") if disagreements else 0
+
+
+def _complain(status: int, reason: str) -> int:
+    print(f"flax-customgrad train: {reason}", file=sys.stderr)
+    return status
+
+
+def _steps(text: str) -> int:
+    steps = _whole(text)
+    if steps < 1:
+        raise argparse.ArgumentTypeError(f"there must be at least 1, got {steps}")
+    return steps
+
+
+def _seed(text: str) -> int:
+    seed = _whole(text)
+    # The largest that NumPy, JAX and scikit-learn all take.
+    if not 0 <= seed < 2**32:
+        raise argparse.ArgumentTypeError(f"a seed is from 0 to {2**32 - 1}, got {seed}")
+    return seed
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+
+
+def _figure(text: str) -> Path:
+    path = Path(text)
+    if path.suffix != ".png":
+        raise argparse.ArgumentTypeError(f"the figure is a .png file, got {text!r}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no directory {str(path.parent)!r}")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write to {text!r}")
+    return path
