@@ -6,21 +6,15 @@ the contract casts it once, to the dtype of the parameter. Autodiff rounds a wei
 compute dtype and sums a bias gradient in it; see https://github.com/jax-ml/jax/issues/34330.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-
-from flax_customgrad import autodiff
-
-Parameters = Mapping[str, jax.Array]
-"""An `nnx.State` of exactly the parameters that an operation differentiates, as bare arrays."""
 
 
 @dataclass(frozen=True)
@@ -113,19 +107,3 @@ def explicit_sharding(aval: Any, order: Sequence[int] | None = None) -> NamedSha
     if order is None:
         return sharding
     return NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec[axis] for axis in order)))
-
-
-def parameters(layer: nnx.Module, *names: str) -> Parameters:
-    """The values of a layer's parameters by name; one that the layer does without is left out."""
-    variables = {name: getattr(layer, name) for name in names}
-    return nnx.State({name: v[...] for name, v in variables.items() if v is not None})
-
-
-def applies(inputs: Any, params: Parameters) -> bool:
-    """Whether the hand-written backwards apply: real floating arrays, and no `use_autodiff`.
-
-    Integer inputs and complex numbers are left to autodiff, which knows JAX's conventions for them.
-    """
-    if autodiff.in_use() or not hasattr(inputs, "dtype"):
-        return False
-    return all(jnp.issubdtype(a.dtype, jnp.floating) for a in (inputs, *params.values()))

@@ -23,14 +23,12 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from flax_customgrad.contract import custom_vjp
+from flax_customgrad.drop_in import Parameters, applies, parameters
 from flax_customgrad.linear.arithmetic import (
     Arithmetic,
-    Parameters,
     accumulator,
-    applies,
     contract,
     explicit_sharding,
-    parameters,
     total,
 )
 

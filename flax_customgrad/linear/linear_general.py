@@ -23,14 +23,8 @@ from flax.nnx.nn import dtypes
 from jax import lax
 
 from flax_customgrad.contract import custom_vjp
-from flax_customgrad.linear.arithmetic import (
-    Arithmetic,
-    Parameters,
-    applies,
-    contract,
-    parameters,
-    total,
-)
+from flax_customgrad.drop_in import Parameters, applies, parameters
+from flax_customgrad.linear.arithmetic import Arithmetic, contract, total
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from flax_customgrad.contract import custom_vjp
-from flax_customgrad.linear.arithmetic import Arithmetic, Parameters, applies, contract, parameters
+from flax_customgrad.drop_in import Parameters, applies, become, parameters
+from flax_customgrad.linear.arithmetic import Arithmetic, contract
 from flax_customgrad.linear.linear import Linear
 
 
@@ -127,4 +128,4 @@ class LoRALinear(nnx.LoRALinear, Linear):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.lora.__class__ = LoRA
+        become(self.lora, LoRA)

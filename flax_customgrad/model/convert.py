@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from flax_customgrad import catalogue
+from flax_customgrad.drop_in import become
 
 M = TypeVar("M")
 
@@ -165,7 +166,7 @@ def _apply(rule: Rule, layer: nnx.Module) -> Any:
                 f"{rule.layer.__name__}; give it a class method from_layer(layer), or write a "
                 "function from the layer to a new one"
             )
-        layer.__class__ = to
+        become(layer, to)
         return layer
     if not callable(to):
         raise TypeError(f"the rule {rule}: expected a class or a function, got {to!r}")

@@ -1,0 +1,45 @@
+"""What the drop-ins share: layers that take the place of one of flax.nnx.
+
+A drop-in subclasses the layer of nnx and holds nothing more, so that one can become the other. Its
+`__call__` hands its parameters to an operation with a hand-written backward, where that applies,
+and otherwise calls nnx's own.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_customgrad import autodiff
+
+Parameters = Mapping[str, jax.Array]
+"""An `nnx.State` of exactly the parameters that an operation differentiates, as bare arrays."""
+
+
+def parameters(layer: nnx.Module, *names: str) -> Parameters:
+    """The values of a layer's parameters by name; one that the layer does without is left out."""
+    variables = {name: getattr(layer, name) for name in names}
+    return nnx.State({name: v[...] for name, v in variables.items() if v is not None})
+
+
+def applies(inputs: Any, params: Parameters) -> bool:
+    """Whether the hand-written backwards apply: real floating arrays, and no `use_autodiff`.
+
+    Integer inputs and complex numbers are left to autodiff, which knows JAX's conventions for them.
+    """
+    if autodiff.in_use() or not hasattr(inputs, "dtype"):
+        return False
+    return all(jnp.issubdtype(a.dtype, jnp.floating) for a in (inputs, *params.values()))
+
+
+def become(layer: nnx.Module, cls: type[nnx.Module]) -> None:
+    """Changes what a layer is, in place: its class, and nothing that it holds.
+
+    Args:
+        layer: a layer of nnx, or a drop-in.
+        cls: a class that holds the same attributes.
+    """
+    # Not `layer.__class__ = cls`: nnx would note `__class__` down as an attribute of the layer.
+    object.__setattr__(layer, "__class__", cls)

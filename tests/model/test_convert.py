@@ -1,0 +1,230 @@
+"""convert and revert: what changes, what stays, and what is said when nothing matched."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import flax_customgrad as fcg
+from flax_customgrad import catalogue
+
+
+class Model(nnx.Module):
+    """Layers in every container, shared, inside layers of nnx, and of other types."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(4, 4, rngs=rngs)
+        self.again = self.first
+        self.blocks = nnx.List([nnx.Linear(4, 4, rngs=rngs), self.first])
+        self.named = nnx.Dict({"a": nnx.Linear(4, 4, rngs=rngs)})
+        self.plain = nnx.data([nnx.Linear(4, 4, rngs=rngs)])
+        self.attention = nnx.MultiHeadAttention(2, 4, 4, decode=False, rngs=rngs)
+        self.lora = nnx.LoRALinear(4, 4, lora_rank=2, rngs=rngs)
+        self.norm = nnx.LayerNorm(4, rngs=rngs)
+        self.own = OwnLinear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        layers = [self.first, self.again, *self.blocks, self.named["a"], self.plain[0]]
+        for layer in [*layers, self.lora, self.norm, self.own]:
+            x = nnx.relu(layer(x)) + x
+        return self.attention(x)
+
+
+class OwnLinear(nnx.Linear):
+    """A user's subclass is another type."""
+
+
+@pytest.fixture
+def model():
+    return Model(nnx.Rngs(0))
+
+
+X = jax.random.normal(jax.random.key(0), (2, 3, 4))
+
+
+def loss(model):
+    return jnp.sum(model(X) ** 2)
+
+
+def linears(model):
+    return [model.first, *model.blocks, model.named["a"], model.plain[0]]
+
+
+def test_every_layer_that_has_a_drop_in_becomes_it_in_place(model):
+    before, first = nnx.state(model), model.first
+    expected, expected_grads = nnx.value_and_grad(loss)(model)
+    assert fcg.convert(model) is model
+    assert model.first is first
+    assert {type(layer) for layer in linears(model)} == {fcg.Linear}
+    assert type(model.lora) is fcg.LoRALinear
+    assert type(model.lora.lora) is fcg.LoRA
+    assert type(model.attention.query) is fcg.LinearGeneral
+    assert type(model.own) is OwnLinear
+    assert type(model.norm) in (nnx.LayerNorm, *catalogue.drop_ins().values())
+    after = nnx.state(model)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    assert all(a is b for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
+    got, grads = nnx.value_and_grad(loss)(model)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_shared_layers_stay_shared(model):
+    fcg.convert(model)
+    assert model.first is model.again is model.blocks[1]
+    fcg.convert(model, rules={fcg.Linear: Wrapped})
+    assert type(model.first) is Wrapped
+    assert model.first is model.again is model.blocks[1]
+
+
+def test_an_optimizer_made_before_goes_on(model):
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+    optimizer.update(model, nnx.grad(loss)(model))
+    fcg.convert(model)
+    before = loss(model)
+    for _ in range(3):
+        optimizer.update(model, nnx.grad(loss)(model))
+    assert loss(model) < before
+
+
+def test_a_second_conversion_changes_nothing_and_revert_undoes_it(model):
+    graphdef = nnx.graphdef(model)
+    converted = nnx.graphdef(fcg.convert(model))
+    assert converted != graphdef
+    assert nnx.graphdef(fcg.convert(model)) == converted
+    assert fcg.revert(model) is model
+    assert nnx.graphdef(model) == graphdef
+
+
+def test_a_layer_alone_a_list_of_models_and_none_to_convert():
+    layer = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    assert type(fcg.convert(layer)) is fcg.Linear
+    layers = [nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Linear(2, 2, rngs=nnx.Rngs(0))]
+    assert {type(layer) for layer in fcg.convert(layers)} == {fcg.Linear}
+    own = OwnLinear(2, 2, rngs=nnx.Rngs(0))
+    assert type(fcg.convert(own)) is OwnLinear
+    with pytest.raises(TypeError, match="expected a Module or a tree of Modules, got int"):
+        fcg.convert(3)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_both_modes_of_nnx(graph):
+    with nnx.set_graph_mode(graph):
+        model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.relu)
+        assert type(fcg.convert(model).layers[0]) is fcg.Linear
+        assert type(fcg.revert(model).layers[0]) is nnx.Linear
+
+
+# where
+
+
+def test_where_narrows_by_path_or_predicate(model):
+    fcg.convert(model, where=r"blocks/\d+|named/.*")
+    # The second block is the first layer, which is found under each of its paths.
+    assert [type(layer) for layer in linears(model)] == [
+        fcg.Linear,
+        fcg.Linear,
+        fcg.Linear,
+        fcg.Linear,
+        nnx.Linear,
+    ]
+    fcg.convert(model, where=lambda path, layer: path.startswith("plain") and layer.use_bias)
+    assert type(model.plain[0]) is fcg.Linear
+    fcg.revert(model, where="again")
+    assert [type(layer) for layer in linears(model)] == [
+        nnx.Linear,
+        fcg.Linear,
+        nnx.Linear,
+        fcg.Linear,
+        fcg.Linear,
+    ]
+
+
+def test_where_that_matches_nothing_names_itself_and_the_paths(model):
+    with pytest.raises(ValueError, match=r"where='block' matched no layer.*blocks/0: Linear"):
+        fcg.convert(model, where="block")
+
+    def never(path, layer):
+        return False
+
+    with pytest.raises(ValueError, match="where=never matched no layer"):
+        fcg.revert(model, where=never)
+
+
+# rules
+
+
+class Wrapped(nnx.Module):
+    """A layer that holds another."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    @classmethod
+    def from_layer(cls, layer):
+        return cls(layer)
+
+    def __call__(self, x):
+        return self.layer(x)
+
+
+def test_a_rule_builds_a_new_layer(model):
+    expected = loss(model)
+    old = model.first
+    fcg.convert(model, rules={nnx.Linear: Wrapped})
+    assert {type(layer) for layer in linears(model)} == {Wrapped}
+    assert model.first.layer is old
+    assert type(model.lora) is nnx.LoRALinear
+    np.testing.assert_allclose(loss(model), expected, rtol=1e-6)
+
+
+def test_the_first_rule_that_matches_wins(model):
+    rules = [
+        fcg.Rule(nnx.Linear, Wrapped, where="blocks/0"),
+        fcg.Rule(nnx.Linear, lambda layer: Wrapped(Wrapped(layer)), where="plain/.*"),
+        fcg.Rule(nnx.Linear, fcg.Linear),
+    ]
+    fcg.convert(model, rules=rules)
+    assert [type(layer) for layer in linears(model)] == [
+        fcg.Linear,
+        Wrapped,
+        fcg.Linear,
+        fcg.Linear,
+        Wrapped,
+    ]
+    assert type(model.plain[0].layer) is Wrapped
+
+
+def test_a_rule_for_the_model_itself_returns_a_new_object():
+    layer = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    assert type(fcg.convert(layer, rules={nnx.Linear: Wrapped})) is Wrapped
+
+
+def test_a_rule_that_matched_nothing_names_itself(model):
+    with pytest.raises(ValueError, match="the rule Conv -> Wrapped matched no layer"):
+        fcg.convert(model, rules={nnx.Linear: fcg.Linear, nnx.Conv: Wrapped})
+    shadowed = [fcg.Rule(nnx.LayerNorm, Wrapped), fcg.Rule(nnx.LayerNorm, Wrapped, where="norm")]
+    with pytest.raises(ValueError, match="the rule LayerNorm -> Wrapped where 'norm' matched"):
+        fcg.convert(Model(nnx.Rngs(0)), rules=shadowed)
+
+
+def test_a_rule_whose_target_cannot_take_the_layer(model):
+    with pytest.raises(TypeError, match="Conv has no `from_layer` and is no subclass of Linear"):
+        fcg.convert(model, rules={nnx.Linear: nnx.Conv})
+    with pytest.raises(TypeError, match="returned None for a layer; return the new layer"):
+        fcg.convert(model, rules={nnx.Linear: lambda layer: None})
+    with pytest.raises(TypeError, match="expected a class or a function, got 3"):
+        fcg.convert(model, rules={nnx.Linear: 3})
+
+
+def test_a_layer_in_a_tuple_cannot_be_replaced_but_converted():
+    class Held(nnx.Module):
+        def __init__(self):
+            self.pair = nnx.data((nnx.Linear(2, 2, rngs=nnx.Rngs(0)),))
+
+    assert type(fcg.convert(Held()).pair[0]) is fcg.Linear
+    with pytest.raises(TypeError, match=r"held in a tuple.*hold it in an nnx.List"):
+        fcg.convert(Held(), rules={nnx.Linear: Wrapped})

@@ -1,0 +1,244 @@
+"""check_vjp catches planted mistakes, and says where; and lets right gradients pass."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+import flax_customgrad as fcg
+from flax_customgrad.testing import CHECKS, GradientError, check_vjp
+from flax_customgrad.testing.check_vjp import relative_error
+
+QUICK = ["autodiff", "finite_differences"]
+X = jax.random.normal(jax.random.key(0), (8, 3))
+
+
+def square(params, x):
+    """A square kernel, so that a transposed gradient has the right shape."""
+    return x @ params["kernel"] + params["bias"]
+
+
+PARAMS = {"kernel": jax.random.normal(jax.random.key(1), (3, 3)), "bias": jnp.ones(3)}
+
+
+def right(res, g):
+    params, x = res
+    return {"kernel": x.T @ g, "bias": g.sum(0)}, g @ params["kernel"].T
+
+
+def with_backward(bwd, fun=square, decorate=fcg.custom_vjp):
+    op = decorate(fun)
+    op.defvjp(lambda *args: (fun(*args), args), bwd)
+    return op
+
+
+def planted(**wrong):
+    """A backward that is right but for the entries given, each a function of (res, g, right)."""
+
+    def bwd(res, g):
+        grads, dx = right(res, g)
+        for name in wrong:
+            if name == "x":
+                dx = wrong[name](res, g, dx)
+            else:
+                grads[name] = wrong[name](res, g, grads[name])
+        return grads, dx
+
+    return bwd
+
+
+MISTAKES = {
+    "transposed weight gradient": ("params.kernel", planted(kernel=lambda res, g, d: d.T)),
+    "transposed weight": ("x", planted(x=lambda res, g, d: g @ res[0]["kernel"])),
+    "dropped sum over the batch": ("params.bias", planted(bias=lambda res, g, d: g[0])),
+    "dropped rows": ("params.kernel", planted(kernel=lambda res, g, d: res[1][:4].T @ g[:4])),
+    "doubled bias": ("params.bias", planted(bias=lambda res, g, d: 2 * d)),
+    "mean for sum": ("params.bias", planted(bias=lambda res, g, d: g.mean(0))),
+    "zero": ("x", planted(x=lambda res, g, d: None)),
+    "sign": ("x", planted(x=lambda res, g, d: -d)),
+    "computed in bfloat16": (
+        "params.kernel",
+        planted(kernel=lambda res, g, d: d.astype(jnp.bfloat16).astype(d.dtype)),
+    ),
+    "computed in float32": (
+        "params.kernel",
+        planted(kernel=lambda res, g, d: d.astype(jnp.float32).astype(d.dtype)),
+    ),
+}
+
+
+@pytest.mark.parametrize("check", QUICK)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_is_caught_and_located(mistake, check):
+    argument, bwd = MISTAKES[mistake]
+    if (mistake, check) == ("computed in float32", "finite_differences"):
+        return  # slopes have too few digits to see this one
+    with pytest.raises(GradientError, match=rf"{check}, .*{argument}: off by") as caught:
+        check_vjp(with_backward(bwd), PARAMS, X, checks=[check])
+    wrong = {row.argument for row in caught.value.report.failures}
+    assert wrong == {argument}
+
+
+def test_a_missing_mean_is_caught():
+    """The classic of normalization: a backward that forgets that the mean depends on x too."""
+
+    def centred(x):
+        return x - x.mean(-1, keepdims=True)
+
+    wrong = with_backward(lambda res, g: (g,), fun=centred)
+    with pytest.raises(GradientError, match="autodiff, gradient, x: off by"):
+        check_vjp(wrong, X, checks=QUICK)
+    good = with_backward(lambda res, g: (g - g.mean(-1, keepdims=True),), fun=centred)
+    assert not check_vjp(good, X, checks=QUICK).failures
+
+
+def right_on_every_mesh(res, g):
+    params, x = res
+    sharding = jax.typeof(params["kernel"]).sharding
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    dkernel = jnp.einsum("bi,bo->io", x, g, out_sharding=sharding if explicit else None)
+    return {"kernel": dkernel, "bias": g.sum(0)}, g @ params["kernel"].T
+
+
+def test_a_right_gradient_passes_everything_and_a_layer_is_called():
+    report = check_vjp(with_backward(right_on_every_mesh), PARAMS, X)
+    assert {row.check for row in report.rows} == set(CHECKS) - {"modes"}
+    assert not [row for row in report.rows if row.status == "skipped"]
+    report = check_vjp(fcg.Linear(3, 4, rngs=nnx.Rngs(0)), X, checks=["modes"])
+    assert {row.argument for row in report.rows} == {"kernel", "bias"}
+    assert len({row.case for row in report.rows}) == 12
+
+
+def test_a_weight_gradient_that_shard_map_must_sum():
+    bare = with_backward(right, decorate=jax.custom_vjp)
+    with pytest.raises(GradientError, match="shard_map, check_vma=True: raised"):
+        check_vjp(bare, PARAMS, X, reference=square, checks=["shard_map"])
+
+
+def test_a_product_whose_sharding_nobody_said():
+    with pytest.raises(GradientError, match="mesh, Explicit axes: raised ShardingTypeError"):
+        check_vjp(with_backward(right), PARAMS, X, checks=["mesh"])
+
+
+def test_a_forward_that_calls_the_decorated_function():
+    op = jax.custom_vjp(square)
+    op.defvjp(lambda params, x: (op(params, x), (params, x)), right)
+    with pytest.raises(GradientError, match=r"second_order, jvp of grad: raised"):
+        check_vjp(op, PARAMS, X, reference=square, checks=["second_order"])
+
+
+def test_a_dtype_that_is_too_narrow_is_caught_by_dtypes():
+    def in_bfloat16(res, g):
+        params, x = (jax.tree.map(lambda a: a.astype(jnp.bfloat16), part) for part in res)
+        grads, dx = right((params, x), g.astype(jnp.bfloat16))
+        return jax.tree.map(lambda a, b: a.astype(b.dtype), (grads, dx), tuple(res))
+
+    with pytest.raises(GradientError, match="dtypes, float32"):
+        check_vjp(with_backward(in_bfloat16), PARAMS, X, checks=["dtypes"])
+
+
+@pytest.mark.parametrize("decorate", [jax.custom_vjp, nnx.custom_vjp], ids=["jax", "nnx"])
+def test_the_custom_gradients_of_others(decorate):
+    if decorate is nnx.custom_vjp:
+        decorate = lambda f: nnx.custom_vjp(f, graph=False)  # noqa: E731
+    good = with_backward(right, decorate=decorate)
+    checks = ["autodiff", "finite_differences", "jit", "vmap", "scan", "remat", "dtypes"]
+    assert not check_vjp(good, PARAMS, X, reference=square, checks=checks).failures
+    wrong = with_backward(MISTAKES["doubled bias"][1], decorate=decorate)
+    with pytest.raises(GradientError, match=r"params\.bias"):
+        check_vjp(wrong, PARAMS, X, reference=square, checks=["autodiff"])
+
+
+def test_a_surrogate_is_compared_with_its_formula():
+    def step(x):
+        return jnp.where(x > 0, 1.0, 0.0)
+
+    def window(x, g):
+        return (jnp.where(jnp.abs(x) <= 1, g, 0.0),)
+
+    op = with_backward(lambda res, g: window(*res, g), fun=step)
+    checks = [c for c in CHECKS if c != "second_order"]
+    report = check_vjp(op, X, formula=window, checks=checks)
+    assert "finite_differences" not in {row.check for row in report.rows}
+    identity = with_backward(lambda res, g: (g,), fun=step)
+    with pytest.raises(GradientError, match="autodiff, gradient, x"):
+        check_vjp(identity, X, formula=window, checks=["autodiff"])
+
+
+def test_a_wrong_value_is_caught():
+    op = fcg.custom_vjp(square)
+    op.defvjp(lambda p, x: (2 * square(p, x), (p, x)), right)
+    with pytest.raises(GradientError, match="autodiff"):
+        check_vjp(op, PARAMS, X, reference=lambda p, x: 2 * square(p, x), checks=["autodiff"])
+
+
+def test_an_error_in_the_backward_is_a_failure_that_quotes_it():
+    op = with_backward(lambda res, g: ({"kernel": g}, None))
+    with pytest.raises(GradientError, match=r"jit: raised CotangentError: .* misses the parameter"):
+        check_vjp(op, PARAMS, X, checks=["jit"])
+    report = check_vjp(op, PARAMS, X, checks=["jit"], raises=False)
+    assert len(report.failures) == 1
+
+
+def test_a_reference_that_fails_is_a_skip_that_says_so():
+    def reference(params, x):
+        raise ValueError("not here")
+
+    report = check_vjp(with_backward(right), PARAMS, X, reference=reference, checks=["jit"])
+    assert [row.status for row in report.rows] == ["skipped"]
+    assert "the reference fails as well: not here" in str(report)
+
+
+def test_statistics_counters_and_random_state_are_left_alone():
+    class Noisy(nnx.Module):
+        def __init__(self):
+            self.scale = nnx.Param(jnp.ones(3))
+            self.mean = nnx.BatchStat(jnp.ones(3))
+            self.rngs = nnx.Rngs(0)
+
+        def __call__(self, x):
+            return x * self.scale + self.mean
+
+    report = check_vjp(Noisy(), X, checks=["autodiff", "jit", "vmap", "scan", "remat"])
+    assert {row.argument for row in report.rows if row.case != "value"} == {"scale", "x"}
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match=r"unknown checks \['jti'\]; there are autodiff,"):
+        check_vjp(square, PARAMS, X, checks=["jti"])
+    with pytest.raises(ValueError, match="a reference or a formula, not both"):
+        check_vjp(square, PARAMS, X, reference=square, formula=lambda *a: ())
+
+
+def test_the_table_shows_every_check_and_the_worst_argument():
+    report = check_vjp(
+        with_backward(MISTAKES["doubled bias"][1]),
+        PARAMS,
+        X,
+        checks=[*QUICK, "residuals"],
+        raises=False,
+    )
+    text = str(report)
+    assert "gradient of square" in text
+    assert "finite_differences" in text
+    assert "params.bias" in text
+    assert "failed" in text
+    assert "autodiff" in text
+
+
+def test_relative_error():
+    inf, nan = float("inf"), float("nan")
+    as_array = jnp.asarray
+    cases = [
+        ([1.0, 2.0], [1.0, 2.0], 0.0),
+        ([1.0, 3.0], [1.0, 2.0], 0.5),
+        ([1e-9, 0.0], [0.0, 0.0], 1e-9),
+        ([nan, 1.0], [nan, 1.0], 0.0),
+        ([nan, 1.0], [0.0, 1.0], inf),
+        ([inf, 1.0], [inf, 1.0], 0.0),
+        ([inf, 1.0], [-inf, 1.0], inf),
+        ([], [], 0.0),
+    ]
+    for got, expected, error in cases:
+        assert relative_error(as_array(got), as_array(expected)) == pytest.approx(error)

@@ -1,0 +1,30 @@
+"""The gradient of every layer of the catalogue, under every transform."""
+
+import pytest
+
+from flax_customgrad import catalogue
+from flax_customgrad.testing import CHECKS, check_vjp
+
+EXAMPLES = [
+    pytest.param(entry, make, id=f"{entry.name}, {name}")
+    for entry in catalogue.entries()
+    for name, make in entry.examples.items()
+]
+
+# What JAX itself cannot do here, and so is skipped: an Explicit mesh asks jnp.take for a sharding
+# that it does not take, and axis 0 of that product is a batch axis of the kernel.
+CANNOT = {
+    ("Embed", "mesh", "Explicit axes"),
+    ("LinearGeneral", "shard_map", "check_vma=True"),
+    ("LinearGeneral", "shard_map", "check_vma=False"),
+    ("LinearGeneral", "mesh", "Explicit axes"),
+}
+
+
+@pytest.mark.parametrize(("entry", "make"), EXAMPLES)
+def test_gradient(entry, make):
+    report = check_vjp(*make(entry.module))
+    assert {row.check for row in report.rows} == set(CHECKS)
+    skipped = {(entry.name, r.check, r.case) for r in report.rows if r.status == "skipped"}
+    assert skipped <= CANNOT, report
+    assert report.residual_bytes <= report.reference_residual_bytes
