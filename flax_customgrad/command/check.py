@@ -79,7 +79,7 @@ def _line(report: Report, width: int, seconds: float) -> Text:
     return Text.assemble(
         ("failed ", "bold red") if report.failures else ("ok     ", "green"),
         f"{report.name:{width}}  {_compared(report):8}  {_skipped(report):7}",
-        f"  {worst:>13}  {seconds:5.1f} s",
+        f"  {worst:>13}  {seconds:4.1f} s",
     )
 
 

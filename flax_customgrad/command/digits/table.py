@@ -24,8 +24,8 @@ def make(found: Comparison, figure: Path) -> Table:
         pad_edge=False,
     )
     table.add_column("", no_wrap=True)
-    table.add_column("plain nnx", justify="right")
-    table.add_column("converted", justify="right")
+    table.add_column("plain nnx", justify="right", overflow="fold")
+    table.add_column("converted", justify="right", overflow="fold")
     table.add_column("compared")
     for row in _measures(found):
         table.add_row(*row)
