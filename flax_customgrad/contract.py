@@ -28,6 +28,11 @@ from flax import nnx
 from flax_customgrad import autodiff, cotangents, writes
 from flax_customgrad.arguments import Packed, Static, pack
 
+_FORWARD_MODE = (
+    "a hand-written backward has no forward mode; inside `with flax_customgrad.use_autodiff():` "
+    "JAX differentiates the function itself"
+)
+
 
 @overload
 def custom_vjp(fun: Callable[..., Any]) -> "CustomVJP": ...
@@ -142,7 +147,12 @@ class CustomVJP:
             # once more would put it into second derivatives twice.
             return self.fun(*args)
         arrays, call = pack(args, f"an argument of {self._name}")
-        out, written = self._binding(Static(call), *arrays)
+        try:
+            out, written = self._binding(Static(call), *arrays)
+        except TypeError as error:
+            if "forward-mode" in str(error) and not self.surrogate:
+                error.add_note(f"{_FORWARD_MODE}: this is `{self._name}`")
+            raise
         for module, updates in zip(writes.modules(args) if written else (), written, strict=True):
             writes.apply(module, updates)
         return out

@@ -270,7 +270,7 @@ def _shape_hint(came: tuple[int, ...], expected: tuple[int, ...]) -> str:
     if extra > 0 and came[extra:] == expected:
         axes = ", ".join(map(str, range(extra)))
         return (
-            ". What all examples share sums their gradients: sum over the leading axes, write "
+            ". What all examples share has the sum of their gradients: sum over the leading axes, "
             f".sum(axis=({axes},))"
         )
     return ""

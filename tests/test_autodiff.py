@@ -63,7 +63,8 @@ def test_a_converted_model_in_forward_mode():
         nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.tanh, nnx.Linear(4, 2, rngs=nnx.Rngs(1))
     )
     model, x = fcg.convert(made()), jnp.ones(3)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="forward-mode") as caught:
         jax.jacfwd(model)(x)
+    assert "use_autodiff" in caught.value.__notes__[0]
     with fcg.use_autodiff():
         np.testing.assert_array_equal(jax.jacfwd(model)(x), jax.jacfwd(made())(x))

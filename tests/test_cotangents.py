@@ -53,7 +53,7 @@ def test_a_forgotten_sum_over_the_batch(told):
 
     message = told(unsummed)
     assert "path 'bias', is float32[5,2]; expected float32[2]" in message
-    assert "write .sum(axis=(0,))" in message
+    assert "sum over the leading axes, .sum(axis=(0,))" in message
 
 
 def test_a_wrong_shape_for_an_array(told):

@@ -34,9 +34,9 @@ from flax_customgrad.linear.arithmetic import (
 
 
 class LookupResiduals(NamedTuple):
-    """What the backward of `lookup` keeps: the ids, and the type of the table."""
+    """What the backward of `lookup` keeps: the ids (none for one row), and the table's type."""
 
-    ids: jax.Array
+    ids: jax.Array | None
     table: Any
 
 
@@ -68,7 +68,8 @@ def lookup(params: Parameters, ids: jax.Array, how: Arithmetic) -> jax.Array:
 def _lookup_fwd(
     params: Parameters, ids: jax.Array, how: Arithmetic
 ) -> tuple[jax.Array, LookupResiduals]:
-    return lookup(params, ids, how), LookupResiduals(ids, jax.typeof(params["embedding"]))
+    table = jax.typeof(params["embedding"])
+    return lookup(params, ids, how), LookupResiduals(None if table.shape[0] == 1 else ids, table)
 
 
 def _lookup_bwd(res: LookupResiduals, g: jax.Array) -> tuple[nnx.State, None, None]:

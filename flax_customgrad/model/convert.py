@@ -40,7 +40,7 @@ class Rule:
 
     def __str__(self) -> str:
         narrowed = "" if self.where is None else f" where {_shown(self.where)}"
-        return f"{self.layer.__name__} -> {getattr(self.to, '__name__', self.to)}{narrowed}"
+        return f"{_named(self.layer)} -> {_named(self.to)}{narrowed}"
 
 
 def convert(
@@ -128,30 +128,34 @@ def _drop_in_rules() -> list[Rule]:
 
 
 def _replace(model: Any, rules: Sequence[Rule], where: Where | None, must_match: bool) -> Any:
-    used: set[Rule] = set()
-    replaced: dict[int, Any] = {}
-    chosen = [(paths, layer) for paths, layer in layers(model) if _selects(where, paths, layer)]
-    if where is not None and not chosen:
+    found = [(paths, layer) for paths, layer in layers(model) if _selects(where, paths, layer)]
+    known = {kind for rule in rules for kind in (rule.layer, rule.to)}
+    if where is not None and not any(type(layer) in known for _, layer in found):
         raise ValueError(
-            f"where={_shown(where)} matched no layer; a regular expression must match the whole "
-            f"path. There are {_paths(model)}"
+            f"where={_shown(where)} matched no layer that there is a rule for; a regular "
+            f"expression must match the whole path. There are {_listed(layers(model))}"
         )
-    for paths, layer in chosen:
-        for rule in rules:
-            if type(layer) is rule.layer and _selects(rule.where, paths, layer):
-                used.add(rule)
-                new = _apply(rule, layer)
-                if new is not layer:
-                    replaced[id(layer)] = new
-                break
+    # Every rule is matched before the first layer changes: an error leaves the model as it was.
+    plan = [(rule, layer) for paths, layer in found if (rule := _first(rules, paths, layer))]
     if must_match:
         for rule in rules:
-            if rule not in used:
+            if rule not in {used for used, _ in plan}:
                 raise ValueError(
-                    f"the rule {rule} matched no layer that an earlier rule had not taken; types "
-                    f"match exactly. There are {_paths(model)}"
+                    f"the rule {rule} matched no layer. Types match exactly, and the first rule "
+                    f"that matches wins. There are {_listed(layers(model))}"
                 )
+    replaced = {}
+    for rule, layer in plan:
+        new = _apply(rule, layer)
+        if new is not layer:
+            replaced[id(layer)] = new
     return _rewire(model, replaced) if replaced else model
+
+
+def _first(rules: Sequence[Rule], paths: tuple[str, ...], layer: nnx.Module) -> Rule | None:
+    """The first rule that matches a layer."""
+    matching = (r for r in rules if type(layer) is r.layer and _selects(r.where, paths, layer))
+    return next(matching, None)
 
 
 def _apply(rule: Rule, layer: nnx.Module) -> Any:
@@ -214,12 +218,18 @@ def _selects(where: Where | None, paths: tuple[str, ...], layer: nnx.Module) -> 
     return any(where(path, layer) for path in paths)
 
 
+def _named(target: Any) -> str:
+    """A class or function with the package it is from, which tells nnx.Linear from ours."""
+    package = getattr(target, "__module__", "").partition(".")[0]
+    return f"{package}.{getattr(target, '__name__', target)}"
+
+
 def _shown(where: Where) -> str:
     if isinstance(where, re.Pattern):
         return repr(where.pattern)
     return repr(where) if isinstance(where, str) else getattr(where, "__name__", repr(where))
 
 
-def _paths(model: Any) -> str:
-    found = [f"{p or '(the model)'}: {type(layer).__name__}" for (p, *_), layer in layers(model)]
-    return ", ".join(found[:40]) + (f" and {len(found) - 40} more" if len(found) > 40 else "")
+def _listed(found: Sequence[tuple[tuple[str, ...], nnx.Module]]) -> str:
+    shown = [f"{paths[0] or '(the model)'}: {_named(type(layer))}" for paths, layer in found[:40]]
+    return ", ".join(shown) + (f" and {len(found) - 40} more" if len(found) > 40 else "")

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +54,7 @@ def autodiff(p: Problem) -> Iterator[Comparison]:
         lambda: tuple(jax.tree.leaves(p.apply(p.fn)(*p.arrays))),
         lambda: tuple(jax.tree.leaves(p.apply(p.reference)(*p.arrays))),
     )
-    yield Comparison("gradient", lambda: p.gradient(p.fn)(*p.arrays), lambda: _plain(p))
+    yield Comparison("gradient", lambda: p.gradient(p.fn)(*p.arrays), lambda: p.expected)
 
 
 def finite_differences(p: Problem) -> Iterator[Comparison]:
@@ -81,7 +82,7 @@ def finite_differences(p: Problem) -> Iterator[Comparison]:
 
 def jit(p: Problem) -> Iterator[Comparison]:
     """Under jax.jit."""
-    yield Comparison("", lambda: jax.jit(p.gradient(p.fn))(*p.arrays), lambda: _plain(p))
+    yield Comparison("", lambda: jax.jit(p.gradient(p.fn))(*p.arrays), lambda: p.expected)
 
 
 def vmap(p: Problem) -> Iterator[Comparison]:
@@ -132,7 +133,7 @@ def scan(p: Problem) -> Iterator[Comparison]:
 def remat(p: Problem) -> Iterator[Comparison]:
     """Under jax.checkpoint."""
     again = jax.grad(jax.checkpoint(p.objective(p.fn)), p.differentiable)
-    yield Comparison("", lambda: jax.jit(again)(*p.arrays), lambda: _plain(p))
+    yield Comparison("", lambda: jax.jit(again)(*p.arrays), lambda: p.expected)
 
 
 def second_order(p: Problem) -> Iterator[Comparison]:
@@ -178,7 +179,7 @@ def modes(p: Problem) -> Iterator[Comparison]:
 
     def expected(times: int) -> Callable[[], Gradient]:
         own = [k for k, i in enumerate(p.differentiable) if i in p.owned_by_first]
-        return lambda: tuple(times * _plain(p)[k] for k in own)
+        return lambda: tuple(times * p.expected[k] for k in own)
 
     axes = (None, *(0 for _ in arrays))
     for mode_name, mode in _MODES.items():
@@ -207,7 +208,7 @@ def mesh(p: Problem) -> Iterator[Comparison]:
         yield Comparison(
             f"{axis_type.name} axes",
             lambda t=axis_type: _on_mesh(p, p.fn, t),
-            lambda: _plain(p),
+            lambda: p.expected,
             needs=lambda t=axis_type: _on_mesh(p, p.reference, t),
         )
 
@@ -227,17 +228,13 @@ def _summed(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return lambda *args: jnp.sum(fn(*args))
 
 
-def _plain(p: Problem) -> Gradient:
-    return jax.jit(p.gradient(p.reference))(*p.arrays)
-
-
 def _differentiable(p: Problem) -> tuple[jax.Array, ...]:
     return tuple(p.arrays[i] for i in p.differentiable)
 
 
 def _each(p: Problem, arrays: list[jax.Array], batched: Sequence[int]) -> list[Gradient]:
     """The reference's gradient of each example of a batch."""
-    gradient = jax.jit(p.gradient(p.reference))
+    gradient = p.expected_gradient
     size = len(arrays[batched[0]])
     return [
         gradient(*(a[k] if i in batched else a for i, a in enumerate(arrays))) for k in range(size)
@@ -285,7 +282,8 @@ def _in_shard_map(p: Problem, fn: Callable[..., Any], check_vma: bool) -> Gradie
 def _each_shard(p: Problem) -> Gradient:
     split = _split_inputs(p)
     shards = [
-        a.reshape(_DEVICES, -1, *a.shape[1:]) if i in split else a for i, a in enumerate(p.arrays)
+        einops.rearrange(a, "(device b) ... -> device b ...", device=_DEVICES) if i in split else a
+        for i, a in enumerate(p.arrays)
     ]
     return _joined(p, _each(p, shards, split), split, jnp.concatenate)
 

@@ -5,6 +5,7 @@ compared is the gradient of one number, a weighted sum of sines of the output: i
 derivatives vanish for no argument, and the weights leave no sum over the batch to chance.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,16 @@ class Problem:
     def gradient(self, fn: Callable[..., Any]) -> Callable[..., Gradient]:
         """The gradient of `objective`, as a function of the arrays."""
         return jax.grad(self.objective(fn), argnums=self.differentiable)
+
+    @functools.cached_property
+    def expected_gradient(self) -> Callable[..., Gradient]:
+        """The gradient of the reference, compiled once for all checks."""
+        return jax.jit(self.gradient(self.reference))
+
+    @functools.cached_property
+    def expected(self) -> Gradient:
+        """The gradient of the reference for the arrays themselves."""
+        return self.expected_gradient(*self.arrays)
 
     def batch(self, size: int, positions: Sequence[int], seed: int) -> list[jax.Array]:
         """The arrays, with those at `positions` stacked `size` times with different values."""

@@ -47,8 +47,9 @@ class GradientError(AssertionError):
 
     def __init__(self, report: "Report"):
         self.report = report
-        lines = [f"the gradient of {report.name} failed {len(report.failures)} comparisons:"]
-        super().__init__("\n  ".join([*lines, *map(str, report.failures)]))
+        n = len(report.failures)
+        title = f"the gradient of {report.name} failed {n} comparison{'s' * (n != 1)}:"
+        super().__init__("\n  ".join([title, *map(str, report.failures)]))
 
 
 @dataclass
@@ -87,9 +88,10 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120)
-        console.print(self)
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        # In a notebook rich would display the table rather than write it.
+        text = io.StringIO()
+        Console(file=text, width=120, force_jupyter=False).print(self)
+        return text.getvalue()
 
     def _worst(self) -> list[Row]:
         def badness(row: Row) -> tuple[bool, float]:

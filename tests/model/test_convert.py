@@ -144,7 +144,7 @@ def test_where_narrows_by_path_or_predicate(model):
 
 
 def test_where_that_matches_nothing_names_itself_and_the_paths(model):
-    with pytest.raises(ValueError, match=r"where='block' matched no layer.*blocks/0: Linear"):
+    with pytest.raises(ValueError, match=r"where='block' matched no layer.*blocks/0: flax.Linear"):
         fcg.convert(model, where="block")
 
     def never(path, layer):
@@ -204,11 +204,28 @@ def test_a_rule_for_the_model_itself_returns_a_new_object():
 
 
 def test_a_rule_that_matched_nothing_names_itself(model):
-    with pytest.raises(ValueError, match="the rule Conv -> Wrapped matched no layer"):
+    with pytest.raises(ValueError, match=r"the rule flax.Conv -> \w+.Wrapped matched no layer"):
         fcg.convert(model, rules={nnx.Linear: fcg.Linear, nnx.Conv: Wrapped})
     shadowed = [fcg.Rule(nnx.LayerNorm, Wrapped), fcg.Rule(nnx.LayerNorm, Wrapped, where="norm")]
-    with pytest.raises(ValueError, match="the rule LayerNorm -> Wrapped where 'norm' matched"):
+    with pytest.raises(
+        ValueError, match=r"flax.LayerNorm -> \w+.Wrapped where 'norm' matched"
+    ):
         fcg.convert(Model(nnx.Rngs(0)), rules=shadowed)
+
+
+def test_an_error_leaves_the_model_as_it_was(model):
+    graphdef = nnx.graphdef(model)
+    with pytest.raises(ValueError, match=r"flax.Conv -> flax.Conv matched no layer"):
+        fcg.convert(model, rules={nnx.Linear: fcg.Linear, nnx.Conv: nnx.Conv})
+    assert nnx.graphdef(model) == graphdef
+
+
+def test_where_that_matches_only_layers_without_a_drop_in():
+    model = nnx.Sequential(OwnLinear(2, 2, rngs=nnx.Rngs(0)), nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="matched no layer that there is a rule for"):
+        fcg.convert(model, where="layers/0")
+    for _ in range(2):  # what is converted already is no mistake
+        fcg.convert(model, where="layers/1")
 
 
 def test_a_rule_whose_target_cannot_take_the_layer(model):
