@@ -102,8 +102,8 @@ class CustomVJP:
         self._fwd: Callable[..., tuple[Any, Any]] | None = None
         self._bwd: Callable[[Any, Any], tuple[Any, ...]] | None = None
         self._running = threading.local()
-        self._binding = jax.custom_vjp(self._primal)
-        self._binding.defvjp(self._forward, self._backward)
+        self._binding = jax.custom_vjp(_known(self._primal))
+        self._binding.defvjp(_known(self._forward), _known(self._backward))
 
     def defvjp(
         self,
@@ -230,6 +230,17 @@ class CustomVJP:
             snapshot.forbid_updates(self._name)
         checked = cotangents.check(f"`{self._name}`", names, call.positions(), avals, cts)
         return (None, *checked)
+
+
+def _known(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method as a function whose signature JAX need not work out anew at each call."""
+
+    def function(*args: Any) -> Any:
+        return method(*args)
+
+    function.__name__ = method.__name__
+    function.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
+    return function
 
 
 def _snapshots(packed: Packed, tree: Any) -> list[writes.Snapshot]:

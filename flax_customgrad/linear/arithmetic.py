@@ -35,6 +35,9 @@ class Arithmetic:
 
     def promote(self, *arrays: jax.Array | None) -> tuple[Any, ...]:
         """The arrays in the dtype of the computation, as `nnx` promotes them; None stays None."""
+        found = {a.dtype for a in arrays if a is not None}
+        if len(found) == 1 and self.dtype in (None, *found):
+            return arrays
         dtype = dtypes.canonicalize_dtype(*arrays, dtype=self.dtype)
         return tuple(a if a is None or a.dtype == dtype else a.astype(dtype) for a in arrays)
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
@@ -48,7 +47,7 @@ def linear(params: Parameters, x: jax.Array, how: Arithmetic) -> jax.Array:
     """
     x, kernel, bias = how.promote(x, params["kernel"], params.get("bias"))
     y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **how.product())
-    return y if bias is None else y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+    return y if bias is None else y + lax.expand_dims(bias, range(y.ndim - 1))
 
 
 def _fwd(params: Parameters, x: jax.Array, how: Arithmetic) -> tuple[jax.Array, Residuals]:
