@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         for entry in entries
         for name, make in entry.examples.items()
     }
-    width = max(map(len, examples))
+    width = max(map(len, examples), default=0)
     heading = f"{'':7}{'':{width}}  compared  skipped  error/allowed"
     console.print(heading, style="dim", soft_wrap=True)
     reports, start = [], time.perf_counter()

@@ -12,7 +12,7 @@ from rich.text import Text
 from flax_customgrad import catalogue
 from flax_customgrad.command.digits.comparison import Comparison, Layer
 
-_LIBRARIES = {"flax": "nnx", "flax_customgrad": "fcg"}
+_PREFIXES = {"flax": "nnx.", "flax_customgrad": "fcg."}
 
 
 def make(found: Comparison, figure: Path) -> Table:
@@ -39,35 +39,30 @@ def _measures(found: Comparison) -> Iterator[tuple[str, ...]]:
     """What was measured: its name, both values, and how they compare."""
     plain, converted = found.plain, found.converted
     yield "final loss", f"{plain.losses[-1]:.5f}", f"{converted.losses[-1]:.5f}", ""
-    accuracies = plain.test_accuracy, converted.test_accuracy
-    points = 100 * (accuracies[1] - accuracies[0])
-    yield "test accuracy", *(f"{a:.1%}" for a in accuracies), f"{points:+.1f} points"
+    accuracies = (f"{run.test_accuracy:.1%}" for run in (plain, converted))
+    points = 100 * (converted.test_accuracy - plain.test_accuracy)
+    yield "test accuracy", *accuracies, f"{points:+.1f} points"
     path, difference = found.worst_gradient
-    yield "first gradient", "", "", f"{difference:.1e} apart" if difference else "identical"
+    yield "gradient, step 1", "", "", f"{difference:.1e} apart" if difference else "identical"
     if difference:
         yield "  worst parameter", "", "", path
     times = (f"{1000 * statistics.median(run.seconds):.2f} ms" for run in (plain, converted))
     lower, median, upper = found.speed
     yield "step time", *times, f"{median:.2f} times as fast"
     yield "  quartiles", "", "", f"{lower:.2f} to {upper:.2f}"
-    kept = plain.residual_bytes, converted.residual_bytes
-    ratio = kept[1] / kept[0]
-    yield (
-        "kept for backward",
-        *(decimal(n, precision=2) for n in kept),
-        f"{ratio:.2f} times as much",
-    )
+    kept = (decimal(run.residual_bytes, precision=2) for run in (plain, converted))
+    ratio = converted.residual_bytes / plain.residual_bytes
+    yield "kept for backward", *kept, f"{ratio:.2f} times as much"
 
 
 def _name(cls: type) -> str:
-    """A class under the short name of its library."""
-    library = cls.__module__.partition(".")[0]
-    return f"{_LIBRARIES.get(library, library)}.{cls.__qualname__}"
+    """A class as it is written: nnx.Linear, fcg.Linear, or the bare name of a user's own."""
+    prefix = _PREFIXES.get(cls.__module__.partition(".")[0], "")
+    return prefix + cls.__qualname__
 
 
 def _fate(layer: Layer) -> Text:
     if layer.is_converted:
         return Text("converted", "green")
-    return Text(
-        "left as it was" if layer.plain in catalogue.drop_ins() else "no drop-in yet", "dim"
-    )
+    has_drop_in = layer.plain in catalogue.drop_ins()
+    return Text("left as it was" if has_drop_in else "no drop-in yet", "dim")
