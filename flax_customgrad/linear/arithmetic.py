@@ -1,9 +1,12 @@
 """How the linear family computes: dtypes and precision forward, float32 sums backward.
 
 A forward in half precision follows flax.nnx to the bit. A backward multiplies in the same compute
-dtype but accumulates in float32 (float64 for float64), and what it returns stays in that dtype:
-the contract casts it once, to the dtype of the parameter. Autodiff rounds a weight gradient to the
-compute dtype and sums a bias gradient in it; see https://github.com/jax-ml/jax/issues/34330.
+dtype but sums the gradients of parameters in float32 (float64 for float64), and they stay in that
+dtype: the contract casts them once, to the dtype of the parameter. Autodiff rounds a weight's
+gradient to the compute dtype, https://github.com/jax-ml/jax/issues/34330, and sums a bias's in it.
+
+Under vmap with shared parameters JAX asks a custom gradient for that of each example and then sums,
+so a batch of weight gradients exists for a moment. Leading axes of the input cost no such array.
 """
 
 from collections.abc import Sequence
@@ -54,39 +57,74 @@ def accumulator(*arrays: jax.Array) -> Any:
     return jnp.result_type(jnp.float32, *arrays)
 
 
-def contract(
+def parameter_gradient(lhs: jax.Array, rhs: jax.Array, numbers: Any, **where: Any) -> jax.Array:
+    """A product summed over the batch: what the gradient of a kernel is.
+
+    Args:
+        lhs: array of any shape.
+        rhs: array of any shape.
+        numbers: which axes meet, as `lax.dot_general` takes them: ((lhs_contracting,
+            rhs_contracting), (lhs_batch, rhs_batch)).
+        **where: `like`, `order` and `precision` of `product`.
+
+    Returns:
+        An array laid out like the parameter, in the accumulator's dtype.
+    """
+    return product(lhs, rhs, numbers, accumulator(lhs, rhs), **where)
+
+
+def input_gradient(lhs: jax.Array, rhs: jax.Array, numbers: Any, **where: Any) -> jax.Array:
+    """A product summed over features: what the gradient of an input is.
+
+    Args:
+        lhs: array of any shape.
+        rhs: array of any shape.
+        numbers: which axes meet, as for `parameter_gradient`.
+        **where: `like`, `order` and `precision` of `product`.
+
+    Returns:
+        An array laid out like the input. A half-precision input gets its gradient in that
+        precision and costs no array of float32; a float32 input loses no digits.
+    """
+    return product(lhs, rhs, numbers, jnp.result_type(lhs, rhs, where["like"]), **where)
+
+
+def product(
     lhs: jax.Array,
     rhs: jax.Array,
-    dimension_numbers: Any,
+    numbers: Any,
+    dtype: Any,
     *,
     like: jax.Array,
     order: Sequence[int] | None = None,
     precision: Any = None,
 ) -> jax.Array:
-    """`lax.dot_general`, summed in float32, laid out and sharded like what it is a gradient of.
+    """`lax.dot_general`, laid out and sharded like what it is a gradient of.
 
     Args:
         lhs: array of any shape.
         rhs: array of any shape.
-        dimension_numbers: ((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch)).
+        numbers: which axes meet.
+        dtype: dtype of the result.
         like: the array whose gradient this is.
-        order: which axis of `like` each axis of the product is; None where they agree.
+        order: which axis of `like` each axis of the product is; None where they agree. Axes of
+            `like` may be missing.
         precision: `jax.lax.Precision`.
 
     Returns:
-        An array of `like`'s shape, in the accumulator's dtype.
+        An array with its axes in the order of `like`'s.
     """
-    product = lax.dot_general(
+    out = lax.dot_general(
         lhs,
         rhs,
-        dimension_numbers,
+        numbers,
         precision=precision,
-        preferred_element_type=accumulator(lhs, rhs),
+        preferred_element_type=dtype,
         out_sharding=explicit_sharding(jax.typeof(like), order),
     )
     if order is None:
-        return product
-    return lax.transpose(product, [list(order).index(axis) for axis in range(product.ndim)])
+        return out
+    return lax.transpose(out, sorted(range(out.ndim), key=order.__getitem__))
 
 
 def total(g: jax.Array, axes: Sequence[int]) -> jax.Array:

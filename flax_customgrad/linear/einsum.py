@@ -4,8 +4,8 @@ Written for 'nta,hab->nthb'; any equation of two operands follows the same patte
 einsum is linear in each operand:
 
     forward   y[n,t,h,b]  = sum_a x[n,t,a] W[h,a,b] + c[h,b]
-    backward  dx[n,t,a]   = sum_hb g[n,t,h,b] W[h,a,b]        einsum('nthb,hab->nta', g, W)
-              dW[h,a,b]   = sum_nt x[n,t,a] g[n,t,h,b]        einsum('nta,nthb->hab', x, g)
+    backward  dx[n,t,a]   = sum_hb g[n,t,h,b] W[h,a,b]
+              dW[h,a,b]   = sum_nt x[n,t,a] g[n,t,h,b]
               dc[h,b]     = sum_nt g[n,t,h,b]
     kept      x and the parameters, as they came: no copy of W in the compute dtype.
 
@@ -14,6 +14,7 @@ the same at each of its places. The sums run in float32 and are cast once.
 """
 
 import string
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,8 +28,8 @@ from flax_customgrad.contract import custom_vjp
 from flax_customgrad.drop_in import Parameters, applies, parameters
 from flax_customgrad.linear.arithmetic import (
     Arithmetic,
-    accumulator,
-    explicit_sharding,
+    input_gradient,
+    parameter_gradient,
     total,
 )
 
@@ -81,6 +82,10 @@ class Equation:
         )
 
 
+Labelled = tuple[str, jax.Array]
+"""An array, and a label for each of its axes."""
+
+
 class Residuals(NamedTuple):
     """What the backward of `einsum` keeps: only what the caller holds anyway."""
 
@@ -123,8 +128,9 @@ def _fwd(
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None]:
     params, labels, how = res.params, res.equation, res.how
     x, kernel = how.promote(res.x, params["kernel"])
-    dx = _einsum_for(labels.x, res.x, (labels.y, g), (labels.kernel, kernel), how)
-    dkernel = _einsum_for(labels.kernel, params["kernel"], (labels.x, x), (labels.y, g), how)
+    g_, kernel_, x_ = (labels.y, g), (labels.kernel, kernel), (labels.x, x)
+    dx = _onto(labels.x, g_, kernel_, input_gradient, like=res.x, precision=how.precision)
+    dkernel = _onto(labels.kernel, x_, g_, parameter_gradient, like=kernel, precision=how.precision)
     chex.assert_equal_shape([dx, x])
     chex.assert_equal_shape([dkernel, kernel])
     grads = {"kernel": dkernel}
@@ -133,27 +139,30 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None
     return nnx.State(grads), dx, None, None
 
 
-def _einsum_for(
-    labels: str,
-    like: jax.Array,
-    lhs: tuple[str, jax.Array],
-    rhs: tuple[str, jax.Array],
-    how: Arithmetic,
+def _onto(
+    labels: str, lhs: Labelled, rhs: Labelled, gradient: Callable[..., jax.Array], **how: Any
 ) -> jax.Array:
-    """The einsum of two labelled arrays onto the labels of `like`, summed in float32."""
-    present = "".join(label for label in labels if label in lhs[0] + rhs[0])
-    product = jnp.einsum(
-        f"{lhs[0]},{rhs[0]}->{present}",
-        lhs[1],
-        rhs[1],
-        precision=how.precision,
-        preferred_element_type=accumulator(lhs[1], rhs[1]),
-        out_sharding=explicit_sharding(jax.typeof(like), [labels.index(c) for c in present]),
-    )
-    if present == labels:
-        return product
-    summed_away = [i for i, label in enumerate(labels) if label not in present]
-    return jnp.broadcast_to(jnp.expand_dims(product, summed_away), like.shape)
+    """The product of two labelled arrays, summed over every label that is not in `labels`.
+
+    It is a `dot_general` rather than an einsum, which would put the contracted axes in alphabetical
+    order and copy g for it.
+    """
+    (a, lhs_), (b, rhs_) = _without_idle(lhs, labels + rhs[0]), _without_idle(rhs, labels + lhs[0])
+    batch = [c for c in a if c in b and c in labels]
+    contracted = [c for c in a if c in b and c not in labels]
+    free = [c for c in a if c not in b] + [c for c in b if c not in a]
+    numbers = [([a.index(c) for c in cs], [b.index(c) for c in cs]) for cs in (contracted, batch)]
+    order = [labels.index(c) for c in batch + free]
+    out = gradient(lhs_, rhs_, numbers, order=order, **how)
+    summed_away = [i for i in range(len(labels)) if i not in order]
+    return jnp.broadcast_to(jnp.expand_dims(out, summed_away), how["like"].shape)
+
+
+def _without_idle(array: Labelled, used: str) -> Labelled:
+    """Sums over the axes whose labels nothing else uses."""
+    labels, value = array
+    idle = [i for i, c in enumerate(labels) if c not in used]
+    return "".join(c for c in labels if c in used), total(value, idle) if idle else value
 
 
 einsum.defvjp(_fwd, _bwd)

@@ -27,8 +27,9 @@ from flax_customgrad.drop_in import Parameters, applies, parameters
 from flax_customgrad.linear.arithmetic import (
     Arithmetic,
     accumulator,
-    contract,
     explicit_sharding,
+    input_gradient,
+    parameter_gradient,
     total,
 )
 
@@ -127,8 +128,8 @@ def _attend_fwd(
 def _attend_bwd(res: AttendResiduals, g: jax.Array) -> tuple[nnx.State, jax.Array, None]:
     query, table = res.how.promote(res.query, res.params["embedding"])
     rows, last = tuple(range(g.ndim - 1)), g.ndim - 1
-    dquery = contract(g, table, (((last,), (0,)), ((), ())), like=res.query)
-    dtable = contract(g, query, ((rows, rows), ((), ())), like=res.params["embedding"])
+    dquery = input_gradient(g, table, (((last,), (0,)), ((), ())), like=res.query)
+    dtable = parameter_gradient(g, query, ((rows, rows), ((), ())), like=res.params["embedding"])
     chex.assert_equal_shape([dquery, query])
     chex.assert_equal_shape([dtable, table])
     return nnx.State({"embedding": dtable}), dquery, None

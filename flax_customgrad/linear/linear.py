@@ -21,7 +21,12 @@ from jax import lax
 
 from flax_customgrad.contract import custom_vjp
 from flax_customgrad.drop_in import Parameters, applies, parameters
-from flax_customgrad.linear.arithmetic import Arithmetic, contract, total
+from flax_customgrad.linear.arithmetic import (
+    Arithmetic,
+    input_gradient,
+    parameter_gradient,
+    total,
+)
 
 
 class Residuals(NamedTuple):
@@ -58,10 +63,9 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None]:
     params, how = res.params, res.how
     x, kernel = how.promote(res.x, params["kernel"])
     rows, last = tuple(range(g.ndim - 1)), g.ndim - 1
-    dx = contract(g, kernel, (((last,), (1,)), ((), ())), like=res.x, precision=how.precision)
-    dkernel = contract(
-        x, g, ((rows, rows), ((), ())), like=params["kernel"], precision=how.precision
-    )
+    p = how.precision
+    dx = input_gradient(g, kernel, (((last,), (1,)), ((), ())), like=res.x, precision=p)
+    dkernel = parameter_gradient(x, g, ((rows, rows), ((), ())), like=kernel, precision=p)
     chex.assert_equal_shape([dx, res.x])
     chex.assert_equal_shape([dkernel, kernel])
     grads = {"kernel": dkernel}

@@ -24,7 +24,12 @@ from jax import lax
 
 from flax_customgrad.contract import custom_vjp
 from flax_customgrad.drop_in import Parameters, applies, parameters
-from flax_customgrad.linear.arithmetic import Arithmetic, contract, total
+from flax_customgrad.linear.arithmetic import (
+    Arithmetic,
+    input_gradient,
+    parameter_gradient,
+    total,
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None
     g_free = tuple(range(n_batch, n_batch + n_free))
     g_out = tuple(range(n_batch + n_free, g.ndim))
     kernel_out = tuple(range(n_batch + len(axes.contracted), kernel.ndim))
-    dx = contract(
+    dx = input_gradient(
         g,
         kernel,
         ((g_out, kernel_out), (g_batch, axes.kernel_batch)),
@@ -106,7 +111,7 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None
         order=(*axes.batch, *axes.free, *axes.contracted),
         precision=how.precision,
     )
-    dkernel = contract(
+    dkernel = parameter_gradient(
         x,
         g,
         ((axes.free, g_free), (axes.batch, g_batch)),

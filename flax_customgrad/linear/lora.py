@@ -21,7 +21,7 @@ from flax.nnx.nn import dtypes
 
 from flax_customgrad.contract import custom_vjp
 from flax_customgrad.drop_in import Parameters, applies, become, parameters
-from flax_customgrad.linear.arithmetic import Arithmetic, contract
+from flax_customgrad.linear.arithmetic import Arithmetic, input_gradient, parameter_gradient
 from flax_customgrad.linear.linear import Linear
 
 
@@ -59,10 +59,10 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None]:
     params = res.params
     x, a, b = res.how.promote(res.x, params["lora_a"], params["lora_b"])
     rows, last = tuple(range(g.ndim - 1)), g.ndim - 1
-    db = contract(res.h, g, ((rows, rows), ((), ())), like=params["lora_b"])
-    dh = contract(g, b, (((last,), (1,)), ((), ())), like=res.h)
-    da = contract(x, dh, ((rows, rows), ((), ())), like=params["lora_a"])
-    dx = contract(dh, a, (((last,), (1,)), ((), ())), like=res.x)
+    db = parameter_gradient(res.h, g, ((rows, rows), ((), ())), like=params["lora_b"])
+    dh = parameter_gradient(g, b, (((last,), (1,)), ((), ())), like=res.h)
+    da = parameter_gradient(x, dh, ((rows, rows), ((), ())), like=params["lora_a"])
+    dx = input_gradient(dh, a, (((last,), (1,)), ((), ())), like=res.x)
     chex.assert_equal_shape([dx, x])
     chex.assert_equal_shape([da, a])
     chex.assert_equal_shape([db, b])
