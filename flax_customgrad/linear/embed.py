@@ -76,18 +76,18 @@ def _lookup_fwd(
 def _lookup_bwd(res: LookupResiduals, g: jax.Array) -> tuple[nnx.State, None, None]:
     ids, table = res
 
-    def scatter(ids: jax.Array, g: jax.Array) -> jax.Array:
+    def scatter(g: jax.Array, ids: jax.Array) -> jax.Array:
         zeros = jnp.zeros(table.shape, accumulator(g))
         return zeros.at[ids].add(g.astype(zeros.dtype), mode="drop")
 
     sharding = explicit_sharding(table)
-    if table.shape[0] == 1:
+    if ids is None:
         dtable = jnp.expand_dims(total(g, range(g.ndim - 1)), 0)
     elif sharding is None:
-        dtable = scatter(ids, g)
+        dtable = scatter(g, ids)
     else:
         scatter_on_mesh = jax.sharding.auto_axes(scatter, out_sharding=sharding)
-        dtable = scatter_on_mesh(ids, g)  # pyright: ignore[reportCallIssue]
+        dtable = scatter_on_mesh(g, ids)  # pyright: ignore[reportCallIssue]
     chex.assert_shape(dtable, table.shape)
     return nnx.State({"embedding": dtable}), None, None
 

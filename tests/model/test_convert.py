@@ -207,9 +207,7 @@ def test_a_rule_that_matched_nothing_names_itself(model):
     with pytest.raises(ValueError, match=r"the rule flax.Conv -> \w+.Wrapped matched no layer"):
         fcg.convert(model, rules={nnx.Linear: fcg.Linear, nnx.Conv: Wrapped})
     shadowed = [fcg.Rule(nnx.LayerNorm, Wrapped), fcg.Rule(nnx.LayerNorm, Wrapped, where="norm")]
-    with pytest.raises(
-        ValueError, match=r"flax.LayerNorm -> \w+.Wrapped where 'norm' matched"
-    ):
+    with pytest.raises(ValueError, match=r"flax.LayerNorm -> \w+.Wrapped where 'norm' matched"):
         fcg.convert(Model(nnx.Rngs(0)), rules=shadowed)
 
 
