@@ -130,6 +130,11 @@ def by_path(parameters: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
             yield (key,), value
 
 
+def value_of(leaf: Any) -> Any:
+    """What a leaf of a State holds: the value of a Variable, or the leaf itself."""
+    return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
 def _is_module(value: Any) -> bool:
     return isinstance(value, nnx.Module)
 

@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.arguments import Position, by_path, is_parameters
+from flax_customgrad.arguments import Position, by_path, is_parameters, value_of
+
+_ByPath = dict[tuple[Any, ...], Any]
 
 
 class CotangentError(ValueError):
@@ -97,14 +99,16 @@ class _Checker:
                     f"{_similar(path, expected)}: write {self._pattern(expected)}"
                 )
         for path, leaf in expected.items():
-            if path not in came and self._is_trained(leaf):
+            if path not in came and self._is_trained(path, expected):
                 raise CotangentError(
                     f"the cotangent of {place} misses the parameter {_dotted(path)!r}, "
                     f"{describe(self._type(leaf))}: write {self._pattern(expected)}, with None "
                     "for a parameter that has no gradient"
                 )
         for path, leaf in came.items():
-            self.check(f"{place}, path {_dotted(path)!r},", _value(expected[path]), _value(leaf))
+            self.check(
+                f"{place}, path {_dotted(path)!r},", value_of(expected[path]), value_of(leaf)
+            )
 
     def _check_tree(self, place: str, arg: Any, ct: Any) -> None:
         """Checks the cotangent of any other tree; a static value may only have None."""
@@ -125,16 +129,19 @@ class _Checker:
                     f"static value {position!r}, which has no gradient: write None"
                 )
 
-    def _pattern(self, expected: dict[tuple[Any, ...], Any]) -> str:
+    def _pattern(self, expected: _ByPath) -> str:
         """The State that a user would write for these parameters."""
-        return f"nnx.State({_nested([p for p, v in expected.items() if self._is_trained(v)])})"
+        return (
+            f"nnx.State({_nested([path for path in expected if self._is_trained(path, expected)])})"
+        )
 
     def _type(self, leaf: Any) -> Any:
-        return jax.tree.map(lambda position: self.avals[position], _value(leaf))
+        return jax.tree.map(lambda position: self.avals[position], value_of(leaf))
 
-    def _is_trained(self, leaf: Any) -> bool:
-        """Whether a backward must mention a leaf: an inexact array, and no Variable but a Param."""
-        if isinstance(leaf, nnx.Variable) and not isinstance(leaf, nnx.Param):
+    def _is_trained(self, path: tuple[Any, ...], expected: _ByPath) -> bool:
+        """Whether a backward must mention a leaf: of Variables the Params, of bare arrays all."""
+        leaf = expected[path]
+        if not isinstance(leaf, nnx.Param) and any(map(_is_variable, expected.values())):
             return False
         return any(_is_inexact(aval) for aval in jax.tree.leaves(self._type(leaf)))
 
@@ -230,7 +237,7 @@ def explain(where: str, error: Exception) -> CotangentError | None:
 def describe(value: Any) -> str:
     """An array as `float32[3,4]`; anything else by its type and what it holds."""
     if isinstance(value, nnx.Variable):
-        return f"{type(value).__name__}({describe(_value(value))})"
+        return f"{type(value).__name__}({describe(value_of(value))})"
     if isinstance(value, nnx.State | dict):
         kind = "nnx.State" if isinstance(value, nnx.State) else "dict"
         content = (f"{_dotted(path)!r}: {describe(leaf)}" for path, leaf in by_path(value))
@@ -244,8 +251,8 @@ def describe(value: Any) -> str:
     return f"{value!r}, a {type(value).__name__}"
 
 
-def _value(leaf: Any) -> Any:
-    return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
 
 
 def _is_inexact(array: Any) -> bool:

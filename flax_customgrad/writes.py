@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_customgrad.arguments import Static
+from flax_customgrad.arguments import Static, value_of
 
 
 class Snapshot:
@@ -76,4 +76,4 @@ def apply(module: nnx.Module, updates: tuple[Static, list[Any]]) -> None:
 def _values(module: nnx.Module) -> tuple[nnx.GraphDef, dict[tuple[Any, ...], Any]]:
     graphdef, state = nnx.split(module, graph=True)
     flat = nnx.to_flat_state(state)
-    return graphdef, {path: variable.get_raw_value() for path, variable in flat}
+    return graphdef, {path: value_of(leaf) for path, leaf in flat}

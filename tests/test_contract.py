@@ -268,6 +268,27 @@ def test_state_that_has_no_gradient_needs_no_mention_and_is_written(x, mode):
     assert int(ours.rngs.default.count[...]) == int(theirs.rngs.default.count[...])
 
 
+def test_a_module_may_hold_bare_arrays_and_refs(x):
+    class Holding(nnx.Module):
+        def __init__(self):
+            self.scale = nnx.Param(jnp.ones(3))
+            self.offset = nnx.data(jnp.full(3, 2.0))
+            self.amax = nnx.data(jax.new_ref(jnp.zeros(())))
+
+    def fun(m, x):
+        return x * m.scale + m.offset
+
+    def bwd(res, g):
+        m, x = res
+        m.amax[...] = jnp.maximum(m.amax[...], jnp.abs(g).max())
+        return nnx.State({"scale": (g * x).sum(0)}), g * m.scale
+
+    op, m = make(fun, bwd), Holding()
+    grads = nnx.grad(lambda m: 3 * op(m, x).sum())(m)
+    np.testing.assert_allclose(grads.scale[...], 3 * x.sum(0), rtol=1e-5)
+    assert float(m.amax[...]) == 3
+
+
 def test_writes_reach_the_caller_through_jit(x):
     op = fcg.custom_vjp(counting)
     op.defvjp(lambda m, x: (op(m, x), (m, x)), counting_bwd)

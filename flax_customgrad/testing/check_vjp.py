@@ -103,7 +103,7 @@ def check_vjp(
     else:
         names = _argument_names(fn, len(args))
     if formula is not None:
-        reference = _with_formula(fn, formula, names)
+        reference = _with_formula(fn, formula)
     allowed = {**_TOLERANCES, **(tolerances or {})}
     report = Report(name)
     with jax.enable_x64(True):
@@ -223,14 +223,16 @@ def _measure_residuals(report: Report, problem: Problem) -> None:
     report.rows.append(Row("residuals", "float32", note=note))
 
 
-def _with_formula(fn: Callable[..., Any], formula: Callable[..., Any], names: list[str]):
+def _with_formula(fn: Callable[..., Any], formula: Callable[..., tuple[Any, ...]]) -> CustomVJP:
     """`fn` with the gradient that a formula states."""
-    plain = CustomVJP(fn.fun if isinstance(fn, CustomVJP) else fn, surrogate=True)
-    plain._signature = inspect.Signature(
-        [inspect.Parameter(f"a{i}", inspect.Parameter.POSITIONAL_ONLY) for i in range(len(names))]
-    )
-    plain.defvjp(lambda *args: (plain.fun(*args), args), lambda args, g: formula(*args, g))
-    return plain
+    plain = fn.fun if isinstance(fn, CustomVJP) else fn
+
+    def stated(*args: Any) -> Any:
+        return plain(*args)
+
+    op = CustomVJP(stated, surrogate=True)
+    op.defvjp(lambda *args: (plain(*args), args), lambda args, g: formula(*args, g))
+    return op
 
 
 def _call(module: nnx.Module, *args: Any) -> Any:
