@@ -12,6 +12,7 @@
 The sums run in float32 and are cast once. Source: Hu et al. 2021, arXiv:2106.09685.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -126,6 +127,7 @@ class LoRALinear(nnx.LoRALinear, Linear):
 
     # nnx.LoRALinear adds `self.lora(x)` to what the next class in line computes: our Linear.
 
+    @functools.wraps(nnx.LoRALinear.__init__)
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         become(self.lora, LoRA)

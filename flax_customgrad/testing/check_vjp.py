@@ -219,8 +219,8 @@ def _measure_residuals(report: Report, problem: Problem) -> None:
 
     report.residual_bytes = residual_bytes(of(problem.fn), *diff)
     report.reference_residual_bytes = residual_bytes(of(problem.reference), *diff)
-    note = f"keeps {report.residual_bytes} bytes, autodiff {report.reference_residual_bytes}"
-    report.rows.append(Row("residuals", "float32", note=note))
+    kept = f"{report.residual_bytes} B kept, autodiff {report.reference_residual_bytes} B"
+    report.rows.append(Row("residuals", kept))
 
 
 def _with_formula(fn: Callable[..., Any], formula: Callable[..., tuple[Any, ...]]) -> CustomVJP:

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import rich.box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Row:
         error: largest difference, relative to the largest expected value; None if not compared.
         tolerance: the error allowed.
         status: "ok", "failed", or "skipped".
-        note: why it was skipped, what was raised, or a figure to read.
+        note: why it was skipped, or what was raised.
     """
 
     check: str
@@ -73,24 +74,26 @@ class Report:
         """The rows that failed."""
         return [row for row in self.rows if row.status == "failed"]
 
-    def __rich__(self) -> Table:
-        """One line per check and case, with the worst argument of each."""
+    def __rich__(self) -> Group:
+        """One line per check and case, with the worst argument of each; below it what was said."""
         table = Table(title=f"gradient of {self.name}", box=rich.box.SIMPLE_HEAD)
         for column in ("check", "case", "worst argument", "error", "allowed", ""):
             numeric = column in ("error", "allowed")
-            table.add_column(column, justify="right" if numeric else "left", no_wrap=column != "")
+            table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
         style = {"ok": "green", "failed": "bold red", "skipped": "yellow"}
-        for row in self._worst():
+        worst = self._worst()
+        for row in worst:
             error = "" if row.error is None else f"{row.error:.1e}"
             allowed = "" if row.tolerance is None else f"{row.tolerance:.0e}"
-            status = f"[{style[row.status]}]{row.status}[/] {row.note}".rstrip()
+            status = f"[{style[row.status]}]{row.status}[/]"
             table.add_row(row.check, row.case, row.argument, error, allowed, status)
-        return table
+        notes = [Text(f"{row.status}: {row}", style[row.status]) for row in worst if row.note]
+        return Group(table, *notes)
 
     def __str__(self) -> str:
         # In a notebook rich would display the table rather than write it.
         text = io.StringIO()
-        Console(file=text, width=120, force_jupyter=False).print(self)
+        Console(file=text, width=100, force_jupyter=False).print(self)
         return text.getvalue()
 
     def _worst(self) -> list[Row]:
