@@ -47,26 +47,23 @@ class Equation:
         """Reads 'nta,hab->nthb'; an ellipsis becomes labels that the equation does not use.
 
         Raises:
-            ValueError: an operand has fewer axes than labels.
+            ValueError: an operand has other axes than the equation has labels for it.
         """
         operands, y = equation.split("->")
-        x, kernel = operands.split(",")
-        sizes = [n - len(s.replace("...", "")) for s, n in ((x, x_ndim), (kernel, kernel_ndim))]
-        covered = [n for s, n in zip((x, kernel), sizes, strict=True) if "..." in s]
-        if min(sizes) < 0 or any(
-            n != 0 for s, n in zip((x, kernel), sizes, strict=True) if "..." not in s
-        ):
+        pairs = list(zip(operands.split(","), (x_ndim, kernel_ndim), strict=True))
+        # How many axes the ellipsis of each operand stands for.
+        hidden = [ndim - len(labels.replace("...", "")) for labels, ndim in pairs]
+        if any(n < 0 or (n and "..." not in s) for (s, _), n in zip(pairs, hidden, strict=True)):
             raise ValueError(
                 f"einsum {equation!r} does not fit an input of rank {x_ndim} and a kernel of rank "
                 f"{kernel_ndim}"
             )
-        unused = [c for c in string.ascii_letters if c not in equation]
-        ellipsis = "".join(unused[: max(covered, default=0)])
+        unused = "".join(c for c in string.ascii_letters if c not in equation)[: max(hidden)]
         x, kernel = (
-            s.replace("...", ellipsis[len(ellipsis) - n :] if n else "")
-            for s, n in zip((x, kernel), sizes, strict=True)
+            labels.replace("...", unused[len(unused) - n :])
+            for (labels, _), n in zip(pairs, hidden, strict=True)
         )
-        return cls(x, kernel, y.replace("...", ellipsis))
+        return cls(x, kernel, y.replace("...", unused))
 
     @property
     def bias_axes(self) -> tuple[int, ...]:
