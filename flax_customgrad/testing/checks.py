@@ -26,21 +26,22 @@ _MODES: dict[str, dict[str, Any]] = {
 }
 
 
+Fn = Callable[..., Any]
+
+
 class Comparison(NamedTuple):
     """One gradient to compare.
 
     Attributes:
         case: which variant of the check.
-        got: computes the gradient under test.
-        expected: computes what it should be.
-        needs: computes a thing without which the comparison makes no sense; if this raises, the
-            case is skipped with the reason.
+        run: computes the gradient of a function of the problem's arguments: of the function under
+            test; and, where that fails, of the reference, to see whether JAX can do it at all.
+        expected: computes what the gradient should be.
     """
 
     case: str
-    got: Callable[[], Gradient]
+    run: Callable[[Fn], Gradient]
     expected: Callable[[], Gradient]
-    needs: Callable[[], Any] = lambda: None
 
 
 class Skip(Exception):
@@ -51,10 +52,10 @@ def autodiff(p: Problem) -> Iterator[Comparison]:
     """The gradient against autodiff of the reference, and the value against its value."""
     yield Comparison(
         "value",
-        lambda: tuple(jax.tree.leaves(p.apply(p.fn)(*p.arrays))),
+        lambda fn: tuple(jax.tree.leaves(p.apply(fn)(*p.arrays))),
         lambda: tuple(jax.tree.leaves(p.apply(p.reference)(*p.arrays))),
     )
-    yield Comparison("gradient", lambda: p.gradient(p.fn)(*p.arrays), lambda: p.expected)
+    yield Comparison("gradient", lambda fn: p.gradient(fn)(*p.arrays), lambda: p.expected)
 
 
 def finite_differences(p: Problem) -> Iterator[Comparison]:
@@ -72,8 +73,8 @@ def finite_differences(p: Problem) -> Iterator[Comparison]:
         behind[i] -= step * directions[i]
         return (objective(*ahead) - objective(*behind)) / (2 * step)
 
-    def along() -> Gradient:
-        gradient = jax.jit(p.gradient(p.fn))(*p.arrays)
+    def along(fn: Fn) -> Gradient:
+        gradient = jax.jit(p.gradient(fn))(*p.arrays)
         pairs = zip(gradient, p.differentiable, strict=True)
         return tuple(jnp.vdot(g, directions[i]) for g, i in pairs)
 
@@ -82,7 +83,7 @@ def finite_differences(p: Problem) -> Iterator[Comparison]:
 
 def jit(p: Problem) -> Iterator[Comparison]:
     """Under jax.jit."""
-    yield Comparison("", lambda: jax.jit(p.gradient(p.fn))(*p.arrays), lambda: p.expected)
+    yield Comparison("", lambda fn: jax.jit(p.gradient(fn))(*p.arrays), lambda: p.expected)
 
 
 def vmap(p: Problem) -> Iterator[Comparison]:
@@ -91,19 +92,20 @@ def vmap(p: Problem) -> Iterator[Comparison]:
     own = p.batch(_BATCH, everything, seed=1)
     yield Comparison(
         "parameters batched",
-        lambda: jax.jit(jax.vmap(p.gradient(p.fn)))(*own),
+        lambda fn: jax.jit(jax.vmap(p.gradient(fn)))(*own),
         lambda: _joined(p, _each(p, own, everything), everything, jnp.stack),
     )
     shared = p.batch(_BATCH, p.inputs, seed=2)
     axes = tuple(0 if i in p.inputs else None for i in everything)
 
-    def total(*arrays: jax.Array) -> jax.Array:
-        return jnp.sum(jax.vmap(p.objective(p.fn), axes)(*arrays))
+    def over_batch(fn: Fn) -> Gradient:
+        total = _summed(jax.vmap(p.objective(fn), axes))
+        return jax.jit(jax.grad(total, p.differentiable))(*shared)
 
     if p.inputs and p.parameters:
         yield Comparison(
             "parameters shared",
-            lambda: jax.jit(jax.grad(total, p.differentiable))(*shared),
+            over_batch,
             lambda: _joined(p, _each(p, shared, p.inputs), p.inputs, jnp.stack),
         )
 
@@ -113,27 +115,29 @@ def scan(p: Problem) -> Iterator[Comparison]:
     over = p.inputs or tuple(_all(p))
     stacked = p.batch(_BATCH, over, seed=3)
 
-    def total(*arrays: jax.Array) -> jax.Array:
-        def body(carry: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-            current = list(arrays)
-            for i, x in zip(over, xs, strict=True):
-                current[i] = x
-            return carry + p.objective(p.fn)(*current), None
+    def over_steps(fn: Fn) -> Gradient:
+        def total(*arrays: jax.Array) -> jax.Array:
+            def body(carry: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+                current = list(arrays)
+                for i, x in zip(over, xs, strict=True):
+                    current[i] = x
+                return carry + p.objective(fn)(*current), None
 
-        xs = tuple(arrays[i] for i in over)
-        return jax.lax.scan(body, jnp.zeros(()), xs)[0]
+            return jax.lax.scan(body, jnp.zeros(()), tuple(arrays[i] for i in over))[0]
 
-    yield Comparison(
-        "",
-        lambda: jax.jit(jax.grad(total, p.differentiable))(*stacked),
-        lambda: _joined(p, _each(p, stacked, over), over, jnp.stack),
-    )
+        return jax.jit(jax.grad(total, p.differentiable))(*stacked)
+
+    yield Comparison("", over_steps, lambda: _joined(p, _each(p, stacked, over), over, jnp.stack))
 
 
 def remat(p: Problem) -> Iterator[Comparison]:
     """Under jax.checkpoint."""
-    again = jax.grad(jax.checkpoint(p.objective(p.fn)), p.differentiable)
-    yield Comparison("", lambda: jax.jit(again)(*p.arrays), lambda: p.expected)
+
+    def again(fn: Fn) -> Gradient:
+        gradient = jax.grad(jax.checkpoint(p.objective(fn)), p.differentiable)
+        return jax.jit(gradient)(*p.arrays)
+
+    yield Comparison("", again, lambda: p.expected)
 
 
 def second_order(p: Problem) -> Iterator[Comparison]:
@@ -141,14 +145,14 @@ def second_order(p: Problem) -> Iterator[Comparison]:
     rng = np.random.default_rng(4)
     along = [jnp.asarray(rng.standard_normal(a.shape), a.dtype) for a in _differentiable(p)]
 
-    def reverse(fn: Callable[..., Any]) -> Gradient:
+    def reverse(fn: Fn) -> Gradient:
         def dot(*arrays: jax.Array) -> jax.Array:
             pairs = zip(p.gradient(fn)(*arrays), along, strict=True)
             return sum((jnp.vdot(g, v) for g, v in pairs), jnp.zeros(()))
 
         return jax.jit(jax.grad(dot, p.differentiable))(*p.arrays)
 
-    def forward(fn: Callable[..., Any]) -> Gradient:
+    def forward(fn: Fn) -> Gradient:
         def of_differentiable(*diff: jax.Array) -> Gradient:
             arrays = list(p.arrays)
             for i, a in zip(p.differentiable, diff, strict=True):
@@ -158,8 +162,8 @@ def second_order(p: Problem) -> Iterator[Comparison]:
         pushed = jax.jit(lambda *diff: jax.jvp(of_differentiable, diff, tuple(along))[1])
         return pushed(*_differentiable(p))
 
-    yield Comparison("grad of grad", lambda: reverse(p.fn), lambda: reverse(p.reference))
-    yield Comparison("jvp of grad", lambda: forward(p.fn), lambda: forward(p.reference))
+    yield Comparison("grad of grad", reverse, lambda: reverse(p.reference))
+    yield Comparison("jvp of grad", forward, lambda: forward(p.reference))
 
 
 def modes(p: Problem) -> Iterator[Comparison]:
@@ -169,37 +173,49 @@ def modes(p: Problem) -> Iterator[Comparison]:
         return
     arrays = tuple(arg for arg in rest if isinstance(arg, jax.Array))
     twice = tuple(jnp.stack([a, a]) for a in arrays)
-
-    def loss(m: nnx.Module, *arrays: jax.Array) -> jax.Array:
-        given = iter(arrays)
-        return weigh(p.fn(m, *(next(given) if isinstance(a, jax.Array) else a for a in rest)))
-
-    def leaves(gradient: Any) -> Gradient:
-        return tuple(jax.tree.leaves(nnx.state(gradient, nnx.Param)))
-
-    def expected(times: int) -> Callable[[], Gradient]:
-        own = [k for k, i in enumerate(p.differentiable) if i in p.owned_by_first]
-        return lambda: tuple(times * p.expected[k] for k in own)
-
     axes = (None, *(0 for _ in arrays))
+    own = [k for k, i in enumerate(p.differentiable) if i in p.owned_by_first]
+
+    def loss(fn: Fn) -> Callable[..., jax.Array]:
+        def of_module_and_arrays(m: nnx.Module, *arrays: jax.Array) -> jax.Array:
+            given = iter(arrays)
+            return weigh(fn(m, *(next(given) if isinstance(a, jax.Array) else a for a in rest)))
+
+        return of_module_and_arrays
+
+    def run(
+        transform: Callable[..., Any], inputs: tuple[jax.Array, ...]
+    ) -> Callable[[Fn], Gradient]:
+        def of_function(fn: Fn) -> Gradient:
+            gradient = transform(loss(fn))(module, *inputs)
+            return tuple(jax.tree.leaves(nnx.state(gradient, nnx.Param)))
+
+        return of_function
+
     for mode_name, mode in _MODES.items():
         grad = functools.partial(nnx.grad, **mode)
-        mapped = grad(_summed(nnx.vmap(loss, in_axes=axes, **mode)))
-        scanned = grad(_summed(nnx.scan(loss, in_axes=axes, out_axes=0, **mode)))
-        once = {"nnx.jit": nnx.jit(grad(loss), **mode), "nnx.remat": grad(nnx.remat(loss, **mode))}
-        for transform, f in once.items():
+        vmap = functools.partial(nnx.vmap, in_axes=axes, **mode)
+        scan = functools.partial(nnx.scan, in_axes=axes, out_axes=0, **mode)
+        once = {
+            "nnx.jit": lambda f, grad=grad, mode=mode: nnx.jit(grad(f), **mode),
+            "nnx.remat": lambda f, grad=grad, mode=mode: grad(nnx.remat(f, **mode)),
+        }
+        batched = {
+            "nnx.vmap": lambda f, grad=grad, vmap=vmap: grad(_summed(vmap(f))),
+            "nnx.scan": lambda f, grad=grad, scan=scan: grad(_summed(scan(f))),
+        }
+        for name, transform in once.items():
             yield Comparison(
-                f"{transform}, {mode_name}",
-                lambda f=f: leaves(f(module, *arrays)),
-                expected(1),
+                f"{name}, {mode_name}",
+                run(transform, arrays),
+                lambda: tuple(p.expected[k] for k in own),
             )
-        for transform, f in {"nnx.vmap": mapped, "nnx.scan": scanned}.items():
-            if arrays:
-                yield Comparison(
-                    f"{transform}, {mode_name}",
-                    lambda f=f: leaves(f(module, *twice)),
-                    expected(2),
-                )
+        for name, transform in batched.items() if arrays else ():
+            yield Comparison(
+                f"{name}, {mode_name}",
+                run(transform, twice),
+                lambda: tuple(2 * p.expected[k] for k in own),
+            )
 
 
 def mesh(p: Problem) -> Iterator[Comparison]:
@@ -207,9 +223,8 @@ def mesh(p: Problem) -> Iterator[Comparison]:
     for axis_type in (AxisType.Explicit, AxisType.Auto):
         yield Comparison(
             f"{axis_type.name} axes",
-            lambda t=axis_type: _on_mesh(p, p.fn, t),
+            lambda fn, axis_type=axis_type: _on_mesh(p, fn, axis_type),
             lambda: p.expected,
-            needs=lambda t=axis_type: _on_mesh(p, p.reference, t),
         )
 
 
@@ -218,9 +233,8 @@ def shard_map(p: Problem) -> Iterator[Comparison]:
     for check_vma in (True, False):
         yield Comparison(
             f"check_vma={check_vma}",
-            lambda c=check_vma: _in_shard_map(p, p.fn, c),
+            lambda fn, check_vma=check_vma: _in_shard_map(p, fn, check_vma),
             lambda: _each_shard(p),
-            needs=lambda c=check_vma: _in_shard_map(p, p.reference, c),
         )
 
 
@@ -249,7 +263,7 @@ def _joined(
     return tuple(join(g) if i in batched else sum(g[1:], g[0]) for i, g in columns)
 
 
-def _on_mesh(p: Problem, fn: Callable[..., Any], axis_type: AxisType) -> Gradient:
+def _on_mesh(p: Problem, fn: Fn, axis_type: AxisType) -> Gradient:
     devices = _devices().reshape(4, 2)
     grid = jax.sharding.Mesh(devices, ("data", "model"), axis_types=(axis_type,) * 2)
     with jax.set_mesh(grid):
@@ -264,7 +278,7 @@ def _on_mesh(p: Problem, fn: Callable[..., Any], axis_type: AxisType) -> Gradien
         return tuple(map(np.asarray, jax.jit(p.gradient(fn))(*placed)))
 
 
-def _in_shard_map(p: Problem, fn: Callable[..., Any], check_vma: bool) -> Gradient:
+def _in_shard_map(p: Problem, fn: Fn, check_vma: bool) -> Gradient:
     split = _split_inputs(p)
     line = jax.sharding.Mesh(_devices(), ("data",))
     specs = tuple(PartitionSpec("data") if i in split else PartitionSpec() for i in _all(p))

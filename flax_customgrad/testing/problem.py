@@ -148,7 +148,10 @@ def convert(arg: Any, dtype: Any) -> Any:
                 if isinstance(node, nnx.Module) and getattr(node, name, None) is not None:
                     setattr(node, name, dtype)
         graphdef, state = nnx.split(arg, graph=True)
-        return nnx.merge(graphdef, jax.tree.map(lambda a: _cast(a, dtype), state))
+        state = jax.tree.map(
+            lambda v: _cast_variable(v, dtype), state, is_leaf=lambda v: isinstance(v, nnx.Variable)
+        )
+        return nnx.merge(graphdef, state)
     return jax.tree.map(lambda a: _cast(a, dtype), arg)
 
 
@@ -160,11 +163,20 @@ def _by_autodiff(fn: Callable[..., Any]) -> Callable[..., Any]:
     return reference
 
 
-def _cast(array: Any, dtype: Any) -> Any:
+def _cast(array: Any, dtype: Any, narrow: bool = True) -> Any:
+    """A floating array in another dtype, anything else as it is."""
     is_array = isinstance(array, jax.Array | np.ndarray)
-    if is_array and jnp.issubdtype(array.dtype, jnp.floating):
-        return jnp.asarray(np.asarray(array), dtype)
-    return array
+    if not (is_array and jnp.issubdtype(array.dtype, jnp.floating)):
+        return array
+    return jnp.asarray(
+        np.asarray(array), dtype if narrow else jnp.promote_types(array.dtype, dtype)
+    )
+
+
+def _cast_variable(variable: Any, dtype: Any) -> Any:
+    """A Variable in another dtype; statistics, which are no Params, are never narrowed."""
+    narrow = isinstance(variable, nnx.Param) or not isinstance(variable, nnx.Variable)
+    return jax.tree.map(lambda array: _cast(array, dtype, narrow), variable)
 
 
 def _stack(array: jax.Array, size: int, rng: np.random.Generator) -> jax.Array:

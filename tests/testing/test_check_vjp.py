@@ -150,6 +150,22 @@ def test_the_custom_gradients_of_others(decorate):
         check_vjp(wrong, PARAMS, X, reference=square, checks=["autodiff"])
 
 
+def test_a_custom_gradient_of_others_without_a_reference_is_pointed_out():
+    report = check_vjp(with_backward(right, decorate=jax.custom_vjp), PARAMS, X, checks=QUICK)
+    assert [row.check for row in report.rows if row.status == "skipped"] == ["reference"]
+    assert "give reference= or formula=" in str(report)
+    wrong = with_backward(MISTAKES["doubled bias"][1], decorate=jax.custom_vjp)
+    with pytest.raises(GradientError, match=r"finite_differences, central, params\.bias"):
+        check_vjp(wrong, PARAMS, X, checks=QUICK)
+
+
+def test_what_jax_cannot_do_is_a_skip_and_no_failure():
+    """nnx.vmap with the Module shared: its statistics would be one per example."""
+    report = check_vjp(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), X, checks=["modes"])
+    skipped = {row.case.split(",")[0] for row in report.rows if row.status == "skipped"}
+    assert skipped == {"nnx.vmap"}
+
+
 def test_a_surrogate_is_compared_with_its_formula():
     def step(x):
         return jnp.where(x > 0, 1.0, 0.0)
