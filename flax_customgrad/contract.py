@@ -12,7 +12,8 @@ output whatever the mode of NNX; and what it returns is checked while JAX traces
 
 The binding is to `jax.custom_vjp`, over a flat list of arrays. `nnx.custom_vjp` offers no more than
 that once a Module is split, costs up to 1.7 times the eager forward of a layer, traces slower than
-plain nnx on current flax, and does not work with `jax_custom_vjp3`.
+plain nnx on current flax, and fails with `jax_custom_vjp3` (in every mode on jax 0.10, in the
+default mode on 0.12).
 """
 
 import functools
