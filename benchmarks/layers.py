@@ -16,7 +16,8 @@ from flax_customgrad import catalogue
 
 def step(made: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
     """A compiled value and gradient of an example for its parameters and inputs, and arguments."""
-    call, layer, *inputs = made if len(made) == 3 else (lambda m, x: m(x), *made)
+    is_layer = isinstance(made[0], nnx.Module)
+    call, layer, *inputs = (lambda m, *x: m(*x), *made) if is_layer else made
     graphdef, params = nnx.split(layer)
     floats = [i for i, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.floating)]
 

@@ -115,14 +115,12 @@ def is_array(value: Any) -> bool:
 
 
 def is_parameters(argument: Any) -> bool:
-    """Whether an argument is a Module, a State or a dict: something with parameters by name."""
-    return isinstance(argument, nnx.Module | Mapping)
+    """Whether an argument, as `positions` shows it, has its parameters by name."""
+    return isinstance(argument, Mapping)
 
 
 def by_path(parameters: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Yields (path, leaf) of a Module, State or nested dict; a leaf is an array or a Variable."""
-    if _is_module(parameters):
-        parameters = nnx.state(parameters, graph=True)
+    """Yields (path, leaf) of a State or a nested dict; a leaf is an array or a Variable."""
     for key, value in parameters.items():
         if isinstance(value, Mapping):
             yield from (((key, *path), leaf) for path, leaf in by_path(value))

@@ -108,7 +108,7 @@ def einsum(params: Parameters, x: jax.Array, equation: Equation, how: Arithmetic
     """
     x, kernel, bias = how.promote(x, params["kernel"], params.get("bias"))
     labels = f"{equation.x},{equation.kernel}->{equation.y}"
-    y = jnp.einsum(labels, x, kernel, **how.product())
+    y = jnp.einsum(labels, x, kernel, **how.forward())
     if bias is None:
         return y
     return y + jnp.reshape(

@@ -51,7 +51,7 @@ def linear(params: Parameters, x: jax.Array, how: Arithmetic) -> jax.Array:
         Outputs of shape (..., out_features), in the dtype of the computation.
     """
     x, kernel, bias = how.promote(x, params["kernel"], params.get("bias"))
-    y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **how.product())
+    y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **how.forward())
     return y if bias is None else y + lax.expand_dims(bias, range(y.ndim - 1))
 
 

@@ -82,7 +82,7 @@ def linear_general(params: Parameters, x: jax.Array, axes: Axes, how: Arithmetic
     """
     x, kernel, bias = how.promote(x, params["kernel"], params.get("bias"))
     numbers = ((axes.contracted, axes.kernel_in), (axes.batch, axes.kernel_batch))
-    y = lax.dot_general(x, kernel, numbers, **how.product())
+    y = lax.dot_general(x, kernel, numbers, **how.forward())
     if bias is None:
         return y
     batch, out = bias.shape[: len(axes.batch)], bias.shape[len(axes.batch) :]

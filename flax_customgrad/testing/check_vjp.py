@@ -151,7 +151,7 @@ def _compare(
         return [Row(check, case, status="skipped", note=str(reason))]
     except Exception as error:
         return [_of_error(check, comparison, problem.reference, error)]
-    return _rows(problem, check, case, got, expected, tolerance)
+    return _rows(problem, check, comparison, got, expected, tolerance)
 
 
 def _of_error(
@@ -168,13 +168,22 @@ def _of_error(
     return Row(check, comparison.case, status="failed", note=note)
 
 
-def _rows(problem, check, case, got, expected, tolerance) -> list[Row]:
+def _rows(
+    problem: Problem,
+    check: str,
+    comparison: checks.Comparison,
+    got: tuple[Any, ...],
+    expected: tuple[Any, ...],
+    tolerance: float,
+) -> list[Row]:
     rows = []
-    if case == "value":
-        labels = ["output"] * len(got)
-    else:
-        labels = [problem.names[i] for i in problem.differentiable]
-    for label, g, e in zip(labels, got, expected, strict=False):
+    case = comparison.case
+    names = comparison.of
+    if names is None:
+        names = [problem.names[i] for i in problem.differentiable]
+    elif isinstance(names, str):
+        names = [names] * len(expected)
+    for label, g, e in zip(names, got, expected, strict=True):
         g, e = (np.asarray(a, np.float64) for a in (g, e))
         if g.shape != e.shape:
             note = f"has shape {g.shape}, expected {e.shape}"
@@ -208,40 +217,19 @@ def _in_dtype(fn, reference, args, names, dtype, allowed) -> list[Row]:
     high = Problem.make(fn, reference, low.args, names, jnp.float64)
     comparison = checks.Comparison(
         dtype.name,
-        lambda fn: jax.jit(_linear_gradient(low, fn))(*low.arrays),
-        lambda: jax.jit(_linear_gradient(high, high.reference))(*high.arrays),
+        lambda fn: jax.jit(low.linear_gradient(fn))(*low.arrays),
+        lambda: jax.jit(high.linear_gradient(high.reference))(*high.arrays),
     )
     return _compare(low, "dtypes", comparison, allowed[dtype.name])
 
 
-def _linear_gradient(problem: Problem, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The gradient for a cotangent of small integers, exact in every dtype."""
-
-    def objective(*arrays: jax.Array) -> jax.Array:
-        total = jnp.zeros(())
-        for leaf in jax.tree.leaves(problem.apply(fn)(*arrays)):
-            if jnp.issubdtype(leaf.dtype, jnp.floating):
-                weights = (np.arange(leaf.size) % 7 - 2.0).reshape(leaf.shape)
-                total += jnp.sum(leaf.astype(total.dtype) * weights)
-        return total
-
-    return jax.grad(objective, problem.differentiable)
-
-
 def _measure_residuals(report: Report, problem: Problem) -> None:
-    diff = [problem.arrays[i] for i in problem.differentiable]
+    def kept_by(fn: Callable[..., Any]) -> int:
+        values = [problem.arrays[i] for i in problem.differentiable]
+        return residual_bytes(problem.of_differentiable(problem.apply(fn)), *values)
 
-    def of(fn: Callable[..., Any]) -> Callable[..., Any]:
-        def pure(*diff: jax.Array) -> Any:
-            arrays = list(problem.arrays)
-            for i, a in zip(problem.differentiable, diff, strict=True):
-                arrays[i] = a
-            return problem.apply(fn)(*arrays)
-
-        return pure
-
-    report.residual_bytes = residual_bytes(of(problem.fn), *diff)
-    report.reference_residual_bytes = residual_bytes(of(problem.reference), *diff)
+    report.residual_bytes = kept_by(problem.fn)
+    report.reference_residual_bytes = kept_by(problem.reference)
     kept = f"{report.residual_bytes} B kept, autodiff {report.reference_residual_bytes} B"
     report.rows.append(Row("residuals", kept))
 

@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flax_customgrad.testing.problem import Gradient, Problem, weigh
+from flax_customgrad.arguments import by_path
+from flax_customgrad.testing.problem import Gradient, Problem, replaced, weigh
 
 _BATCH = 2
 _DEVICES = 8
@@ -37,11 +38,14 @@ class Comparison(NamedTuple):
         run: computes the gradient of a function of the problem's arguments: of the function under
             test; and, where that fails, of the reference, to see whether JAX can do it at all.
         expected: computes what the gradient should be.
+        of: the names of what is compared, or one for all; by default each argument that has a
+            gradient.
     """
 
     case: str
     run: Callable[[Fn], Gradient]
     expected: Callable[[], Gradient]
+    of: Sequence[str] | str | None = None
 
 
 class Skip(Exception):
@@ -50,11 +54,11 @@ class Skip(Exception):
 
 def autodiff(p: Problem) -> Iterator[Comparison]:
     """The gradient against autodiff of the reference, and the value against its value."""
-    yield Comparison(
-        "value",
-        lambda fn: tuple(jax.tree.leaves(p.apply(fn)(*p.arrays))),
-        lambda: tuple(jax.tree.leaves(p.apply(p.reference)(*p.arrays))),
-    )
+
+    def value(fn: Fn) -> Gradient:
+        return tuple(jax.tree.leaves(p.apply(fn)(*p.arrays)))
+
+    yield Comparison("value", value, lambda: value(p.reference), of="output")
     yield Comparison("gradient", lambda fn: p.gradient(fn)(*p.arrays), lambda: p.expected)
 
 
@@ -118,10 +122,7 @@ def scan(p: Problem) -> Iterator[Comparison]:
     def over_steps(fn: Fn) -> Gradient:
         def total(*arrays: jax.Array) -> jax.Array:
             def body(carry: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-                current = list(arrays)
-                for i, x in zip(over, xs, strict=True):
-                    current[i] = x
-                return carry + p.objective(fn)(*current), None
+                return carry + p.objective(fn)(*replaced(arrays, over, xs)), None
 
             return jax.lax.scan(body, jnp.zeros(()), tuple(arrays[i] for i in over))[0]
 
@@ -143,7 +144,8 @@ def remat(p: Problem) -> Iterator[Comparison]:
 def second_order(p: Problem) -> Iterator[Comparison]:
     """Derivatives of the gradient: reverse over reverse, and forward over reverse."""
     rng = np.random.default_rng(4)
-    along = [jnp.asarray(rng.standard_normal(a.shape), a.dtype) for a in _differentiable(p)]
+    at = tuple(p.arrays[i] for i in p.differentiable)
+    along = tuple(jnp.asarray(rng.standard_normal(a.shape), a.dtype) for a in at)
 
     def reverse(fn: Fn) -> Gradient:
         def dot(*arrays: jax.Array) -> jax.Array:
@@ -153,14 +155,8 @@ def second_order(p: Problem) -> Iterator[Comparison]:
         return jax.jit(jax.grad(dot, p.differentiable))(*p.arrays)
 
     def forward(fn: Fn) -> Gradient:
-        def of_differentiable(*diff: jax.Array) -> Gradient:
-            arrays = list(p.arrays)
-            for i, a in zip(p.differentiable, diff, strict=True):
-                arrays[i] = a
-            return p.gradient(fn)(*arrays)
-
-        pushed = jax.jit(lambda *diff: jax.jvp(of_differentiable, diff, tuple(along))[1])
-        return pushed(*_differentiable(p))
+        gradient = p.of_differentiable(p.gradient(fn))
+        return jax.jit(lambda *at: jax.jvp(gradient, at, along)[1])(*at)
 
     yield Comparison("grad of grad", reverse, lambda: reverse(p.reference))
     yield Comparison("jvp of grad", forward, lambda: forward(p.reference))
@@ -174,7 +170,9 @@ def modes(p: Problem) -> Iterator[Comparison]:
     arrays = tuple(arg for arg in rest if isinstance(arg, jax.Array))
     twice = tuple(jnp.stack([a, a]) for a in arrays)
     axes = (None, *(0 for _ in arrays))
-    own = [k for k, i in enumerate(p.differentiable) if i in p.owned_by_first]
+    params = [leaf for _, leaf in by_path(p.packed.positions()[0]) if isinstance(leaf, nnx.Param)]
+    own = [k for k, i in enumerate(p.differentiable) if i in jax.tree.leaves(params)]
+    names = [p.names[p.differentiable[k]] for k in own]
 
     def loss(fn: Fn) -> Callable[..., jax.Array]:
         def of_module_and_arrays(m: nnx.Module, *arrays: jax.Array) -> jax.Array:
@@ -209,12 +207,14 @@ def modes(p: Problem) -> Iterator[Comparison]:
                 f"{name}, {mode_name}",
                 run(transform, arrays),
                 lambda: tuple(p.expected[k] for k in own),
+                of=names,
             )
         for name, transform in batched.items() if arrays else ():
             yield Comparison(
                 f"{name}, {mode_name}",
                 run(transform, twice),
                 lambda: tuple(2 * p.expected[k] for k in own),
+                of=names,
             )
 
 
@@ -240,10 +240,6 @@ def shard_map(p: Problem) -> Iterator[Comparison]:
 
 def _summed(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return lambda *args: jnp.sum(fn(*args))
-
-
-def _differentiable(p: Problem) -> tuple[jax.Array, ...]:
-    return tuple(p.arrays[i] for i in p.differentiable)
 
 
 def _each(p: Problem, arrays: list[jax.Array], batched: Sequence[int]) -> list[Gradient]:
@@ -289,7 +285,7 @@ def _in_shard_map(p: Problem, fn: Fn, check_vma: bool) -> Gradient:
         out_specs=PartitionSpec("data"),
         check_vma=check_vma,
     )
-    gradient = jax.grad(lambda *arrays: jnp.sum(local(*arrays)), p.differentiable)
+    gradient = jax.grad(_summed(local), p.differentiable)
     return tuple(map(np.asarray, jax.jit(gradient)(*p.arrays)))
 
 
@@ -303,7 +299,7 @@ def _each_shard(p: Problem) -> Gradient:
 
 
 def _split_inputs(p: Problem) -> tuple[int, ...]:
-    split = tuple(i for i in p.inputs if p.arrays[i].shape[:1] and not p.arrays[i].shape[0] % 8)
+    split = tuple(i for i in p.inputs if p.arrays[i].ndim and not len(p.arrays[i]) % _DEVICES)
     if not split:
         raise Skip(f"no input whose first axis divides by {_DEVICES}")
     return split

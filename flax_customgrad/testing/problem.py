@@ -18,7 +18,6 @@ from flax import nnx
 from flax_customgrad.arguments import Packed, by_path, is_parameters, pack
 from flax_customgrad.autodiff import use_autodiff
 
-Arrays = Sequence[jax.Array]
 Gradient = tuple[Any, ...]
 
 
@@ -35,7 +34,6 @@ class Problem:
         names: the name of each array, such as "m.kernel".
         differentiable: positions of the arrays that have a gradient.
         parameters: positions of the arrays that belong to a Module, State or dict.
-        owned_by_first: positions of the arrays that belong to the first argument.
     """
 
     fn: Callable[..., Any]
@@ -46,7 +44,6 @@ class Problem:
     names: list[str]
     differentiable: tuple[int, ...]
     parameters: tuple[int, ...]
-    owned_by_first: tuple[int, ...]
 
     @classmethod
     def make(
@@ -91,7 +88,6 @@ class Problem:
             names,
             tuple(sorted(differentiable)),
             tuple(sorted(parameters)),
-            tuple(map(int, jax.tree.leaves(packed.positions()[0]))),
         )
 
     @property
@@ -111,6 +107,16 @@ class Problem:
         """The gradient of `objective`, as a function of the arrays."""
         return jax.grad(self.objective(fn), argnums=self.differentiable)
 
+    def linear_gradient(self, fn: Callable[..., Any]) -> Callable[..., Gradient]:
+        """The gradient for a cotangent of small integers, which every dtype holds exactly."""
+        return jax.grad(
+            lambda *arrays: weigh_linearly(self.apply(fn)(*arrays)), argnums=self.differentiable
+        )
+
+    def of_differentiable(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of the arrays as one of those that have a gradient, the others fixed."""
+        return lambda *values: fn(*replaced(self.arrays, self.differentiable, values))
+
     @functools.cached_property
     def expected_gradient(self) -> Callable[..., Gradient]:
         """The gradient of the reference, compiled once for all checks."""
@@ -129,14 +135,36 @@ class Problem:
         ]
 
 
+def replaced(
+    arrays: Sequence[jax.Array], positions: Sequence[int], values: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """The arrays, with other values at some positions."""
+    result = list(arrays)
+    for position, value in zip(positions, values, strict=True):
+        result[position] = value
+    return result
+
+
 def weigh(out: Any) -> jax.Array:
     """A number that depends on every element of an output in its own way."""
     total = jnp.zeros(())
-    for leaf in jax.tree.leaves(out):
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            weights = np.cos(1.0 + np.arange(leaf.size)).reshape(leaf.shape)
-            total += jnp.sum(jnp.sin(leaf) * weights.astype(leaf.dtype)).astype(total.dtype)
+    for leaf in _floating(out):
+        weights = np.cos(1.0 + np.arange(leaf.size)).reshape(leaf.shape)
+        total += jnp.sum(jnp.sin(leaf) * weights.astype(leaf.dtype)).astype(total.dtype)
     return total
+
+
+def weigh_linearly(out: Any) -> jax.Array:
+    """A sum of an output's elements times small integers."""
+    total = jnp.zeros(())
+    for leaf in _floating(out):
+        weights = (np.arange(leaf.size) % 7 - 2.0).reshape(leaf.shape)
+        total += jnp.sum(leaf.astype(total.dtype) * weights)
+    return total
+
+
+def _floating(out: Any) -> list[jax.Array]:
+    return [leaf for leaf in jax.tree.leaves(out) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
 def convert(arg: Any, dtype: Any) -> Any:

@@ -220,6 +220,19 @@ def test_statistics_counters_and_random_state_are_left_alone():
     assert {row.argument for row in report.rows if row.case != "value"} == {"scale", "x"}
 
 
+def test_a_module_that_holds_a_bare_array_beside_its_parameters():
+    class Shifted(nnx.Module):
+        def __init__(self):
+            self.a_shift = nnx.data(jnp.arange(3.0))
+            self.scale = nnx.Param(jnp.ones(3))
+
+        def __call__(self, x):
+            return x * self.scale + self.a_shift
+
+    report = check_vjp(Shifted(), X, checks=["modes"])
+    assert {row.argument for row in report.rows} == {"scale"}
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"unknown checks \['jti'\]; there are autodiff,"):
         check_vjp(square, PARAMS, X, checks=["jti"])
