@@ -159,6 +159,22 @@ def test_a_custom_gradient_of_others_without_a_reference_is_pointed_out():
         check_vjp(wrong, PARAMS, X, checks=QUICK)
 
 
+def test_a_function_is_no_excuse_for_itself():
+    """Without a reference the function is compared with itself: that it fails is no skip."""
+    broken = with_backward(lambda res, g: ({"kernel": g}, None), decorate=jax.custom_vjp)
+    with pytest.raises(GradientError, match="jit: raised TypeError: Custom VJP bwd rule"):
+        check_vjp(broken, PARAMS, X, checks=["jit"])
+    bare = with_backward(right, decorate=jax.custom_vjp)
+    with pytest.raises(GradientError, match="shard_map, check_vma=True: raised"):
+        check_vjp(bare, PARAMS, X, checks=["shard_map"])
+
+
+def test_a_broken_formula_or_reference_is_no_proof():
+    step = with_backward(lambda res, g: (g,), fun=jnp.round)
+    with pytest.raises(GradientError, match="autodiff, gradient: raised CotangentError"):
+        check_vjp(step, X, formula=lambda x, g: (g[0],), checks=["autodiff"])
+
+
 def test_what_jax_cannot_do_is_a_skip_and_no_failure():
     """nnx.vmap with the Module shared: its statistics would be one per example."""
     report = check_vjp(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), X, checks=["modes"])
