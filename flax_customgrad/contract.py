@@ -28,6 +28,7 @@ from flax import nnx
 
 from flax_customgrad import autodiff, cotangents, writes
 from flax_customgrad.arguments import Packed, Static, pack
+from flax_customgrad.kept import keep, kept
 
 _FORWARD_MODE = (
     "a hand-written backward has no forward mode; inside `with flax_customgrad.use_autodiff():` "
@@ -210,15 +211,16 @@ class CustomVJP:
             )
         out, residuals = result
         written = [snapshot.updates(self._name) for snapshot in snapshots]
-        kept, rest = pack(residuals, f"the residuals of {self._name}")
+        arrays_kept, rest = pack(residuals, f"the residuals of {self._name}")
         avals = tuple(map(jax.typeof, arrays))
-        return (out, written), (Static((call.value, self._names(args), avals, rest)), kept)
+        static = Static((call.value, self._names(args), avals, rest))
+        return (out, written), (static, list(map(keep, arrays_kept)))
 
     def _backward(self, packed: tuple[Static, list[Any]], g: tuple[Any, Any]) -> tuple[Any, ...]:
         assert self._bwd is not None
-        static, kept = packed
+        static, arrays_kept = packed
         call, names, avals, rest = static.value
-        residuals = rest.unpack(kept)
+        residuals = rest.unpack(list(map(kept, arrays_kept)))
         snapshots = _snapshots(rest, residuals)
         try:
             cts = self._bwd(residuals, g[0])

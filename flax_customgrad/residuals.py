@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from flax_customgrad.kept import as_they_are
+
 
 @dataclass(frozen=True)
 class Residual:
@@ -47,7 +49,8 @@ def residuals(fn: Callable[..., Any], *args: Any) -> list[Residual]:
             nbytes = leaf.size * leaf.dtype.itemsize
             kept.append(Residual(leaf.shape, leaf.dtype, nbytes, key in own))
 
-    jax.eval_shape(trace, *args)
+    with as_they_are():
+        jax.eval_shape(trace, *args)
     return kept
 
 

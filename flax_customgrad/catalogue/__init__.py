@@ -1,0 +1,35 @@
+"""The catalogue: one entry per layer, which the tests, the command line, benchmarks and docs read.
+
+An entry says what a layer is, where it comes from and what its backward keeps, and makes examples
+of it: small ones on which its gradient is proved, and workloads on which it is timed.
+"""
+
+from typing import Any
+
+from flax import nnx
+
+from flax_customgrad.catalogue.entry import Entry as Entry
+from flax_customgrad.catalogue.entry import Example as Example
+from flax_customgrad.catalogue.linear import LINEAR
+
+
+def entries() -> tuple[Entry, ...]:
+    """Every layer of the library, by family."""
+    return (*LINEAR,)
+
+
+def find(name: str) -> Entry:
+    """The entry of a layer.
+
+    Raises:
+        KeyError: there is none; the error lists the names.
+    """
+    for entry in entries():
+        if entry.name == name:
+            return entry
+    raise KeyError(f"no layer {name!r}; there are {', '.join(e.name for e in entries())}")
+
+
+def drop_ins() -> dict[type[nnx.Module], Any]:
+    """From each flax.nnx layer to the Module of this library that takes its place."""
+    return {e.reference: e.module for e in entries() if e.is_drop_in and not e.is_function}  # type: ignore[misc]

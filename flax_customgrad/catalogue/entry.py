@@ -1,0 +1,100 @@
+"""`Entry`: what the catalogue says of one layer, and how its examples are made."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Example = Callable[[Any], tuple[Any, ...]]
+"""Makes what `check_vjp` takes of the given class or function: (layer, *inputs), or
+(function, layer, *inputs), or (function, *inputs)."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One layer of the library: a Module, or a function such as an activation.
+
+    Attributes:
+        name: its public name, `flax_customgrad.<name>`.
+        family: the folder that it lives in.
+        module: the class, or the function.
+        reference: the class or function of flax.nnx (or jax.nn) that it stands in for; None where
+            there is none.
+        gradient: "exact" where the backward is the derivative of the forward, "surrogate" where
+            it is meant to differ.
+        keeps: what the backward keeps.
+        gain: what the hand-written backward is for, in a few words.
+        source: paper or issue behind it; empty where the mathematics is elementary.
+        examples: makers of small examples by name, for `check_vjp`. They take the class or
+            function to use, `module` or `reference`; inputs have a leading axis of 8, one per
+            device of a mesh.
+        workloads: makers of examples of a realistic size by name, for benchmarks.
+    """
+
+    name: str
+    family: str
+    module: Callable[..., Any]
+    reference: Callable[..., Any] | None
+    gradient: Literal["exact", "surrogate"]
+    keeps: str
+    gain: str
+    source: str = ""
+    examples: Mapping[str, Example] = field(default_factory=dict)
+    workloads: Mapping[str, Example] = field(default_factory=dict)
+
+    @property
+    def is_function(self) -> bool:
+        """Whether it is a function of arrays, and no Module."""
+        return not (isinstance(self.module, type) and issubclass(self.module, nnx.Module))
+
+    @property
+    def is_drop_in(self) -> bool:
+        """Whether it takes the place of something in flax.nnx; `convert` swaps Modules."""
+        return self.reference is not None
+
+
+def normal(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
+    """Normally distributed inputs, the same at every call.
+
+    Args:
+        *shape: the shape.
+        dtype: a floating dtype.
+    """
+    return jax.random.normal(jax.random.key(sum(shape)), shape, dtype)
+
+
+def made(*args: Any, inputs: tuple[Any, ...], call: Any = None, **kwargs: Any) -> Example:
+    """An example whose layer is built as `cls(*args, **kwargs, rngs=...)`.
+
+    Args:
+        *args: positional arguments of the constructor.
+        inputs: arrays, or functions that make them.
+        call: how to call the layer, if not as `layer(*inputs)`: a function of both.
+        **kwargs: keyword arguments of the constructor.
+    """
+
+    def make(cls: Any) -> tuple[Any, ...]:
+        layer = cls(*args, **kwargs, rngs=nnx.Rngs(0))
+        made = tuple(x() if callable(x) else x for x in inputs)
+        return (layer, *made) if call is None else (call, layer, *made)
+
+    return make
+
+
+def applied(*inputs: Any, **kwargs: Any) -> Example:
+    """An example that applies a function to arrays.
+
+    Args:
+        *inputs: arrays, or functions that make them.
+        **kwargs: keyword arguments of the function.
+    """
+
+    def make(function: Any) -> tuple[Any, ...]:
+        arrays = tuple(x() if callable(x) else x for x in inputs)
+        return (partial(function, **kwargs) if kwargs else function, *arrays)
+
+    return make
