@@ -8,14 +8,16 @@ from typing import Any
 
 from flax import nnx
 
+from flax_customgrad.catalogue.activation import ACTIVATION
 from flax_customgrad.catalogue.entry import Entry as Entry
 from flax_customgrad.catalogue.entry import Example as Example
 from flax_customgrad.catalogue.linear import LINEAR
+from flax_customgrad.catalogue.normalization import NORMALIZATION
 
 
 def entries() -> tuple[Entry, ...]:
     """Every layer of the library, by family."""
-    return (*LINEAR,)
+    return (*LINEAR, *NORMALIZATION, *ACTIVATION)
 
 
 def find(name: str) -> Entry:

@@ -19,6 +19,8 @@ from flax.nnx.nn import dtypes
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from flax_customgrad.sums import accumulator
+
 
 @dataclass(frozen=True)
 class Arithmetic:
@@ -50,11 +52,6 @@ class Arithmetic:
         if self.preferred_element_type is not None:
             kwargs["preferred_element_type"] = self.preferred_element_type
         return kwargs
-
-
-def accumulator(*arrays: jax.Array) -> Any:
-    """The dtype in which a backward sums: float32, or wider where an array is wider."""
-    return jnp.result_type(jnp.float32, *arrays)
 
 
 def parameter_gradient(lhs: jax.Array, rhs: jax.Array, numbers: Any, **where: Any) -> jax.Array:
@@ -125,11 +122,6 @@ def product(
     if order is None:
         return out
     return lax.transpose(out, sorted(range(out.ndim), key=order.__getitem__))
-
-
-def total(g: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """The sum over axes in the accumulator's dtype; what the gradient of a bias is."""
-    return lax.reduce_sum(g.astype(accumulator(g)), axes)
 
 
 def explicit_sharding(aval: Any, order: Sequence[int] | None = None) -> NamedSharding | None:

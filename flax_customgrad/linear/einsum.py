@@ -26,12 +26,8 @@ from flax.nnx.nn import dtypes
 
 from flax_customgrad.contract import custom_vjp
 from flax_customgrad.drop_in import Parameters, applies, parameters
-from flax_customgrad.linear.arithmetic import (
-    Arithmetic,
-    input_gradient,
-    parameter_gradient,
-    total,
-)
+from flax_customgrad.linear.arithmetic import Arithmetic, input_gradient, parameter_gradient
+from flax_customgrad.sums import total
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,11 @@ from flax_customgrad.contract import custom_vjp
 from flax_customgrad.drop_in import Parameters, applies, parameters
 from flax_customgrad.linear.arithmetic import (
     Arithmetic,
-    accumulator,
     explicit_sharding,
     input_gradient,
     parameter_gradient,
-    total,
 )
+from flax_customgrad.sums import accumulator, total
 
 
 class LookupResiduals(NamedTuple):

@@ -1,0 +1,1 @@
+"""Activations: pointwise, gated, softmax; as functions of the names of flax.nnx."""

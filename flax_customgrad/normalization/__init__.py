@@ -1,0 +1,1 @@
+"""The normalizations: of activations, and of weights."""
