@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 
