@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_customgrad.arguments import Packed, by_path, is_parameters, pack
+from flax_customgrad.arguments import Packed, Position, by_path, is_parameters, pack
 from flax_customgrad.autodiff import use_autodiff
 
 Gradient = tuple[Any, ...]
@@ -73,7 +73,8 @@ class Problem:
             for path, leaf in leaves:
                 # Statistics and counters are Variables, but no Params: they have no gradient.
                 fixed = isinstance(leaf, nnx.Variable) and not isinstance(leaf, nnx.Param)
-                for position in jax.tree.leaves(leaf):
+                # A static number is a leaf as well, and no position.
+                for position in (p for p in jax.tree.leaves(leaf) if isinstance(p, Position)):
                     names[position] = ".".join(map(str, (name, *path))).lstrip(".")
                     if is_parameters(arg):
                         parameters.append(int(position))

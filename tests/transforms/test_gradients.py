@@ -24,7 +24,9 @@ CANNOT = {
 @pytest.mark.parametrize(("entry", "make"), EXAMPLES)
 def test_gradient(entry, make):
     report = check_vjp(*make(entry.module))
-    assert {row.check for row in report.rows} == set(CHECKS)
+    # NNX has no modes for a function of arrays.
+    expected = set(CHECKS) - {"modes"} if entry.is_function else set(CHECKS)
+    assert {row.check for row in report.rows} == expected
     skipped = {(entry.name, r.check, r.case) for r in report.rows if r.status == "skipped"}
     assert skipped <= CANNOT, report
     assert report.residual_bytes <= report.reference_residual_bytes

@@ -1,0 +1,63 @@
+"""What the activations have in common: which arrays they take, and how a gradient shrinks back."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from flax_customgrad import autodiff
+from flax_customgrad.sums import total
+
+_HALF = (jnp.bfloat16, jnp.float16)
+_TAKEN = (*_HALF, jnp.float32, jnp.float64)
+
+
+def as_array(x: Any) -> Any:
+    """An array of NumPy or a Variable as an array of JAX; anything else as it is."""
+    return jnp.asarray(x) if isinstance(x, np.ndarray | np.generic | nnx.Variable) else x
+
+
+def is_number(p: Any) -> bool:
+    """Whether a parameter is a number of Python: weakly typed, and without a gradient."""
+    return type(p) in (int, float)
+
+
+def applies(*arrays: Any) -> bool:
+    """Whether the hand-written backwards apply: real floating arrays, and no `use_autodiff`.
+
+    Integers, complex numbers, 8-bit floats, lists and the like are left to `jax.nn`: its results
+    and its errors are theirs.
+    """
+    return not autodiff.in_use() and all(
+        isinstance(a, jax.Array) and a.dtype in _TAKEN for a in arrays
+    )
+
+
+def is_half(*arrays: Any) -> bool:
+    """Whether arrays promote to a dtype of half precision."""
+    return jnp.result_type(*arrays) in _HALF
+
+
+def in_dtype(x: jax.Array, dtype: Any) -> jax.Array:
+    """An array in a dtype; one that has it already stays as weakly typed as it came."""
+    return x if x.dtype == dtype else x.astype(dtype)
+
+
+def summed_to(g: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """What a broadcast array gets of a gradient: the sum over the axes along which it was repeated.
+
+    Args:
+        g: a gradient, of the shape that was broadcast to.
+        shape: the shape before.
+
+    Returns:
+        An array of that shape; float32 or wider where anything was summed.
+    """
+    lead = g.ndim - len(shape)
+    repeated = [lead + i for i, n in enumerate(shape) if n == 1 != g.shape[lead + i]]
+    axes = (*range(lead), *repeated)
+    return lax.expand_dims(total(g, axes), [axis - lead for axis in repeated]) if axes else g
