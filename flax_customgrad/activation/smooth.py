@@ -15,21 +15,23 @@ from jax.typing import ArrayLike
 
 from flax_customgrad.activation.pointwise import Pointwise
 
-# gelu(x) = x Phi(x), with Phi the normal distribution; the tanh form approximates Phi.
+# gelu(x) = x Phi(x), with Phi the normal distribution. The approximate form is x (1 + tanh(u)) / 2,
+# which is x s(v) with v = 2 u and s the sigmoid: for negative x that loses no digits.
 
-_ROOT = math.sqrt(2 / math.pi)
-_CUBIC = 0.044715
+_LINEAR = 2 * math.sqrt(2 / math.pi)
+_CUBIC = 0.044715 * _LINEAR
 
 
 def _gelu_tanh(x: jax.Array) -> jax.Array:
-    x = jnp.maximum(x, -20.0)
-    return x * (0.5 * (1 + jnp.tanh(_ROOT * (x + _CUBIC * x * x * x))))
+    x = jnp.maximum(x, -30.0)
+    return x * lax.logistic(x * (_LINEAR + _CUBIC * (x * x)))
 
 
 def _gelu_tanh_backward(g: jax.Array, x: jax.Array) -> jax.Array:
-    x = jnp.clip(x, -20.0, 20.0)
-    t = jnp.tanh(_ROOT * (x + _CUBIC * x * x * x))
-    return g * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (_ROOT * (1 + 3 * _CUBIC * x * x)))
+    x = jnp.clip(x, -30.0, 30.0)
+    square = x * x
+    s = lax.logistic(x * (_LINEAR + _CUBIC * square))
+    return g * (s * (1 + x * (1 - s) * (_LINEAR + 3 * _CUBIC * square)))
 
 
 def _gelu_erf(x: jax.Array) -> jax.Array:
@@ -181,16 +183,17 @@ def log_sigmoid(x: ArrayLike) -> jax.Array:
 
 
 def _root(x: jax.Array, b: jax.Array) -> jax.Array:
-    square = x * x
-    # Beyond that b is lost in rounding, and x^2 overflows at last.
-    return jnp.where(
-        jnp.abs(b) <= jnp.finfo(x.dtype).eps * square, jnp.abs(x), jnp.sqrt(square + b)
-    )
+    return jnp.where(_is_far(x, b), jnp.abs(x), jnp.sqrt(x * x + b))
+
+
+def _is_far(x: jax.Array, b: jax.Array) -> jax.Array:
+    """Where b is lost in rounding; further out x^2 overflows, and at last |x| + r."""
+    return jnp.abs(b) <= jnp.finfo(x.dtype).eps * (x * x)
 
 
 def _squareplus(x: jax.Array, b: jax.Array) -> jax.Array:
-    half = 0.5 * jnp.abs(x) + 0.5 * _root(x, b)
-    return jnp.where(x < 0, 0.25 * b / half, half)
+    y = jnp.where(_is_far(x, b), jnp.abs(x), 0.5 * (jnp.abs(x) + jnp.sqrt(x * x + b)))
+    return jnp.where(x < 0, 0.25 * b / y, y)
 
 
 def _squareplus_backward(g: jax.Array, x: jax.Array, b: jax.Array) -> jax.Array:
@@ -225,8 +228,8 @@ def squareplus(x: ArrayLike, b: ArrayLike = 4) -> jax.Array:
 
 
 def _soft_sign(x: jax.Array) -> jax.Array:
-    limits = jnp.finfo(x.dtype)
-    x = jnp.clip(x, limits.min, limits.max)
+    largest = float(jnp.finfo(x.dtype).max)
+    x = jnp.clip(x, -largest, largest)
     return x / (jnp.abs(x) + 1)
 
 

@@ -1,0 +1,203 @@
+"""Values, gradients and dtypes of the pointwise functions are those of flax.nnx."""
+
+import copy
+import itertools
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import flax_customgrad as fcg
+
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32, jnp.bool_, jnp.complex64]
+
+
+def weights(y):
+    return jnp.cos(1.0 + jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
+
+
+def weighed(f):
+    """A number made of f's output, whose second derivatives do not vanish."""
+
+    def loss(*args):
+        y = f(*args)
+        return jnp.sum(jnp.sin(y) * weights(y))
+
+    return loss
+
+
+def close(ours, theirs, tolerance):
+    ours, theirs = jax.tree.leaves(ours), jax.tree.leaves(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_value_and_derivatives_in_float64(pointwise):
+    with jax.enable_x64(True):
+        x = 3 * jax.random.normal(jax.random.key(0), (5, 7), jnp.float64)
+
+        def results(f):
+            second = jax.grad(weighed(jax.grad(weighed(f))))
+            return jax.jit(lambda x: (f(x), jax.grad(weighed(f))(x), second(x)))(x)
+
+        close(results(pointwise.ours), results(pointwise.theirs), 1e-12)
+
+
+BENDS = {
+    "relu": [0.0, -0.0],
+    "relu6": [0.0, 6.0],
+    "hard_tanh": [-1.0, 1.0],
+    "hard_sigmoid": [-3.0, 3.0],
+    "hard_silu": [-3.0, 3.0],
+    "leaky_relu": [0.0, -0.0],
+    "elu": [0.0, -0.0],
+    "selu": [0.0, -0.0],
+    "celu": [0.0, -0.0],
+    "soft_sign": [0.0, -0.0],
+}
+
+
+def test_the_derivative_at_a_bend_is_that_of_nnx(pointwise):
+    x = jnp.array(BENDS.get(pointwise.name.partition(",")[0], [0.0]))
+    ours, theirs = (jax.vmap(jax.grad(f))(x) for f in pointwise[1:])
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (4, 1), (1, 1), (2, 4, 3)], ids=str)
+def test_a_parameter_that_is_an_array_has_a_gradient(parametrized, shape):
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(0), (4, 3), jnp.float64)
+        p = 0.5 + jax.random.uniform(jax.random.key(1), shape, jnp.float64)
+
+        def results(f):
+            return f(x, p), jax.jit(jax.grad(weighed(f), (0, 1)))(x, p)
+
+        close(results(parametrized.ours), results(parametrized.theirs), 1e-12)
+
+
+@pytest.mark.parametrize("p", [0.3, 2, np.float32(0.3), np.array([0.3, 1.0, 2.0], np.float32)])
+def test_a_parameter_that_is_a_number_has_none(parametrized, p):
+    x = jax.random.normal(jax.random.key(0), (4, 3))
+
+    def results(f):
+        return f(x, p), jax.grad(lambda x: weighed(f)(x, p))(x)
+
+    close(results(parametrized.ours), results(parametrized.theirs), 1e-6)
+
+
+def test_parameters_have_the_names_of_nnx(parametrized):
+    name = {"leaky_relu": "negative_slope", "squareplus": "b"}.get(parametrized.name, "alpha")
+    x = jnp.array([-1.0, 2.0])
+    ours, theirs = parametrized.ours(x=x, **{name: 0.5}), parametrized.theirs(x, 0.5)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_float32_agrees_to_the_last_digits(pointwise):
+    x = 4 * jax.random.normal(jax.random.key(0), (1000,))
+    np.testing.assert_allclose(pointwise.ours(x), pointwise.theirs(x), rtol=2e-6, atol=1e-6)
+
+
+def outcome(f, *args):
+    """The type of what f returns, or of the error that it raises."""
+    try:
+        y = jax.eval_shape(f, *args)
+    except Exception as error:
+        return type(error)
+    return y.shape, y.dtype, y.weak_type
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
+def test_dtypes_are_those_of_nnx(pointwise, x64):
+    with jax.enable_x64(x64):
+        for dtype in (*DTYPES, *([jnp.float64, jnp.int64] if x64 else [])):
+            x = jax.ShapeDtypeStruct((2, 3), dtype)
+            assert outcome(pointwise.ours, x) == outcome(pointwise.theirs, x), dtype
+        # gelu of nnx forgets that a number is weakly typed.
+        for number in () if "gelu" in pointwise.name else (1, 1.5, True, jnp.asarray(1.5)):
+            assert outcome(pointwise.ours, number) == outcome(pointwise.theirs, number), number
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
+def test_dtypes_promote_as_in_nnx(parametrized, x64):
+    with jax.enable_x64(x64):
+        dtypes = (*DTYPES, *([jnp.float64] if x64 else []))
+        parameters = [0.5, 2, np.float64(0.5)]
+        for x, p in itertools.product(dtypes, (*dtypes, *parameters)):
+            args = [jnp.ones(3, x), p if p in parameters else jnp.ones(3, p)]
+            assert outcome(parametrized.ours, *args) == outcome(parametrized.theirs, *args), args
+
+
+@pytest.mark.parametrize(
+    "x",
+    [np.float32([-1, 2]), 1.5, 2, np.arange(3), 1j],
+    ids=["numpy", "float", "int", "integers", "complex"],
+)
+def test_other_inputs(pointwise, x):
+    try:
+        expected = pointwise.theirs(x)
+    except Exception as error:
+        with pytest.raises(type(error)):
+            pointwise.ours(x)
+    else:
+        np.testing.assert_allclose(pointwise.ours(x), expected, rtol=1e-6)
+
+
+def test_a_variable_is_its_value(pointwise):
+    x = jnp.array([-1.0, 2.0])
+    np.testing.assert_array_equal(pointwise.ours(nnx.Param(x)), pointwise.ours(x))
+
+
+def test_a_list_is_refused_as_nnx_does(pointwise):
+    for f in pointwise[1:]:
+        with pytest.raises(TypeError):
+            f([1.0, 2.0])
+
+
+@pytest.mark.parametrize("shape", [(), (3, 0)], ids=str)
+def test_odd_shapes(pointwise, shape):
+    x = jax.random.normal(jax.random.key(0), shape)
+    for f in (lambda f: f(x), lambda f: jax.grad(weighed(f))(x)):
+        np.testing.assert_allclose(f(pointwise.ours), f(pointwise.theirs), rtol=1e-5)
+
+
+def test_forward_mode_needs_use_autodiff():
+    x = (jnp.array([-1.0, 2.0]),)
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(fcg.silu, x, x)
+    with fcg.use_autodiff():
+        ours = jax.jvp(fcg.silu, x, x)
+    np.testing.assert_array_equal(ours, jax.jvp(nnx.silu, x, x))
+
+
+def test_relu_knows_three_residuals():
+    with pytest.raises(ValueError, match=r"residual='bit' is none of 'mask', 'bits', 'output'"):
+        fcg.relu(jnp.ones(3), residual="bit")  # type: ignore[arg-type]
+
+
+def test_a_function_is_one_object_under_every_name():
+    assert fcg.swish is fcg.silu
+    assert fcg.hard_swish is fcg.hard_silu
+    assert copy.deepcopy(fcg.silu) is fcg.silu
+    assert pickle.loads(pickle.dumps(fcg.silu)) is fcg.silu
+
+
+def test_an_activation_can_be_a_part_of_a_module():
+    class Block(nnx.Module):
+        def __init__(self, act, rngs):
+            self.linear = nnx.Linear(3, 3, rngs=rngs)
+            self.act = act
+
+        def __call__(self, x):
+            return self.act(self.linear(x))
+
+    def gradients(act):
+        block = Block(act, nnx.Rngs(0))
+        return jax.tree.leaves(nnx.jit(nnx.grad(lambda m: m(jnp.ones((2, 3))).sum()))(block))
+
+    for a, b in zip(gradients(fcg.gelu), gradients(nnx.gelu), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
