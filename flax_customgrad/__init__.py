@@ -46,6 +46,12 @@ from flax_customgrad.linear.lora import LoRALinear as LoRALinear
 from flax_customgrad.model.convert import Rule as Rule
 from flax_customgrad.model.convert import convert as convert
 from flax_customgrad.model.convert import revert as revert
+from flax_customgrad.normalization.batch_norm import BatchNorm as BatchNorm
+from flax_customgrad.normalization.group_norm import GroupNorm as GroupNorm
+from flax_customgrad.normalization.instance_norm import InstanceNorm as InstanceNorm
+from flax_customgrad.normalization.layer_norm import LayerNorm as LayerNorm
+from flax_customgrad.normalization.rms_norm import RMSNorm as RMSNorm
+from flax_customgrad.normalization.standardize import standardize as standardize
 from flax_customgrad.residuals import Residual as Residual
 from flax_customgrad.residuals import residual_bytes as residual_bytes
 from flax_customgrad.residuals import residuals as residuals

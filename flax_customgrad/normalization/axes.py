@@ -1,0 +1,121 @@
+"""`Axes`: what a normalization sums over, and along what it scales."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from jax import lax
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Which elements share statistics, and which share a scale and a bias.
+
+    A sum over what is reduced is taken in two steps: first over the axes without features, which
+    leaves what the gradients of scale and bias need too, then over the features.
+
+    Attributes:
+        reduced: the axes that share statistics, in ascending order.
+        features: the axes along which scale and bias vary, in ascending order.
+        groups: into how many groups of features the last axis is divided (`GroupNorm`), each with
+            statistics of its own; None where the axis is reduced or kept whole.
+    """
+
+    reduced: tuple[int, ...]
+    features: tuple[int, ...]
+    groups: int | None = None
+
+    @classmethod
+    def of(cls, ndim: int, reduced: Any, features: Any, groups: int | None = None) -> "Axes":
+        """Axes as a user gives them: an int or several, negative ones counted from the end.
+
+        Args:
+            ndim: the number of axes of the input.
+            reduced: the axes that share statistics.
+            features: the axes along which scale and bias vary.
+            groups: the number of groups of the last axis, or None.
+
+        Raises:
+            ValueError: the input has no such axis.
+        """
+        return cls(canonical(ndim, reduced), canonical(ndim, features), groups)
+
+    def sum_plain(self, a: jax.Array) -> jax.Array:
+        """The sum over the reduced axes that carry no features; they stay, with size 1."""
+        plain = [i for i in self.reduced if i not in self.features]
+        # Two sums are made of this one. XLA would merge each with it and go through `a` twice.
+        return lax.optimization_barrier(jnp.sum(a, plain, keepdims=True)) if plain else a
+
+    def sum_features(self, a: jax.Array) -> jax.Array:
+        """The rest of the sum, of what `sum_plain` left: one number per statistic."""
+        if self.groups is not None:
+            return jnp.sum(rearrange(a, "... (g k) -> ... g k", g=self.groups), -1)
+        return jnp.sum(a, [i for i in self.reduced if i in self.features], keepdims=True)
+
+    def sum(self, a: jax.Array) -> jax.Array:
+        """The sum over everything that shares statistics."""
+        if self.groups is None:
+            return jnp.sum(a, self.reduced, keepdims=True)
+        return self.sum_features(self.sum_plain(a))
+
+    def spread(self, statistic: jax.Array, size: int) -> jax.Array:
+        """A statistic so that it broadcasts against the input.
+
+        Args:
+            statistic: one number per statistic, as `sum` yields it.
+            size: the size of the input's last axis.
+        """
+        if self.groups is None:
+            return statistic
+        return repeat(statistic, "... g -> ... (g k)", k=size // self.groups)
+
+    def count(self, shape: tuple[int, ...]) -> int:
+        """How many elements of an input of this shape share a statistic."""
+        return math.prod(shape[i] for i in self.reduced) // (self.groups or 1)
+
+    def along(self, parameter: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """A scale or bias so that it broadcasts against an input of this shape.
+
+        Raises:
+            ValueError: the feature axes have another number of elements.
+        """
+        sizes = [shape[i] for i in self.features]
+        if math.prod(sizes) != parameter.size:
+            raise ValueError(
+                f"scale and bias have {parameter.size} elements, but the feature axes "
+                f"{self.features} of an input of shape {shape} have {math.prod(sizes)}: check "
+                "num_features and feature_axes"
+            )
+        others = [i for i in range(len(shape)) if i not in self.features]
+        return lax.expand_dims(parameter.reshape(sizes), others)
+
+    def of_parameter(self, partial: jax.Array, like: jax.Array) -> jax.Array:
+        """The gradient of a scale or bias, from what `sum_plain` left of it.
+
+        Args:
+            partial: a sum over the reduced axes without features.
+            like: the parameter.
+        """
+        rest = [i for i in range(partial.ndim) if i not in self.features]
+        return lax.reduce_sum(partial, rest).reshape(like.shape)
+
+
+def canonical(ndim: int, axes: Any) -> tuple[int, ...]:
+    """Axes as ascending numbers from 0, each once.
+
+    Args:
+        ndim: the number of axes there are.
+        axes: an int, or several; negative ones count from the end.
+
+    Raises:
+        ValueError: there is no such axis.
+    """
+    axes = tuple(axes) if isinstance(axes, Iterable) else (axes,)
+    for axis in axes:
+        if not -ndim <= axis < ndim:
+            raise ValueError(f"axis {axis} does not exist: the input has {ndim} axes")
+    return tuple(sorted({axis % ndim for axis in axes}))

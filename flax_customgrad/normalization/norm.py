@@ -1,0 +1,87 @@
+"""`Norm`: what the drop-ins for the normalizations of nnx share."""
+
+from typing import Any, Literal
+
+import jax
+from flax.nnx.nn import dtypes
+
+from flax_customgrad.drop_in import Parameters, applies, parameters
+from flax_customgrad.normalization.axes import Axes
+from flax_customgrad.normalization.moments import Devices
+from flax_customgrad.normalization.normalize import How, Statistics, normalize, reject_zeros
+
+Residual = Literal["input", "output"]
+"""What the backward keeps to find the normalized input again.
+
+"input" is right where nothing else keeps either. "output" costs nothing where the next layer keeps
+its input, as a Linear does. But it divides by the scale: digits are lost where |bias / scale| is
+large and where the output is in half precision, and a scale of 0 is an error.
+"""
+
+
+class Norm:
+    """Mixed into a normalization of nnx: computes it with `normalize`, and adds a choice.
+
+    It comes after the layer among the bases: only then can a layer of nnx become one of these. With
+    a `promote_dtype` of the user's own, and for integer or complex inputs, the layer computes
+    as nnx does and JAX differentiates that.
+
+    Attributes:
+        residual: what the backward keeps, "input" or "output".
+    """
+
+    __slots__ = ()
+    residual: Residual = "input"
+
+    def _keep(self, residual: Residual) -> None:
+        """Makes the choice; a layer that keeps its input holds nothing that nnx's does not."""
+        if residual not in ("input", "output"):
+            raise ValueError(f"residual={residual!r}: expected 'input' or 'output'")
+        if residual == "output":
+            self.residual = residual
+            self._check_scale()
+
+    def _ours(self, x: Any) -> bool:
+        """Whether `normalize` computes what nnx would."""
+        return self.promote_dtype is dtypes.promote_dtype and applies(x, self._parameters())
+
+    def _parameters(self) -> Parameters:
+        return parameters(self, *(n for n in ("scale", "bias") if hasattr(self, n)))
+
+    def _normalize(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        axes: Axes,
+        *promoted_with: jax.Array,
+        centered: bool = True,
+    ) -> tuple[jax.Array, Statistics]:
+        """The output and the statistics.
+
+        Args:
+            x: input of any shape, float.
+            mask: binary, broadcastable to x; or None.
+            axes: what shares statistics.
+            *promoted_with: arrays that have a say in the dtype of the output, beside x, scale and
+                bias.
+            centered: whether the mean is taken out.
+        """
+        params = self._parameters()
+        if self.residual == "output":
+            self._check_scale()
+        groups = self.axis_index_groups
+        how = How(
+            axes,
+            float(self.epsilon),
+            dtypes.canonicalize_dtype(x, *promoted_with, *params.values(), dtype=self.dtype),
+            centered,
+            Devices(self.axis_name, groups and tuple(map(tuple, groups))),
+            self.residual,
+        )
+        return normalize(params, x, None if mask is None else mask.astype(bool), how)
+
+    def _check_scale(self) -> None:
+        """Rejects a scale of 0 while it can be seen; a traced one is checked when it runs."""
+        scale = self._parameters().get("scale")
+        if scale is not None and not isinstance(scale, jax.core.Tracer):
+            reject_zeros(scale)
