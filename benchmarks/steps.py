@@ -1,0 +1,90 @@
+"""What is timed and weighed: the value and gradient of a catalogue example, once and stacked."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_customgrad import use_autodiff
+
+Made = tuple[Any, ...]
+Step = tuple[Any, tuple[Any, ...]]
+
+
+def variants(entry: Any, make: Any) -> dict[str, Callable[[], Step]]:
+    """Makers of the compiled step of what there is to compare with, first, and of ours.
+
+    Args:
+        entry: a catalogue entry.
+        make: one of its workloads. Without a reference in nnx, autodiff of the same layer is it.
+    """
+    if entry.is_drop_in:
+        return {
+            "nnx": lambda: step(make(entry.reference)),
+            "ours": lambda: step(make(entry.module)),
+        }
+
+    def by_autodiff() -> Step:
+        with use_autodiff():
+            return step(make(entry.module))
+
+    return {"autodiff": by_autodiff, "ours": lambda: step(make(entry.module))}
+
+
+def step(made: Made) -> Step:
+    """A compiled value and gradient of an example for its parameters and inputs, and arguments."""
+    call, state, inputs = _taken_apart(made)
+    floats = [i for i, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.floating)]
+    out = jax.eval_shape(call, state, *inputs)
+    g = jax.random.normal(jax.random.key(1), out.shape, out.dtype)
+
+    def loss(state, *inputs_and_g):
+        *inputs, g = inputs_and_g
+        return jnp.vdot(call(state, *inputs), g).astype(jnp.float32)
+
+    wrt = (*((0,) if jax.tree.leaves(state) else ()), *(1 + i for i in floats))
+    args = (state, *inputs, g)
+    return jax.jit(jax.value_and_grad(loss, wrt)).lower(*args).compile(), args
+
+
+def scan_bytes(made: Made, layers: int = 8) -> int | None:
+    """Temporary memory of the gradient of layers in a scan; None where outputs are no inputs.
+
+    Args:
+        made: an example; its first input is what the layers hand on.
+        layers: how many.
+    """
+    call, state, (x, *rest) = _taken_apart(made)
+    if jax.eval_shape(call, state, x, *rest).shape != x.shape:
+        return None
+    stacked = jax.tree.map(lambda v: jnp.stack([v] * layers), state)
+
+    def loss(stacked, x, *rest):
+        def body(carry, state):
+            return call(state, carry, *rest).astype(carry.dtype), None
+
+        y, _ = jax.lax.scan(body, x, stacked, length=layers)
+        return jnp.sum(y.astype(jnp.float32))
+
+    wrt = tuple(range(0 if jax.tree.leaves(state) else 1, 2 + len(rest)))
+    compiled = jax.jit(jax.value_and_grad(loss, wrt)).lower(stacked, x, *rest).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def _taken_apart(made: Made) -> tuple[Any, Any, tuple[Any, ...]]:
+    """A function of (state, *inputs), the state, and the inputs."""
+    first, *rest = made
+    if not isinstance(first, nnx.Module) and not (rest and isinstance(rest[0], nnx.Module)):
+        return (lambda _, *inputs: first(*inputs)), {}, tuple(rest)
+    if isinstance(first, nnx.Module):
+        run, layer, inputs = (lambda m, *x: m(*x)), first, rest
+    else:
+        run, (layer, *inputs) = first, rest
+    graphdef, params, fixed = nnx.split(layer, nnx.Param, ...)
+
+    def call(params, *inputs):
+        return run(nnx.merge(graphdef, params, fixed, copy=True), *inputs)
+
+    return call, params, tuple(inputs)
