@@ -76,6 +76,9 @@ def scan_bytes(made: Made, layers: int = 8) -> int | None:
 def _taken_apart(made: Made) -> tuple[Any, Any, tuple[Any, ...]]:
     """A function of (state, *inputs), the state, and the inputs."""
     first, *rest = made
+    if not all(hasattr(x, "dtype") for x in rest if not isinstance(x, nnx.Module)):
+        arrays = [x for x in rest if hasattr(x, "dtype")]
+        return (lambda _, *inputs: first(*inputs, *rest[len(arrays) :])), {}, tuple(arrays)
     if not isinstance(first, nnx.Module) and not (rest and isinstance(rest[0], nnx.Module)):
         return (lambda _, *inputs: first(*inputs)), {}, tuple(rest)
     if isinstance(first, nnx.Module):

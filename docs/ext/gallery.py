@@ -41,9 +41,9 @@ def _listed(row: Iterable[str]) -> str:
 
 
 def _row(entry: catalogue.Entry) -> tuple[str, ...]:
-    name = f"{{py:class}}`~flax_customgrad.{entry.name}`"
-    if entry.reference is not None:
-        name += f"\n\nfor `nnx.{entry.reference.__name__}`"
+    name = f"{{py:{'func' if entry.is_function else 'class'}}}`~flax_customgrad.{entry.name}`"
+    if entry.is_drop_in:
+        name += f"\n\nfor `{entry.stands_for}`"
     gain = _escaped(entry.gain)
     if entry.source:
         gain += f"\n\n{_linked(entry.source)}"

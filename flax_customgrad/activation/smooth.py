@@ -1,8 +1,9 @@
 """Smooth activations: what they compute, and their derivatives as functions of x alone.
 
 Each keeps x. Where a formula meets 0 times infinity, x is clipped to where the function is its
-limit already to the last bit: those clips are what makes an infinite x give a value and a gradient,
-and they cost no time. They lie beyond every rounding of float64.
+limit already to the last bit, beyond every rounding of float64: those clips are what makes an
+infinite x give a value and a gradient. The sigmoid is that of x itself, which XLA can share between
+the passes; the clips of the passes differ, because XLA would share them too, as one more array.
 """
 
 import functools
@@ -22,27 +23,26 @@ _LINEAR = 2 * math.sqrt(2 / math.pi)
 _CUBIC = 0.044715 * _LINEAR
 
 
+def _gelu_sigmoid(x: jax.Array) -> jax.Array:
+    return lax.logistic(x * (_LINEAR + _CUBIC * (x * x)))
+
+
 def _gelu_tanh(x: jax.Array) -> jax.Array:
-    x = jnp.maximum(x, -30.0)
-    return x * lax.logistic(x * (_LINEAR + _CUBIC * (x * x)))
+    return jnp.maximum(x, -60.0) * _gelu_sigmoid(x)
 
 
 def _gelu_tanh_backward(g: jax.Array, x: jax.Array) -> jax.Array:
-    x = jnp.clip(x, -30.0, 30.0)
-    square = x * x
-    s = lax.logistic(x * (_LINEAR + _CUBIC * square))
-    return g * (s * (1 + x * (1 - s) * (_LINEAR + 3 * _CUBIC * square)))
+    s, x = _gelu_sigmoid(x), jnp.clip(x, -30.0, 30.0)
+    return g * (s * (1 + x * (1 - s) * (_LINEAR + 3 * _CUBIC * (x * x))))
 
 
 def _gelu_erf(x: jax.Array) -> jax.Array:
-    x = jnp.maximum(x, -40.0)
-    return 0.5 * x * lax.erfc(-math.sqrt(0.5) * x)
+    return 0.5 * jnp.maximum(x, -60.0) * lax.erfc(-math.sqrt(0.5) * x)
 
 
 def _gelu_erf_backward(g: jax.Array, x: jax.Array) -> jax.Array:
-    x = jnp.clip(x, -40.0, 40.0)
-    density = jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    return g * (0.5 * lax.erfc(-math.sqrt(0.5) * x) + x * density)
+    distribution, x = 0.5 * lax.erfc(-math.sqrt(0.5) * x), jnp.clip(x, -40.0, 40.0)
+    return g * (distribution + x * (jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)))
 
 
 GELU_TANH = Pointwise(
@@ -70,13 +70,11 @@ def gelu(x: ArrayLike, approximate: bool = True) -> jax.Array:
 
 
 def _silu(x: jax.Array) -> jax.Array:
-    x = jnp.maximum(x, -1e3)
-    return x * lax.logistic(x)
+    return jnp.maximum(x, -2e3) * lax.logistic(x)
 
 
 def _silu_backward(g: jax.Array, x: jax.Array) -> jax.Array:
-    x = jnp.clip(x, -1e3, 1e3)
-    s = lax.logistic(x)
+    s, x = lax.logistic(x), jnp.clip(x, -1e3, 1e3)
     return g * (s * (1 + x * (1 - s)))
 
 

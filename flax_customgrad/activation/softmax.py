@@ -35,14 +35,14 @@ class Rows(NamedTuple):
     m: jax.Array
     s: jax.Array
 
-    @property
-    def empty(self) -> jax.Array:
-        """Which rows hold nothing but minus infinity."""
-        return self.m == -jnp.inf
-
     def weigh(self, e: jax.Array, g: ArrayLike = 1) -> jax.Array:
         """The softmax, from its exponentials, times a number for each row."""
-        return e * jnp.where(self.empty, 0, g / self.s)
+        return e * (g / _above_zero(self.s))
+
+
+def _above_zero(s: jax.Array) -> jax.Array:
+    """A sum of exponentials, of which the largest is 1; or, in a row without weight, not 0."""
+    return jnp.maximum(s, 0.5)
 
 
 def _largest(x: jax.Array, axis: Axes) -> jax.Array:
@@ -55,10 +55,12 @@ def _shifted(x: jax.Array, m: jax.Array) -> jax.Array:
     Infinity cannot be subtracted from itself. The largest finite number can, twice: that leaves
     infinity, for which the minimum puts 0, and takes everything finite to minus infinity. The
     minimum is not with 0, where it would halve the second derivative of the largest element.
+    Nothing here compares or selects, which XLA on a CPU would not fuse with the sums.
     """
     limits = jnp.finfo(x.dtype)
-    x = x - jnp.clip(m, limits.min, limits.max) - jnp.where(m == jnp.inf, limits.max, 0)
-    return jnp.minimum(x, limits.tiny)
+    finite = jnp.clip(m, limits.min, limits.max)
+    rest = jnp.clip(m - finite, 0, limits.max)
+    return jnp.minimum(x - finite - rest, limits.tiny)
 
 
 @custom_vjp
@@ -114,10 +116,10 @@ def softmax(
 
 
 class _LogSoftmaxResiduals(NamedTuple):
-    """What the backward of `log_softmax` keeps; `empty` is one bit a row."""
+    """What the backward of `log_softmax` keeps; `weight` is a number a row, 0 or 1."""
 
     y: jax.Array
-    empty: jax.Array
+    weight: jax.Array
     axis: Axes
 
 
@@ -127,28 +129,26 @@ def _log_softmax(x: jax.Array, axis: Axes) -> jax.Array:
 
 
 def _log_softmax_fwd(x: jax.Array, axis: Axes) -> tuple[jax.Array, _LogSoftmaxResiduals]:
-    y, empty = _log_softmax_value(axis, x)
-    return y, _LogSoftmaxResiduals(y, empty, axis)
+    y, weight = _log_softmax_value(axis, x)
+    return y, _LogSoftmaxResiduals(y, weight, axis)
 
 
 def _log_softmax_bwd(res: _LogSoftmaxResiduals, g: jax.Array) -> tuple[jax.Array, None]:
-    return _log_softmax_gradient(res.axis, res.y, res.empty, g), None
+    return _log_softmax_gradient(res.axis, res.y, res.weight, g), None
 
 
 @once
 def _log_softmax_value(axis: Axes, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     (wide,) = widened(x.dtype, x)
-    m = _largest(wide, axis)
-    shifted = _shifted(wide, m)
-    rows = Rows(m, jnp.sum(jnp.exp(shifted), axis, keepdims=True))
-    y = shifted - jnp.where(rows.empty, 0, jnp.log(rows.s))
-    return in_dtype(y, x.dtype), rows.empty
+    shifted = _shifted(wide, _largest(wide, axis))
+    s = jnp.sum(jnp.exp(shifted), axis, keepdims=True)
+    return in_dtype(shifted - jnp.log(_above_zero(s)), x.dtype), jnp.minimum(s, 1)
 
 
 @once
-def _log_softmax_gradient(axis: Axes, y: jax.Array, empty: jax.Array, g: jax.Array) -> jax.Array:
+def _log_softmax_gradient(axis: Axes, y: jax.Array, weight: jax.Array, g: jax.Array) -> jax.Array:
     y, g = widened(g.dtype, y, g)
-    return jnp.where(empty, 0, g - jnp.exp(y) * jnp.sum(g, axis, keepdims=True))
+    return weight * (g - jnp.exp(y) * jnp.sum(g, axis, keepdims=True))
 
 
 _log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)

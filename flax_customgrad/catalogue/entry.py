@@ -52,6 +52,13 @@ class Entry:
         return not (isinstance(self.module, type) and issubclass(self.module, nnx.Module))
 
     @property
+    def stands_for(self) -> str:
+        """What it takes the place of, which has the same name; empty where there is nothing."""
+        if self.reference is None:
+            return ""
+        return f"{'nnx' if hasattr(nnx, self.name) else 'jax.nn'}.{self.name}"
+
+    @property
     def is_drop_in(self) -> bool:
         """Whether it takes the place of something in flax.nnx; `convert` swaps Modules."""
         return self.reference is not None

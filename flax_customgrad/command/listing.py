@@ -38,12 +38,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _cells(entry: catalogue.Entry) -> tuple[str, str, str, Text]:
-    reference = f"nnx.{entry.reference.__name__}" if entry.reference else ""
     facts = {"keeps": entry.keeps, "gain": entry.gain, "source": _short(entry.source)}
     backward = Text("\n").join(
         Text.assemble((f"{label}: ", "dim"), fact) for label, fact in facts.items() if fact
     )
-    return f"  {entry.name}", reference, entry.gradient, backward
+    return f"  {entry.name}", entry.stands_for, entry.gradient, backward
 
 
 def _short(source: str) -> str:
