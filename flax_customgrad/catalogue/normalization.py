@@ -82,7 +82,6 @@ NORMALIZATION = (
         gain=_GAIN.replace("a large mean and ", ""),
         source="arXiv:1910.07467",
         examples={
-            "features": made(6, **_SCALED, inputs=(lambda: normal(8, 6),)),
             "masked": made(6, call=_masked, **_SCALED, inputs=(lambda: normal(8, 2, 6),)),
         },
         workloads=_OF_FEATURES,
@@ -97,7 +96,6 @@ NORMALIZATION = (
         gain=_GAIN + "; any reduction_axes",
         source="arXiv:1803.08494",
         examples={
-            "images": made(6, 2, **_SCALED, inputs=(lambda: normal(8, 3, 2, 6),)),
             "masked": made(6, 2, call=_masked, **_SCALED, inputs=(lambda: normal(8, 3, 6),)),
         },
         workloads=_OF_IMAGES,
@@ -126,8 +124,7 @@ NORMALIZATION = (
         gain=_GAIN + "; running statistics survive a masked batch",
         source="arXiv:1502.03167",
         examples={
-            "training": made(3, **_SCALED, inputs=(lambda: normal(8, 2, 3),)),
-            "masked": made(3, call=_masked, **_SCALED, inputs=(lambda: normal(8, 2, 3),)),
+            "training, masked": made(3, call=_masked, **_SCALED, inputs=(lambda: normal(8, 2, 3),)),
             "evaluation": _evaluation,
         },
         workloads=_OF_IMAGES,

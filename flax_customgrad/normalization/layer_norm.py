@@ -23,8 +23,9 @@ class LayerNorm(nnx.LayerNorm, Norm):
         >>> import jax.numpy as jnp, flax_customgrad as fcg
         >>> from flax import nnx
         >>> layer = fcg.LayerNorm(4, rngs=nnx.Rngs(0))
-        >>> layer(jnp.array([[10001.0, 10002.0, 10003.0, 10004.0]])).round(3)
-        Array([[-1.342, -0.447,  0.447,  1.342]], dtype=float32)
+        >>> y = layer(jnp.array([10001.0, 10002.0, 10003.0, 10004.0]))
+        >>> [f"{value:.3f}" for value in y]
+        ['-1.342', '-0.447', '0.447', '1.342']
     """
 
     def __init__(self, *args: Any, residual: Residual = "input", **kwargs: Any):

@@ -20,7 +20,7 @@ def test_shows_every_entry(capsys):
     for entry in catalogue.entries():
         shown = {entry.name, entry.family, entry.gradient}
         if entry.reference:
-            shown.add(f"nnx.{entry.reference.__name__}")
+            shown.add(entry.stands_for)
         for fact in (entry.keeps, entry.gain):
             shown |= _words(fact)
         assert shown <= words, entry.name
