@@ -240,7 +240,7 @@ SOFT_SIGN = Pointwise(jax.nn.soft_sign, _soft_sign, _soft_sign_backward)
 
 
 def soft_sign(x: ArrayLike) -> jax.Array:
-    """Soft sign, x / (1 + |x|).
+    """Soft sign, `x / (1 + abs(x))`.
 
     Args:
         x: array of any shape.
