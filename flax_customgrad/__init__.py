@@ -51,7 +51,12 @@ from flax_customgrad.normalization.group_norm import GroupNorm as GroupNorm
 from flax_customgrad.normalization.instance_norm import InstanceNorm as InstanceNorm
 from flax_customgrad.normalization.layer_norm import LayerNorm as LayerNorm
 from flax_customgrad.normalization.rms_norm import RMSNorm as RMSNorm
+from flax_customgrad.normalization.spectral_norm import SpectralNorm as SpectralNorm
 from flax_customgrad.normalization.standardize import standardize as standardize
+from flax_customgrad.normalization.weight_norm import WeightNorm as WeightNorm
+from flax_customgrad.normalization.weight_standardization import (
+    WeightStandardization as WeightStandardization,
+)
 from flax_customgrad.residuals import Residual as Residual
 from flax_customgrad.residuals import residual_bytes as residual_bytes
 from flax_customgrad.residuals import residuals as residuals

@@ -13,11 +13,12 @@ from flax_customgrad.catalogue.entry import Entry as Entry
 from flax_customgrad.catalogue.entry import Example as Example
 from flax_customgrad.catalogue.linear import LINEAR
 from flax_customgrad.catalogue.normalization import NORMALIZATION
+from flax_customgrad.catalogue.weights import WEIGHTS
 
 
 def entries() -> tuple[Entry, ...]:
     """Every layer of the library, by family."""
-    return (*LINEAR, *NORMALIZATION, *ACTIVATION)
+    return (*LINEAR, *NORMALIZATION, *WEIGHTS, *ACTIVATION)
 
 
 def find(name: str) -> Entry:

@@ -2,8 +2,10 @@
 
 A drop-in subclasses the layer whose place it takes and adds no state, so a layer is converted by
 changing what it *is*: its class. The object stays, so layers that are shared stay shared, and the
-parameters, an optimizer's state and any checkpoint are untouched. A rule of the user's may build a
-new layer instead; then each place that holds the old one is made to hold the new one.
+parameters, an optimizer's state and any checkpoint are untouched. (One drop-in has a conversion of
+its own: `WeightNorm` makes Params of the bare arrays that flax 0.12.8 has for scales.) A rule of
+the user's may build a new layer instead; then each place that holds the old one is made to hold the
+new one.
 """
 
 import re
@@ -97,7 +99,10 @@ def revert(model: M, *, where: Where | None = None) -> M:
         ValueError: `where` matched no layer.
         TypeError: the model is no Module.
     """
-    rules = [Rule(rule.to, rule.layer) for rule in _drop_in_rules()]  # type: ignore[arg-type]
+    rules = [
+        Rule(rule.to, getattr(rule.to, "to_layer", rule.layer))  # type: ignore[arg-type]
+        for rule in _drop_in_rules()
+    ]
     return _replace(model, rules, where, must_match=False)
 
 

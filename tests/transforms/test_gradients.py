@@ -12,12 +12,18 @@ EXAMPLES = [
 ]
 
 # What JAX itself cannot do here, and so is skipped: an Explicit mesh asks jnp.take for a sharding
-# that it does not take, and axis 0 of that product is a batch axis of the kernel.
+# that it does not take, axis 0 of that product is a batch axis of the kernel, and power iteration
+# sums over split features.
 CANNOT = {
     ("Embed", "mesh", "Explicit axes"),
     ("LinearGeneral", "shard_map", "check_vma=True"),
     ("LinearGeneral", "shard_map", "check_vma=False"),
     ("LinearGeneral", "mesh", "Explicit axes"),
+    ("SpectralNorm", "mesh", "Explicit axes"),
+    # Running statistics of one layer for a batch of them.
+    ("BatchNorm", "modes", "nnx.vmap, graph and updates"),
+    ("BatchNorm", "modes", "nnx.vmap, graph"),
+    ("BatchNorm", "modes", "nnx.vmap, tree"),
 }
 
 
