@@ -44,11 +44,17 @@ class Axes:
         """
         return cls(canonical(ndim, reduced), canonical(ndim, features), groups)
 
+    @property
+    def plain(self) -> tuple[int, ...]:
+        """The reduced axes that carry no features."""
+        return tuple(i for i in self.reduced if i not in self.features)
+
     def sum_plain(self, a: jax.Array) -> jax.Array:
         """The sum over the reduced axes that carry no features; they stay, with size 1."""
-        plain = [i for i in self.reduced if i not in self.features]
+        if not self.plain:
+            return a
         # Two sums are made of this one. XLA would merge each with it and go through `a` twice.
-        return lax.optimization_barrier(jnp.sum(a, plain, keepdims=True)) if plain else a
+        return lax.optimization_barrier(jnp.sum(a, self.plain, keepdims=True))
 
     def sum_features(self, a: jax.Array) -> jax.Array:
         """The rest of the sum, of what `sum_plain` left: one number per statistic."""

@@ -141,14 +141,17 @@ def _bwd(
     hx = axes.sum_features(scale * sums["scale"]) - 2 * dvar / r
     h, hx = (s / jnp.maximum(found.count, 1) for s in how.devices.sum(h, hx))
 
+    # What XLA takes for other statistics it does not share with the sums: an r spread over the
+    # input, and where the sums are a pass of their own x^ itself, it would hold as arrays.
+    again = Moments(*lax.optimization_barrier(tuple(found)))
+    if axes.plain:
+        standardized = _standardized_again(res._replace(moments=again))
     taken = standardized * _spread(hx, g, how)
     if how.centered:
         taken = taken + _spread(h, g, how)
     if res.mask is not None:
         taken = jnp.where(res.mask, taken, 0)
-    # Another r than that in x^: XLA would spread one over the input for both, and hold the array.
-    r = lax.optimization_barrier(found.rstd)
-    dx = _spread(r, g, how) * (scale * g - taken)
+    dx = _spread(again.rstd, g, how) * (scale * g - taken)
     return nnx.State(grads), dx, None, None
 
 

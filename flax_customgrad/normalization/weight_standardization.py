@@ -6,7 +6,7 @@
     kept      V and scale, as they came, and three numbers per feature
 
 That is what `normalize` does to activations, and it does it here too, with a mean that is corrected
-for its own rounding: a kernel about 1e4 with a spread of 1 is standardized to 1e-7.
+for its own rounding: a kernel about 1e4 with a spread of 1 is right to 1e-6.
 """
 
 from collections.abc import Iterator
