@@ -173,6 +173,6 @@ class BatchNorm(nnx.BatchNorm, Norm):
             old = variable[...]
             mixed = self.momentum * old + (1 - self.momentum) * new.reshape(old.shape)
             if mask is not None or x.size == 0:
-                mixed = jnp.where(found.count.reshape(-1) > 0, mixed, old)
+                mixed = jnp.where(found.n.reshape(-1) > 0, mixed, old)
             variable[...] = lax.stop_gradient(mixed.astype(old.dtype))
         return y

@@ -44,7 +44,7 @@ class Moments(NamedTuple):
     """The mean square about the mean; inf where it overflows."""
     rstd: jax.Array
     """1 / sqrt(variance + epsilon); 0 where there is nothing to divide by."""
-    count: jax.Array
+    n: jax.Array
     """How many elements there were, over all devices."""
 
 

@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import jax
+import jax.core
 from flax.nnx.nn import dtypes
 
 from flax_customgrad.drop_in import Parameters, applies, parameters
@@ -32,6 +33,12 @@ class Norm:
 
     __slots__ = ()
     residual: Residual = "input"
+    # What the layers of nnx hold.
+    promote_dtype: Any
+    axis_name: Any
+    axis_index_groups: Any
+    epsilon: Any
+    dtype: Any
 
     def _keep(self, residual: Residual) -> None:
         """Makes the choice; a layer that keeps its input holds nothing that nnx's does not."""
@@ -46,7 +53,8 @@ class Norm:
         return self.promote_dtype is dtypes.promote_dtype and applies(x, self._parameters())
 
     def _parameters(self) -> Parameters:
-        return parameters(self, *(n for n in ("scale", "bias") if hasattr(self, n)))
+        names = (name for name in ("scale", "bias") if hasattr(self, name))
+        return parameters(self, *names)  # type: ignore[arg-type]
 
     def _normalize(
         self,

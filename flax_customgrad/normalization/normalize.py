@@ -61,7 +61,7 @@ class Statistics(NamedTuple):
     """The mean; 0 where it is not taken out."""
     variance: jax.Array
     """The mean square about the mean."""
-    count: jax.Array
+    n: jax.Array
     """How many elements there were, over all devices."""
 
 
@@ -91,7 +91,7 @@ def normalize(
         The output, of x's shape in `how.dtype`, and the statistics.
     """
     y, found = _normalize(params, x, mask, how)
-    return y, Statistics(found.shift + found.correction, found.variance, found.count)
+    return y, Statistics(found.shift + found.correction, found.variance, found.n)
 
 
 def _normalize(
@@ -111,7 +111,7 @@ def _fwd(
     params: Parameters, x: jax.Array, mask: jax.Array | None, how: How
 ) -> tuple[tuple[jax.Array, Statistics], Residuals]:
     y, found = _normalize(params, x, mask, how)
-    statistics = Statistics(found.shift + found.correction, found.variance, found.count)
+    statistics = Statistics(found.shift + found.correction, found.variance, found.n)
     if how.residual == "input":
         return (y, statistics), Residuals(params, x, mask, found, how)
     if "scale" in params:
@@ -139,7 +139,7 @@ def _bwd(
     dmean, dvar = (how.devices.own(ct, like=g) / r for ct in cotangents[1][:2])
     h = axes.sum_features(scale * sums["bias"]) - dmean
     hx = axes.sum_features(scale * sums["scale"]) - 2 * dvar / r
-    h, hx = (s / jnp.maximum(found.count, 1) for s in how.devices.sum(h, hx))
+    h, hx = (s / jnp.maximum(found.n, 1) for s in how.devices.sum(h, hx))
 
     # What XLA takes for other statistics it does not share with the sums: an r spread over the
     # input, and where the sums are a pass of their own x^ itself, it would hold as arrays.

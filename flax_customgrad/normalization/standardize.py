@@ -49,9 +49,17 @@ def standardize(
         >>> fcg.standardize(jnp.array([1e8, 1e8 + 16])).round(3)
         Array([-1.,  1.], dtype=float32)
     """
-    known = mean is not None or variance is not None or not isinstance(epsilon, int | float)
-    if known or not applies(x, {}):
-        return jax.nn.standardize(x, axis, mean, variance, epsilon, where, algorithm=algorithm)
+    known = mean is not None or variance is not None
+    if known or not isinstance(epsilon, int | float) or not applies(x, {}):
+        return jax.nn.standardize(
+            x,
+            axis,  # type: ignore[arg-type]
+            mean,
+            variance,
+            epsilon,
+            where,
+            algorithm=algorithm,  # type: ignore[call-arg]
+        )
     if algorithm not in ("fast", "stable"):
         raise ValueError(f"algorithm={algorithm!r}: expected 'fast' or 'stable'")
     x = jnp.asarray(x)
