@@ -21,7 +21,7 @@ from jax import lax
 from flax_customgrad.contract import custom_vjp
 from flax_customgrad.drop_in import Parameters, parameters
 from flax_customgrad.normalization.axes import Axes
-from flax_customgrad.normalization.norm import Norm, Residual
+from flax_customgrad.normalization.norm import Norm, choosing
 from flax_customgrad.sums import accumulator
 
 
@@ -119,19 +119,7 @@ class BatchNorm(nnx.BatchNorm, Norm):
         Array([ 1., 10.], dtype=float32)
     """
 
-    def __init__(self, *args: Any, residual: Residual = "input", **kwargs: Any):
-        """Makes the layer.
-
-        Args:
-            *args: what `flax.nnx.BatchNorm` takes.
-            residual: what the backward keeps, "input" or "output".
-            **kwargs: what `flax.nnx.BatchNorm` takes.
-
-        Raises:
-            ValueError: `residual` is neither, or it is "output" and a scale is 0.
-        """
-        super().__init__(*args, **kwargs)
-        self._keep(residual)
+    __init__ = choosing(nnx.BatchNorm.__init__)
 
     def __call__(
         self,

@@ -3,13 +3,11 @@
 The gradient is that of `normalize`, with statistics per group.
 """
 
-from typing import Any
-
 import jax
 from flax import nnx
 
 from flax_customgrad.normalization.axes import Axes, canonical
-from flax_customgrad.normalization.norm import Norm, Residual
+from flax_customgrad.normalization.norm import Norm, choosing
 
 
 class GroupNorm(nnx.GroupNorm, Norm):
@@ -31,19 +29,7 @@ class GroupNorm(nnx.GroupNorm, Norm):
         (2, 8, 8, 6)
     """
 
-    def __init__(self, *args: Any, residual: Residual = "input", **kwargs: Any):
-        """Makes the layer.
-
-        Args:
-            *args: what `flax.nnx.GroupNorm` takes.
-            residual: what the backward keeps, "input" or "output".
-            **kwargs: what `flax.nnx.GroupNorm` takes.
-
-        Raises:
-            ValueError: `residual` is neither, or it is "output" and a scale is 0.
-        """
-        super().__init__(*args, **kwargs)
-        self._keep(residual)
+    __init__ = choosing(nnx.GroupNorm.__init__)
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes an input.

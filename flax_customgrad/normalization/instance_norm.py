@@ -3,13 +3,11 @@
 The gradient is that of `normalize`, with statistics over all axes but the first and the features.
 """
 
-from typing import Any
-
 import jax
 from flax import nnx
 
 from flax_customgrad.normalization.axes import Axes, canonical
-from flax_customgrad.normalization.norm import Norm, Residual
+from flax_customgrad.normalization.norm import Norm, choosing
 
 
 class InstanceNorm(nnx.InstanceNorm, Norm):
@@ -27,19 +25,7 @@ class InstanceNorm(nnx.InstanceNorm, Norm):
         (2, 8, 8, 3)
     """
 
-    def __init__(self, *args: Any, residual: Residual = "input", **kwargs: Any):
-        """Makes the layer.
-
-        Args:
-            *args: what `flax.nnx.InstanceNorm` takes.
-            residual: what the backward keeps, "input" or "output".
-            **kwargs: what `flax.nnx.InstanceNorm` takes.
-
-        Raises:
-            ValueError: `residual` is neither, or it is "output" and a scale is 0.
-        """
-        super().__init__(*args, **kwargs)
-        self._keep(residual)
+    __init__ = choosing(nnx.InstanceNorm.__init__)
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes an input.

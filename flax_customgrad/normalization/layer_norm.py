@@ -3,13 +3,11 @@
 The gradient is that of `normalize`, with statistics over `reduction_axes`.
 """
 
-from typing import Any
-
 import jax
 from flax import nnx
 
 from flax_customgrad.normalization.axes import Axes
-from flax_customgrad.normalization.norm import Norm, Residual
+from flax_customgrad.normalization.norm import Norm, choosing
 
 
 class LayerNorm(nnx.LayerNorm, Norm):
@@ -28,19 +26,7 @@ class LayerNorm(nnx.LayerNorm, Norm):
         ['-1.342', '-0.447', '0.447', '1.342']
     """
 
-    def __init__(self, *args: Any, residual: Residual = "input", **kwargs: Any):
-        """Makes the layer.
-
-        Args:
-            *args: what `flax.nnx.LayerNorm` takes.
-            residual: what the backward keeps, "input" or "output".
-            **kwargs: what `flax.nnx.LayerNorm` takes.
-
-        Raises:
-            ValueError: `residual` is neither, or it is "output" and a scale is 0.
-        """
-        super().__init__(*args, **kwargs)
-        self._keep(residual)
+    __init__ = choosing(nnx.LayerNorm.__init__)
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes an input.

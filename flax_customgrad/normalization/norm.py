@@ -1,5 +1,8 @@
 """`Norm`: what the drop-ins for the normalizations of nnx share."""
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -18,6 +21,31 @@ Residual = Literal["input", "output"]
 its input, as a Linear does. But it divides by the scale: digits are lost where |bias / scale| is
 large and where the output is in half precision, and a scale of 0 is an error.
 """
+
+
+def choosing(init: Callable[..., None]) -> Callable[..., None]:
+    """The constructor of a layer of nnx, with `residual` beside its arguments.
+
+    Args:
+        init: the constructor.
+
+    Returns:
+        A constructor of the same signature and a keyword more. It raises a ValueError where
+        `residual` is not one, and where it is "output" and a scale is 0.
+    """
+
+    @functools.wraps(init)
+    def with_residual(
+        self: "Norm", *args: Any, residual: Residual = "input", **kwargs: Any
+    ) -> None:
+        init(self, *args, **kwargs)
+        self._keep(residual)
+
+    signature = inspect.signature(init)
+    added = inspect.signature(with_residual, follow_wrapped=False).parameters["residual"]
+    parameters = [*signature.parameters.values(), added]
+    with_residual.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return with_residual
 
 
 class Norm:

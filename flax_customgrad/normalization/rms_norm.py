@@ -3,13 +3,11 @@
 The gradient is that of `normalize` without the terms of the mean.
 """
 
-from typing import Any
-
 import jax
 from flax import nnx
 
 from flax_customgrad.normalization.axes import Axes
-from flax_customgrad.normalization.norm import Norm, Residual
+from flax_customgrad.normalization.norm import Norm, choosing
 
 
 class RMSNorm(nnx.RMSNorm, Norm):
@@ -26,19 +24,7 @@ class RMSNorm(nnx.RMSNorm, Norm):
         ['0.849', '1.131']
     """
 
-    def __init__(self, *args: Any, residual: Residual = "input", **kwargs: Any):
-        """Makes the layer.
-
-        Args:
-            *args: what `flax.nnx.RMSNorm` takes.
-            residual: what the backward keeps, "input" or "output".
-            **kwargs: what `flax.nnx.RMSNorm` takes.
-
-        Raises:
-            ValueError: `residual` is neither, or it is "output" and a scale is 0.
-        """
-        super().__init__(*args, **kwargs)
-        self._keep(residual)
+    __init__ = choosing(nnx.RMSNorm.__init__)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes an input.

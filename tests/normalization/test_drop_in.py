@@ -56,6 +56,9 @@ def test_it_is_the_layer_of_nnx(name):
     assert issubclass(ours, theirs)
     parameters = [list(inspect.signature(c.__call__).parameters) for c in (ours, theirs)]
     assert parameters[0] == parameters[1]
+    signatures = [dict(inspect.signature(c.__init__).parameters) for c in (ours, theirs)]
+    assert signatures[0].pop("residual").default == "input"
+    assert signatures[0] == signatures[1]
     layers = [make(m, name, use_scale=True) for m in (fcg, nnx)]
     assert vars(layers[0]).keys() == vars(layers[1]).keys()
     states = [nnx.state(layer) for layer in layers]
