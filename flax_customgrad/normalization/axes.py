@@ -44,6 +44,20 @@ class Axes:
         """
         return cls(canonical(ndim, reduced), canonical(ndim, features), groups)
 
+    @classmethod
+    def per_feature(cls, ndim: int, features: Any) -> "Axes":
+        """Axes of which all share statistics but those of the features.
+
+        Args:
+            ndim: the number of axes of the input.
+            features: the other axes, as a user gives them.
+
+        Raises:
+            ValueError: the input has no such axis.
+        """
+        features = canonical(ndim, features)
+        return cls(tuple(i for i in range(ndim) if i not in features), features)
+
     @property
     def plain(self) -> tuple[int, ...]:
         """The reduced axes that carry no features."""
@@ -68,16 +82,11 @@ class Axes:
             return jnp.sum(a, self.reduced, keepdims=True)
         return self.sum_features(self.sum_plain(a))
 
-    def spread(self, statistic: jax.Array, size: int) -> jax.Array:
-        """A statistic so that it broadcasts against the input.
-
-        Args:
-            statistic: one number per statistic, as `sum` yields it.
-            size: the size of the input's last axis.
-        """
+    def spread(self, statistic: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """A statistic, as `sum` yields it, so that it broadcasts against an input of this shape."""
         if self.groups is None:
             return statistic
-        return repeat(statistic, "... g -> ... (g k)", k=size // self.groups)
+        return repeat(statistic, "... g -> ... (g k)", k=shape[-1] // self.groups)
 
     def count(self, shape: tuple[int, ...]) -> int:
         """How many elements of an input of this shape share a statistic."""

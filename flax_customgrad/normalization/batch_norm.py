@@ -44,7 +44,7 @@ def normalize_by(
         params: `mean` and `var`, and `scale` and `bias` or without, float, each of as many elements
             as the feature axes have.
         x: input of any shape, float.
-        axes: of which the feature axes matter.
+        axes: the feature axes, and as reduced ones the others.
         epsilon: added to `var`.
         dtype: dtype of the output.
 
@@ -68,10 +68,10 @@ def _fwd(
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None, None]:
     params, x, axes = res.params, res.x, res.axes
     shape = params["mean"].shape
-    rest = [i for i in range(x.ndim) if i not in axes.features]
     g = g.astype(accumulator(g))
-    sum_g = lax.reduce_sum(g, rest).reshape(shape)
-    sum_gx = lax.reduce_sum(g * _standardized(params, x, axes, res.epsilon), rest).reshape(shape)
+    sum_g = lax.reduce_sum(g, axes.reduced).reshape(shape)
+    gx = g * _standardized(params, x, axes, res.epsilon)
+    sum_gx = lax.reduce_sum(gx, axes.reduced).reshape(shape)
     chex.assert_equal_shape([sum_g, sum_gx, params["mean"], params["var"]])
 
     r = _rstd(params, x, res.epsilon)
@@ -147,15 +147,13 @@ class BatchNorm(nnx.BatchNorm, Norm):
             use_running_average = self.use_running_average
         if use_running_average is None or not self._ours(x):
             return super().__call__(x, use_running_average, mask=mask)
-        axes = Axes.of(x.ndim, (), self.axis)
+        axes = Axes.per_feature(x.ndim, self.axis)
         stored = parameters(self, "mean", "var")
         if use_running_average:
             params = nnx.State({**self._parameters(), **stored})
             dtype = dtypes.canonicalize_dtype(x, *params.values(), dtype=self.dtype)
             return normalize_by(params, x, axes, float(self.epsilon), dtype)
 
-        batch = tuple(i for i in range(x.ndim) if i not in axes.features)
-        axes = Axes(batch, axes.features)
         y, found = self._normalize(x, mask, axes, *stored.values())
         for variable, new in ((self.mean, found.mean), (self.var, found.variance)):
             old = variable[...]

@@ -123,9 +123,6 @@ def moments(
         # Where this would overflow, so does the mean square, and inf - inf is no number.
         return jnp.square(jnp.minimum(jnp.abs(correction * s), root))
 
-    def spread(statistic: jax.Array) -> jax.Array:
-        return axes.spread(statistic, x.shape[-1] if x.ndim else 1)
-
     small, floor, root, large = _windows(x.dtype)
     if centered:
         shift = mean(x)
@@ -134,7 +131,7 @@ def moments(
             # pass and not in another. Of a shift with a bit less there is one version only.
             info = jnp.finfo(x.dtype)
             shift = lax.reduce_precision(shift, info.nexp, info.nmant - 1)
-        d = x - spread(shift)
+        d = x - axes.spread(shift, x.shape)
         correction = mean(d)
     else:
         shift = correction = jnp.zeros_like(axes.sum(x))

@@ -90,13 +90,12 @@ def normalize(
     Returns:
         The output, of x's shape in `how.dtype`, and the statistics.
     """
-    y, found = _normalize(params, x, mask, how)
-    return y, Statistics(found.shift + found.correction, found.variance, found.n)
+    return _normalize(params, x, mask, how)[0]
 
 
 def _normalize(
     params: Parameters, x: jax.Array, mask: jax.Array | None, how: How
-) -> tuple[jax.Array, Moments]:
+) -> tuple[tuple[jax.Array, Statistics], Moments]:
     wide = _widened(x, how)
     found = moments(wide, mask, how.axes, how.devices, how.epsilon, how.centered)
     y = _standardized(wide, found, how)
@@ -104,19 +103,19 @@ def _normalize(
         y = y * how.axes.along(params["scale"], x.shape)
     if "bias" in params:
         y = y + how.axes.along(params["bias"], x.shape)
-    return y.astype(how.dtype), found
+    statistics = Statistics(found.shift + found.correction, found.variance, found.n)
+    return (y.astype(how.dtype), statistics), found
 
 
 def _fwd(
     params: Parameters, x: jax.Array, mask: jax.Array | None, how: How
 ) -> tuple[tuple[jax.Array, Statistics], Residuals]:
-    y, found = _normalize(params, x, mask, how)
-    statistics = Statistics(found.shift + found.correction, found.variance, found.n)
+    out, found = _normalize(params, x, mask, how)
     if how.residual == "input":
-        return (y, statistics), Residuals(params, x, mask, found, how)
+        return out, Residuals(params, x, mask, found, how)
     if "scale" in params:
         jax.debug.callback(reject_zeros, params["scale"])
-    return (y, statistics), Residuals(params, y, mask, found, how)
+    return out, Residuals(params, out[0], mask, found, how)
 
 
 def _bwd(
@@ -146,12 +145,12 @@ def _bwd(
     again = Moments(*lax.optimization_barrier(tuple(found)))
     if axes.plain:
         standardized = _standardized_again(res._replace(moments=again))
-    taken = standardized * _spread(hx, g, how)
+    taken = standardized * axes.spread(hx, g.shape)
     if how.centered:
-        taken = taken + _spread(h, g, how)
+        taken = taken + axes.spread(h, g.shape)
     if res.mask is not None:
         taken = jnp.where(res.mask, taken, 0)
-    dx = _spread(again.rstd, g, how) * (scale * g - taken)
+    dx = axes.spread(again.rstd, g.shape) * (scale * g - taken)
     return nnx.State(grads), dx, None, None
 
 
@@ -163,15 +162,10 @@ def _widened(x: jax.Array, how: How) -> jax.Array:
     return x.astype(how.dtype).astype(jnp.promote_types(how.dtype, jnp.float32))
 
 
-def _spread(statistic: jax.Array, x: jax.Array, how: How) -> jax.Array:
-    return how.axes.spread(statistic, x.shape[-1] if x.ndim else 1)
-
-
 def _standardized(x: jax.Array, found: Moments, how: How) -> jax.Array:
     """x^: the input in units of its standard deviation."""
-    if how.centered:
-        x = (x - _spread(found.shift, x, how)) - _spread(found.correction, x, how)
-    return x * _spread(found.rstd, x, how)
+    m, c, r = (how.axes.spread(a, x.shape) for a in (found.shift, found.correction, found.rstd))
+    return ((x - m) - c) * r if how.centered else x * r
 
 
 def _standardized_again(res: Residuals) -> jax.Array:

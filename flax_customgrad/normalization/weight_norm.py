@@ -25,7 +25,6 @@ from flax_customgrad.contract import custom_vjp
 from flax_customgrad.drop_in import applies, become
 from flax_customgrad.normalization.axes import Axes
 from flax_customgrad.normalization.unit_norm import inverse_norm, slope
-from flax_customgrad.normalization.wrapped import per_feature
 from flax_customgrad.sums import accumulator
 
 
@@ -157,7 +156,7 @@ class WeightNorm(nnx.WeightNorm):
         if not applies(params["v"], params):
             return super()._weightnorm_inplace(path, param)
         dtype = dtypes.canonicalize_dtype(*params.values(), dtype=self.dtype)
-        axes = per_feature(params["v"].ndim, self.feature_axes)
+        axes = Axes.per_feature(params["v"].ndim, self.feature_axes)
         how = How(axes, float(self.epsilon), jnp.dtype(dtype))
         param.set_value(weight_norm(params["v"], params.get("scale"), how))
 

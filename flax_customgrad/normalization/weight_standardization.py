@@ -18,8 +18,8 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from flax_customgrad.drop_in import applies
+from flax_customgrad.normalization.axes import Axes
 from flax_customgrad.normalization.normalize import How, normalize
-from flax_customgrad.normalization.wrapped import per_feature
 
 _KERNELS = nnx.PathContains("kernel")
 
@@ -96,7 +96,7 @@ class WeightStandardization(nnx.Module):
         for path, weight in weights:
             if not jnp.issubdtype(weight.dtype, jnp.floating):
                 raise TypeError(f"{_shown(path)} is {weight.dtype}: expected a floating dtype")
-            features = per_feature(weight.ndim, self.feature_axes).features
+            features = Axes.per_feature(weight.ndim, self.feature_axes).features
             if use_scale:
                 shape = tuple(weight.shape[i] for i in features)
                 gains[path] = nnx.Param(scale_init(rngs.params(), shape, param_dtype))
@@ -138,7 +138,7 @@ class WeightStandardization(nnx.Module):
                     f"there is no gain for {_shown(path)}: wrap the layer again after changing it"
                 )
             params["scale"] = self.scales[path][...]
-        axes = per_feature(v.ndim, self.feature_axes)
+        axes = Axes.per_feature(v.ndim, self.feature_axes)
         dtype = dtypes.canonicalize_dtype(v, *params.values(), dtype=self.dtype)
         # `normalize` rounds its input to the dtype that it is given.
         wide = jnp.promote_types(dtype, v.dtype)
