@@ -1,5 +1,6 @@
 """The same layers in PyTorch, where it is installed and has them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,19 +28,23 @@ def step(name: str, made: tuple[Any, ...]) -> Callable[[], Any] | None:
     torch.set_num_threads(2)
     layer = next((part for part in made if isinstance(part, nnx.Module)), None)
     inputs = [_tensor(a) for a in made if isinstance(a, jax.Array)]
+    compute = _LAYERS[name]
+    if name in _POOLINGS:
+        inputs = [_images(t).contiguous() for t in inputs]
+        compute = functools.partial(compute, **made[0].keywords)
     params = {} if layer is None else _parameters(layer, inputs[0].dtype)
     leaves = [t for t in (*inputs, *params.values()) if t.is_floating_point()]
     for leaf in leaves:
         leaf.requires_grad_()
     try:
-        g = torch.randn_like(_LAYERS[name](params, *inputs))
+        g = torch.randn_like(compute(params, *inputs))
     except (RuntimeError, KeyError):
         return None
 
     def run() -> Any:
         for leaf in leaves:
             leaf.grad = None
-        _LAYERS[name](params, *inputs).backward(g)
+        compute(params, *inputs).backward(g)
         return leaves[0].grad
 
     return run
@@ -62,6 +67,11 @@ def _parameters(layer: nnx.Module, dtype: Any) -> dict[str, Any]:
 def _images(x: Any) -> Any:
     """(n, h, w, c) as PyTorch names it, (n, c, h, w); the memory stays as it is."""
     return x.permute(0, 3, 1, 2) if x.ndim == 4 else x
+
+
+def _window(window_shape: Any, strides: Any, padding: str = "VALID") -> tuple[Any, ...]:
+    """Size, stride and padding; PyTorch has SAME only as an even one."""
+    return window_shape, strides, [k // 2 if padding == "SAME" else 0 for k in window_shape]
 
 
 _LAYERS: dict[str, Callable[..., Any]] = {
@@ -91,7 +101,11 @@ _LAYERS: dict[str, Callable[..., Any]] = {
     "hard_sigmoid": lambda p, x: F.hardsigmoid(x),
     "hard_silu": lambda p, x: F.hardswish(x),
     "soft_sign": lambda p, x: F.softsign(x),
+    "max_pool": lambda p, x, **window: F.max_pool2d(x, *_window(**window)),
+    "min_pool": lambda p, x, **window: -F.max_pool2d(-x, *_window(**window)),
+    "avg_pool": lambda p, x, **window: F.avg_pool2d(x, *_window(**window)),
 }
+_POOLINGS = {"max_pool", "min_pool", "avg_pool"}
 for _same in (
     "silu",
     "relu",

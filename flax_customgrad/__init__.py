@@ -36,6 +36,13 @@ from flax_customgrad.activation.softmax import softmax as softmax
 from flax_customgrad.autodiff import use_autodiff as use_autodiff
 from flax_customgrad.contract import CustomVJP as CustomVJP
 from flax_customgrad.contract import custom_vjp as custom_vjp
+from flax_customgrad.conv.conv import Conv as Conv
+from flax_customgrad.conv.conv_transpose import ConvTranspose as ConvTranspose
+from flax_customgrad.conv.lowering import use_lowering as use_lowering
+from flax_customgrad.conv.pooling import avg_pool as avg_pool
+from flax_customgrad.conv.pooling import max_pool as max_pool
+from flax_customgrad.conv.pooling import min_pool as min_pool
+from flax_customgrad.conv.pooling import pool as pool
 from flax_customgrad.cotangents import CotangentError as CotangentError
 from flax_customgrad.linear.einsum import Einsum as Einsum
 from flax_customgrad.linear.embed import Embed as Embed

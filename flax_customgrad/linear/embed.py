@@ -22,14 +22,14 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
-from flax_customgrad.contract import custom_vjp
-from flax_customgrad.drop_in import Parameters, applies, parameters
-from flax_customgrad.linear.arithmetic import (
+from flax_customgrad.arithmetic import (
     Arithmetic,
     explicit_sharding,
     input_gradient,
     parameter_gradient,
 )
+from flax_customgrad.contract import custom_vjp
+from flax_customgrad.drop_in import Parameters, applies, parameters
 from flax_customgrad.sums import accumulator, total
 
 

@@ -19,9 +19,9 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 
+from flax_customgrad.arithmetic import Arithmetic, input_gradient, parameter_gradient
 from flax_customgrad.contract import custom_vjp
 from flax_customgrad.drop_in import Parameters, applies, parameters
-from flax_customgrad.linear.arithmetic import Arithmetic, input_gradient, parameter_gradient
 from flax_customgrad.sums import total
 
 

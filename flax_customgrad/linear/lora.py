@@ -20,9 +20,9 @@ import jax
 from flax import nnx
 from flax.nnx.nn import dtypes
 
+from flax_customgrad.arithmetic import Arithmetic, input_gradient, parameter_gradient
 from flax_customgrad.contract import custom_vjp
 from flax_customgrad.drop_in import Parameters, applies, become, parameters
-from flax_customgrad.linear.arithmetic import Arithmetic, input_gradient, parameter_gradient
 from flax_customgrad.linear.linear import Linear
 
 

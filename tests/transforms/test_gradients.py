@@ -10,11 +10,13 @@ from flax_customgrad.testing import CHECKS, check_vjp
 NORMS = {"LayerNorm", "BatchNorm", "WeightNorm", "SpectralNorm"}
 ACTIVATIONS = {"gelu", "relu", "leaky_relu", "PReLU", "swiglu", "SwiGLU", "glu"}
 ROWS = {"softmax", "log_softmax", "logsumexp"}
+CONVOLUTIONS = {"Conv", "ConvTranspose"}
+POOLS = {"max_pool", "avg_pool"}
 OF_THE_FORMULA = ("autodiff", "finite_differences", "second_order", "dtypes", "residuals")
 
 
 def checks_of(entry, nth):
-    thorough = entry.name in NORMS | ACTIVATIONS | ROWS and nth == 0
+    thorough = entry.name in NORMS | ACTIVATIONS | ROWS | CONVOLUTIONS | POOLS and nth == 0
     if not thorough and entry.family != "linear":
         return OF_THE_FORMULA
     # NNX has no modes for a function of arrays.
@@ -36,6 +38,8 @@ CANNOT = {
     ("LinearGeneral", "shard_map", "check_vma=False"),
     ("LinearGeneral", "mesh", "Explicit axes"),
     ("SpectralNorm", "mesh", "Explicit axes"),
+    # Features in groups.
+    ("Conv", "mesh", "Explicit axes"),
     # Running statistics of one layer for a batch of them.
     ("BatchNorm", "modes", "nnx.vmap, graph and updates"),
     ("BatchNorm", "modes", "nnx.vmap, graph"),

@@ -1,4 +1,4 @@
-"""How the linear family computes: dtypes and precision forward, float32 sums backward.
+"""How layers with kernels compute: dtypes and precision forward, float32 sums backward.
 
 A forward in half precision follows flax.nnx to the bit. A backward multiplies in the same compute
 dtype but sums the gradients of parameters in float32 (float64 for float64), and they stay in that

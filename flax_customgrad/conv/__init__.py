@@ -1,0 +1,1 @@
+"""Convolution and pooling: lowerings chosen for the shape and the platform."""
