@@ -133,8 +133,9 @@ def _extreme(
 def _offset(extreme: Extreme, windows: Windows, x: jax.Array) -> jax.Array:
     """The offset at which each window first sees its extreme, in float32.
 
-    XLA on a CPU computes again for every reader what it counts as cheap, and each of these has as
-    many readers as a window has elements. A square root it computes once and stores.
+    XLA on a CPU computes again for every reader what it counts as cheap, and an offset has as many
+    readers as its window has elements. A square root counts as expensive, and is stored: so the
+    offset is that of its square.
     """
     stored = windows.overlap > 1 or windows.size > 2
 

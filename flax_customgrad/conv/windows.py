@@ -11,8 +11,8 @@ s elements. An image is combined along one axis after the other.
 
 What all windows see at one offset is a slice. XLA on a CPU makes vector code of a few slices and
 their maximum or sum, but one scalar loop of `reduce_window`. Windows that reach into the padding
-are combined apart from the others and put next to them: to make a padded copy of the image would
-take as long as all the rest.
+are combined apart from the others and put next to them: a padded copy of the image would take
+nearly as long to make as all the rest.
 """
 
 import functools
@@ -107,7 +107,7 @@ class Windows:
         blocks = Windows(
             self.axis, self.number, self.overlap, 1, (ahead - first, stop - self.number)
         )
-        images = [(g, 0.0)] if offset is None else [(g, 0.0), (offset, -1.0)]
+        images = [(sent, 0.0) for sent in (g, offset) if sent is not None]
         apart = offset is None or self.is_small
         dx = blocks.combine(lambda *sent: then(self._block(*sent)), *images, apart=apart)
         return self._padded(dx, first * s - low, low + self.length - stop * s, 0)
