@@ -21,3 +21,18 @@ def total(g: jax.Array, axes: Sequence[int]) -> jax.Array:
         axes: the axes to sum over, which are dropped.
     """
     return lax.reduce_sum(g.astype(accumulator(g)), axes)
+
+
+def sealed(x: jax.Array) -> jax.Array:
+    """An array as it is, which XLA on a CPU does not take apart for the next sum over it.
+
+    Such a sum it hands to a library, together with the products, additions and maxima that lead to
+    it, and stores each of their terms. Rounding is not taken along, and to the array's own
+    precision it changes nothing. 2x2 averages that are summed up take 3 arrays without it, and 1.7
+    times as long.
+
+    Args:
+        x: array of any shape, float.
+    """
+    limits = jnp.finfo(x.dtype)
+    return lax.reduce_precision(x, limits.nexp, limits.nmant)

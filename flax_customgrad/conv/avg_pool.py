@@ -19,8 +19,8 @@ from jax import lax
 
 from flax_customgrad.contract import custom_vjp
 from flax_customgrad.conv.pool_arguments import Pooling
-from flax_customgrad.conv.windows import Then, Windows, along, sealed
-from flax_customgrad.sums import accumulator
+from flax_customgrad.conv.windows import Then, Windows, along
+from flax_customgrad.sums import accumulator, sealed
 
 Divisor = Literal["nothing", "size", "inside"]
 """What the sum of a window is divided by: nothing, its elements, or those that are no padding."""

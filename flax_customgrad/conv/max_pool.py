@@ -26,8 +26,8 @@ from jax import lax
 
 from flax_customgrad.contract import custom_vjp
 from flax_customgrad.conv.pool_arguments import Pooling
-from flax_customgrad.conv.windows import Then, Windows, along, sealed
-from flax_customgrad.sums import accumulator
+from flax_customgrad.conv.windows import Then, Windows, along
+from flax_customgrad.sums import accumulator, sealed
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from flax_customgrad.conv.recipes.geometry import Geometry
-from flax_customgrad.conv.recipes.sums_under_windows import apart, at_once, in_blocks
+from flax_customgrad.conv.recipes.sums_under_windows import at_once, in_blocks
+from flax_customgrad.sums import sealed
 
 _WRITTEN_OUT = 16
 
@@ -55,7 +56,7 @@ def correlate(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
         )
         for f in range(outs)
     ]
-    return apart(_interleaved(parts))
+    return sealed(_interleaved(parts))
 
 
 def kernel_gradient(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:

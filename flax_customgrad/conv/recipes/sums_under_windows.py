@@ -20,21 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_customgrad.conv.recipes.geometry import Geometry, padded
+from flax_customgrad.sums import sealed
 
 _CACHE = 1 << 19  # bytes
-
-
-def apart(y: jax.Array) -> jax.Array:
-    """The same array, fenced off from what is made of it.
-
-    XLA on a CPU takes a sum of products into a reduction that follows, and then writes every one
-    of the shifted copies to memory. It does not take this rounding to the precision there is.
-
-    Args:
-        y: array of any shape, float.
-    """
-    bits = jnp.finfo(y.dtype)
-    return lax.reduce_precision(y, bits.nexp, bits.nmant)
 
 
 def at_once(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
@@ -97,7 +85,7 @@ def in_blocks(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
                 offset = zip(at, geometry.strides, tap, geometry.kernel_dilation, strict=True)
                 start = [i * s + t * d for i, s, t, d in offset]
                 products.append(every(x, start, steps) * every(g, list(at), list(block)))
-            parts.append(apart(functools.reduce(jnp.add, products)))
+            parts.append(sealed(functools.reduce(jnp.add, products)))
         return tuple(parts)
 
     images = _images(x, g)
