@@ -1,7 +1,7 @@
 """The choice of lowering: which recipe computes a convolution and its gradients, by its shape.
 
 On a CPU each of the three passes goes through the table below, by the first row that fits. Grouped
-and transposed convolutions are taken apart, and their parts go through the table again. Of the 80
+and transposed convolutions are taken apart, and their parts go through the table again. Of the 78
 shapes of `benchmarks.convolutions` none was slower than by XLA. Elsewhere it is XLA's own, with the
 gradients that JAX has for it. `jax.lax.platform_dependent` decides when a program is lowered, so an
 exported program chooses where it runs.
