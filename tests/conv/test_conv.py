@@ -111,6 +111,14 @@ def test_empty_and_odd_shapes(shape, kwargs):
     agree(lambda m: m.Conv(2, 3, 3, **kwargs, rngs=nnx.Rngs(0)), shape)
 
 
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+@pytest.mark.parametrize("window", [2, 5, 8])
+def test_where_a_period_begins(window, transpose_kernel):
+    """Windows of odd and even extent, and one that reaches more than once around the image."""
+    kwargs = {"strides": 2, "padding": "CIRCULAR", "transpose_kernel": transpose_kernel}
+    agree(lambda m: m.ConvTranspose(2, 3, window, **kwargs, rngs=nnx.Rngs(0)), (2, 3, 2))
+
+
 @pytest.mark.parametrize("name", ["Conv", "ConvTranspose"])
 def test_it_is_the_layer_of_nnx(name):
     ours, theirs = getattr(fcg, name), getattr(nnx, name)

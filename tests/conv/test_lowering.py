@@ -12,11 +12,15 @@ from flax_customgrad.conv import lowering
 SHAPES = {
     "patch": ((2, 7, 6, 3), {"features": 4, "window": (2, 2), "strides": 2}),
     "depthwise": ((3, 9, 8, 4), {"features": 8, "window": (3, 2), "groups": 4}),
+    "depthwise, images in a loop": (
+        (3, 48, 48, 32),
+        {"features": 32, "window": (2, 3), "groups": 32},
+    ),
     "depthwise, many taps": ((2, 9, 8, 4), {"features": 4, "window": (5, 4), "groups": 4}),
     "grouped": ((2, 5, 4, 12), {"features": 8, "window": (3, 3), "groups": 4}),
     "grouped, many": ((1, 4, 40), {"features": 360, "window": (3,), "groups": 20}),
     "transposed": ((2, 4, 3, 3), {"features": 2, "window": (3, 5), "spread": 2, "dilation": 3}),
-    "dense": ((2, 5, 6, 3), {"features": 4, "window": (3, 3), "strides": 2, "dilation": 2}),
+    "dense": ((2, 8, 6, 3), {"features": 4, "window": (3, 2), "strides": 2, "dilation": 3}),
     "transposed, many phases": (
         (2, 3, 3, 2),
         {"features": 2, "window": (6, 6), "spread": 5},
@@ -60,7 +64,7 @@ def test_a_recipe_computes_what_xla_does(name):
         else:
             got = jax.jit(value_and_gradients)(layer, x)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_a_recipe_that_does_not_fit_is_xla():
