@@ -60,8 +60,11 @@ def _step(layer: Conv | ConvTranspose, images: jax.Array, layout: Any) -> Callab
             )
         ]
 
+        within = (..., *(slice(o) for o in geometry.out))  # PyTorch adds, and cuts nothing off
+
         def compute() -> Any:
-            return convolve(x, w, b, geometry.input_dilation, padding, extra)
+            longer = [max(0, n) for n in extra]
+            return convolve(x, w, b, geometry.input_dilation, padding, longer)[within]
 
     else:
         even = all(low == high for low, high in geometry.padding)
