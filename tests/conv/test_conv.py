@@ -119,6 +119,11 @@ def test_where_a_period_begins(window, transpose_kernel):
     agree(lambda m: m.ConvTranspose(2, 3, window, **kwargs, rngs=nnx.Rngs(0)), (2, 3, 2))
 
 
+@pytest.mark.parametrize("padding", ["CIRCULAR", "REFLECT"])
+def test_an_even_window_has_more_on_its_right(padding):
+    agree(lambda m: m.Conv(2, 3, 4, padding=padding, rngs=nnx.Rngs(0)), (2, 5, 2))
+
+
 @pytest.mark.parametrize("name", ["Conv", "ConvTranspose"])
 def test_it_is_the_layer_of_nnx(name):
     ours, theirs = getattr(fcg, name), getattr(nnx, name)
