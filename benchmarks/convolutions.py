@@ -122,7 +122,7 @@ def cases() -> Iterator[Case]:
 
 
 def main() -> None:
-    """Prints a line per shape, and at the end those in which ours is slower or needs more."""
+    """Prints a line per shape, and at the end those in which ours is slower."""
     pin_allocator("benchmarks.convolutions")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from flax_customgrad import Conv, ConvTranspose
+from flax_customgrad.conv.recipes.geometry import spread
 
 try:
     import torch
@@ -49,9 +50,7 @@ def _step(layer: Conv | ConvTranspose, images: jax.Array, layout: Any) -> Callab
     convolve = getattr(F, f"conv_transpose{rank}d" if transposed else f"conv{rank}d")
     lows = [low for low, _ in geometry.padding]
     if transposed:
-        reach = [
-            (k - 1) * d + 1 for k, d in zip(geometry.window, geometry.kernel_dilation, strict=True)
-        ]
+        reach = list(map(spread, geometry.window, geometry.kernel_dilation))
         padding = [k - 1 - low for k, low in zip(reach, lows, strict=True)]
         extra = [
             o - ((n - 1) * s - 2 * p + k)

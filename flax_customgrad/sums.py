@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def accumulator(*arrays: jax.Array) -> Any:
-    """The dtype in which a backward sums: float32, or wider where an array is wider."""
+def accumulator(*arrays: Any) -> Any:
+    """The dtype in which a backward sums: float32, or wider where an array or dtype is wider."""
     return jnp.result_type(jnp.float32, *arrays)
 
 

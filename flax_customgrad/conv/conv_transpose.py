@@ -5,8 +5,6 @@ with names or pairs follows `jax.lax.conv_transpose`. CIRCULAR is a convolution 
 continuation of the image, of which as much is laid around it as the windows reach.
 """
 
-import math
-
 import jax
 from flax import nnx
 from flax.nnx.nn import dtypes
@@ -20,7 +18,7 @@ from flax_customgrad.conv.images import (
     per_axis,
 )
 from flax_customgrad.conv.padding import Around, pairs_of
-from flax_customgrad.conv.recipes.geometry import Geometry
+from flax_customgrad.conv.recipes.geometry import Geometry, spread
 from flax_customgrad.drop_in import applies
 
 
@@ -28,8 +26,9 @@ class ConvTranspose(nnx.ConvTranspose):
     """`nnx.ConvTranspose` with a lowering for its shape, forward and backward.
 
     Constructor, parameters, initial values and results are those of `flax.nnx.ConvTranspose`. On
-    a CPU its gradients are 20 times as fast. With a `promote_dtype` of the user's own, and for
-    integer or complex inputs, the layer computes as nnx does and JAX differentiates that.
+    a CPU strided ones and their gradients are 4 to 24 times as fast. With a `promote_dtype` of the
+    user's own, and for integer or complex inputs, the layer computes as nnx does and JAX
+    differentiates that.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -65,7 +64,7 @@ class ConvTranspose(nnx.ConvTranspose):
         strides = per_axis("strides", self.strides, rank)
         dilation = per_axis("kernel_dilation", self.kernel_dilation, rank)
         size = inputs.shape[-1 - rank : -1]
-        reach = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
+        reach = list(map(spread, window, dilation))
         around = None
         name = self.padding if isinstance(self.padding, str) else ""
         if name == "CIRCULAR":
@@ -75,7 +74,7 @@ class ConvTranspose(nnx.ConvTranspose):
             ]
             around = Around("wrap", tuple(copied for copied, _ in periods))
             padding = tuple(zeros for _, zeros in periods)
-            size = tuple(n + low + high for n, (low, high) in zip(size, around.pairs, strict=True))
+            size = around.extent(size)
         elif name in ("SAME", "VALID"):
             padding = tuple(_named(name, k, s) for k, s in zip(reach, strides, strict=True))
         else:
@@ -117,7 +116,6 @@ def _period(
     shift = free // 2 if transpose_kernel else (free + 1) // 2
     low = (shift + reach - 1) % period
     before = -(-low // stride)
-    after = max(0, math.floor((period + reach - 2 - low) / stride) - (n - 1))
-    spread = (n + before + after - 1) * stride + 1
+    after = max(0, (period + reach - 2 - low) // stride - (n - 1))
     zeros = low - before * stride
-    return (before, after), (zeros, period - 1 + reach - spread - zeros)
+    return (before, after), (zeros, period - 1 + reach - spread(n + before + after, stride) - zeros)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_customgrad.conv.recipes.geometry import spread
+
 _MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
 Pairs = tuple[tuple[int, int], ...]
@@ -25,6 +27,14 @@ class Around:
 
     mode: str
     pairs: Pairs
+
+    def extent(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The extent of an image with its surroundings.
+
+        Args:
+            size: that of the image.
+        """
+        return tuple(n + low + high for n, (low, high) in zip(size, self.pairs, strict=True))
 
     def of(self, x: jax.Array) -> jax.Array:
         """The image with its surroundings.
@@ -66,7 +76,7 @@ def resolved(
         ValueError: the padding is none of those, CAUSAL for more than one axis, or SAME for an
             image that is spread out.
     """
-    reach = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
+    reach = list(map(spread, window, dilation))
     name = padding if isinstance(padding, str) else None
     if name in _MODES:
         pairs = tuple(((k - 1) // 2, k // 2) for k in reach)

@@ -49,22 +49,11 @@ def kernel_gradient(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array
     Returns:
         Array of shape (*window, in_features, out_features).
     """
-    reach = [
-        (k - 1) * d + (o - 1) * s + 1
-        for k, d, o, s in zip(
-            geometry.window,
-            geometry.kernel_dilation,
-            geometry.out,
-            geometry.strides,
-            strict=True,
-        )
-    ]
-    lows = [low for low, _ in geometry.padding]
     dw = lax.conv_general_dilated(
         einops.rearrange(x, "n ... c -> c ... n"),
         einops.rearrange(g, "n ... f -> ... n f"),
         window_strides=geometry.kernel_dilation,
-        padding=[(p, r - n - p) for p, r, n in zip(lows, reach, geometry.size, strict=True)],
+        padding=geometry.padding_to(geometry.seen(geometry.out)),
         rhs_dilation=geometry.strides,
         dimension_numbers=xla.dimension_numbers(geometry.rank),
     )

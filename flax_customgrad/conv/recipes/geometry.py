@@ -13,7 +13,7 @@ dilation is its strides.
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -56,11 +56,11 @@ class Geometry:
     def out(self) -> tuple[int, ...]:
         """Extent of the output."""
         padded = (
-            _spread(n, d) + low + high
+            spread(n, d) + low + high
             for n, d, (low, high) in zip(self.size, self.input_dilation, self.padding, strict=True)
         )
         return tuple(
-            max(0, (n - _spread(k, d)) // s + 1)
+            max(0, (n - spread(k, d)) // s + 1)
             for n, k, d, s in zip(
                 padded, self.window, self.kernel_dilation, self.strides, strict=True
             )
@@ -71,10 +71,10 @@ class Geometry:
         """The geometry of the map from g to dx, whose kernel is `mirrored`."""
         padding = []
         for axis, (low, _) in enumerate(self.padding):
-            before = _spread(self.window[axis], self.kernel_dilation[axis]) - low - 1
-            into = _spread(self.size[axis], self.input_dilation[axis])
-            reach = _spread(self.out[axis], self.strides[axis])
-            padding.append((before, into - 1 + low - reach + 1))
+            before = spread(self.window[axis], self.kernel_dilation[axis]) - low - 1
+            into = spread(self.size[axis], self.input_dilation[axis])
+            reach = spread(self.out[axis], self.strides[axis])
+            padding.append((before, into + low - reach))
         return replace(
             self,
             size=self.out,
@@ -98,6 +98,28 @@ class Geometry:
         """
         return padded(x, self.padding)
 
+    def seen(self, out: Sequence[int]) -> tuple[int, ...]:
+        """How much of the padded input some windows see, from the first element of the first.
+
+        Args:
+            out: how many windows lie along each axis.
+        """
+        return tuple(
+            spread(k, d) + spread(o, s) - 1
+            for k, d, o, s in zip(self.window, self.kernel_dilation, out, self.strides, strict=True)
+        )
+
+    def padding_to(self, extent: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """The padding that gives an input that is not spread out an extent: low stays as it is.
+
+        Args:
+            extent: what is wanted along each axis; less than there is cuts off.
+        """
+        return tuple(
+            (low, wanted - n - low)
+            for (low, _), wanted, n in zip(self.padding, extent, self.size, strict=True)
+        )
+
     def under(self, tap: tuple[int, ...], x: jax.Array) -> jax.Array:
         """What one element of the window sees, of an input that is not spread out.
 
@@ -109,12 +131,21 @@ class Geometry:
             Array of shape (batch, *out, features).
         """
         start = [t * d for t, d in zip(tap, self.kernel_dilation, strict=True)]
-        stop = [a + _spread(o, s) for a, o, s in zip(start, self.out, self.strides, strict=True)]
+        stop = [a + spread(o, s) for a, o, s in zip(start, self.out, self.strides, strict=True)]
         return lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *self.strides, 1))
 
 
-def _spread(n: int, dilation: int) -> int:
-    """The extent of n elements at a distance; of none it is 0."""
+Map = Callable[[jax.Array, jax.Array, Geometry], jax.Array]
+"""`correlate`, of x and the kernel, or `kernel_gradient`, of x and g."""
+
+
+def spread(n: int, dilation: int) -> int:
+    """The extent of elements at a distance; of none it is 0.
+
+    Args:
+        n: how many elements.
+        dilation: steps from one to the next.
+    """
     return (n - 1) * dilation + 1 if n else 0
 
 

@@ -20,13 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_customgrad.conv.recipes.geometry import Geometry
+from flax_customgrad.conv.recipes.geometry import Geometry, Map
 
 _WIDTH = 16
 _WRITTEN_OUT = 4
-
-Part = Callable[[jax.Array, jax.Array, Geometry], jax.Array]
-"""`correlate` or `kernel_gradient` of a convolution in one group."""
 
 
 def fits(geometry: Geometry) -> bool:
@@ -38,7 +35,7 @@ def fits(geometry: Geometry) -> bool:
     return geometry.groups > 1
 
 
-def correlate(x: jax.Array, w: jax.Array, geometry: Geometry, part: Part) -> jax.Array:
+def correlate(x: jax.Array, w: jax.Array, geometry: Geometry, part: Map) -> jax.Array:
     """Dense convolutions of block-diagonal kernels.
 
     Args:
@@ -58,7 +55,7 @@ def correlate(x: jax.Array, w: jax.Array, geometry: Geometry, part: Part) -> jax
     return _each(one, parts, x, w)
 
 
-def kernel_gradient(x: jax.Array, g: jax.Array, geometry: Geometry, part: Part) -> jax.Array:
+def kernel_gradient(x: jax.Array, g: jax.Array, geometry: Geometry, part: Map) -> jax.Array:
     """The blocks on the diagonal of the gradients of dense kernels.
 
     Args:

@@ -80,13 +80,7 @@ def _inside(geometry: Geometry) -> range:
 def _blocks(x: jax.Array, geometry: Geometry) -> jax.Array:
     """The input as (batch, o_1, t_1, o_2, t_2, ..., features)."""
     ends = [o * s for o, s in zip(geometry.out, geometry.strides, strict=True)]
-    x = padded(
-        x,
-        tuple(
-            (low, end - n - low)
-            for (low, _), end, n in zip(geometry.padding, ends, geometry.size, strict=True)
-        ),
-    )
+    x = padded(x, geometry.padding_to(ends))
     shape = [n for pair in zip(geometry.out, geometry.strides, strict=True) for n in pair]
     blocks = x.reshape(x.shape[0], *shape, x.shape[-1])
     for axis, k in zip(_inside(geometry), geometry.window, strict=True):
@@ -105,10 +99,4 @@ def _joined(blocks: jax.Array, geometry: Geometry) -> jax.Array:
     blocks = lax.pad(blocks, zero, config)
     ends = [o * s for o, s in zip(geometry.out, geometry.strides, strict=True)]
     x = blocks.reshape(blocks.shape[0], *ends, blocks.shape[-1])
-    return padded(
-        x,
-        tuple(
-            (-low, n + low - end)
-            for (low, _), end, n in zip(geometry.padding, ends, geometry.size, strict=True)
-        ),
-    )
+    return padded(x, tuple((-low, -high) for low, high in geometry.padding_to(ends)))

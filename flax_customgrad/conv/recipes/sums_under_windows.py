@@ -59,15 +59,7 @@ def in_blocks(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
     """
     counts, block = _blocks(geometry.out)
     ends = [n * b for n, b in zip(counts, block, strict=True)]
-    reach = [
-        (e - 1) * s + (k - 1) * d + 1
-        for e, s, k, d in zip(
-            ends, geometry.strides, geometry.window, geometry.kernel_dilation, strict=True
-        )
-    ]
-    lows = [low for low, _ in geometry.padding]
-    around = zip(lows, reach, geometry.size, strict=True)
-    of_x = tuple((low, r - low - n) for low, r, n in around)
+    of_x = geometry.padding_to(geometry.seen(ends))
     of_g = tuple((0, e - o) for e, o in zip(ends, geometry.out, strict=True))
 
     def every(a: jax.Array, start: list[int], step: list[int]) -> jax.Array:

@@ -14,7 +14,6 @@ https://github.com/jax-ml/jax/issues/31662.
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -22,12 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_customgrad.conv.recipes import xla
-from flax_customgrad.conv.recipes.geometry import Geometry, mirrored
+from flax_customgrad.conv.recipes.geometry import Geometry, Map, mirrored
 
 _MOST_PHASES = 16  # each is a convolution to compile
-
-Part = Callable[[jax.Array, jax.Array, Geometry], jax.Array]
-"""`correlate` or `kernel_gradient` of a convolution whose input is not spread out."""
 
 
 def fits(geometry: Geometry) -> bool:
@@ -39,7 +35,7 @@ def fits(geometry: Geometry) -> bool:
     return any(d > 1 for d in geometry.input_dilation) and all(s == 1 for s in geometry.strides)
 
 
-def correlate(x: jax.Array, w: jax.Array, geometry: Geometry, part: Part) -> jax.Array:
+def correlate(x: jax.Array, w: jax.Array, geometry: Geometry, part: Map) -> jax.Array:
     """One convolution for each phase of the output.
 
     Args:
@@ -59,7 +55,7 @@ def correlate(x: jax.Array, w: jax.Array, geometry: Geometry, part: Part) -> jax
     return _interleaved(phases, geometry, counts)
 
 
-def kernel_gradient(x: jax.Array, g: jax.Array, geometry: Geometry, part: Part) -> jax.Array:
+def kernel_gradient(x: jax.Array, g: jax.Array, geometry: Geometry, part: Map) -> jax.Array:
     """The gradient of the kernel of the transposed map.
 
     Args:
@@ -80,7 +76,7 @@ def _phase(
     geometry: Geometry,
     phase: tuple[int, ...],
     counts: list[int],
-    part: Part,
+    part: Map,
 ) -> jax.Array:
     """Every s-th output, from one on."""
     dilation, padding = [], []
