@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad import autodiff
+from flax_customgrad import arrays
 
 Parameters = Mapping[str, jax.Array]
 """An `nnx.State` of exactly the parameters that an operation differentiates, as bare arrays."""
@@ -25,13 +24,8 @@ def parameters(layer: nnx.Module, *names: str) -> Parameters:
 
 
 def applies(inputs: Any, params: Parameters) -> bool:
-    """Whether the hand-written backwards apply: real floating arrays, and no `use_autodiff`.
-
-    Integer inputs and complex numbers are left to autodiff, which knows JAX's conventions for them.
-    """
-    if autodiff.in_use() or not hasattr(inputs, "dtype"):
-        return False
-    return all(jnp.issubdtype(a.dtype, jnp.floating) for a in (inputs, *params.values()))
+    """Whether the hand-written backwards apply to an input and a layer's parameters."""
+    return arrays.applies(arrays.as_array(inputs), *params.values())
 
 
 def become(layer: nnx.Module, cls: type[nnx.Module]) -> None:

@@ -1,6 +1,7 @@
 """The catalogue knows every public layer, and what it says of them is so."""
 
 import re
+from operator import attrgetter
 
 import jax
 import pytest
@@ -24,11 +25,12 @@ def test_every_public_layer_has_an_entry():
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_an_entry_is_complete(entry):
-    assert getattr(fcg, entry.name) is entry.module
+    assert attrgetter(entry.name)(fcg) is entry.module
     assert f".{entry.family}." in entry.module.__module__
     if entry.is_drop_in:
         assert entry.reference is getattr(nnx, entry.name, getattr(jax.nn, entry.name, None))
     assert entry.gradient in ("exact", "surrogate")
+    assert (entry.formula is not None) == (entry.gradient == "surrogate")
     assert entry.keeps
     assert entry.gain
     assert not entry.source or re.match(r"https://|arXiv:\d{4}\.\d{5}", entry.source)

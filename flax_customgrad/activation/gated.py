@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from flax_customgrad.activation.arrays import applies, as_array, in_dtype
 from flax_customgrad.activation.piecewise import RELU_OF_INPUT
-from flax_customgrad.activation.pointwise import Pointwise, once, widened
+from flax_customgrad.activation.pointwise import Pointwise, once
 from flax_customgrad.activation.sigmoidal import SIGMOID_OF_INPUT
 from flax_customgrad.activation.smooth import GELU_ERF, GELU_TANH, SILU
+from flax_customgrad.arrays import applies, as_array, in_dtype, widened
 from flax_customgrad.contract import custom_vjp
 
 

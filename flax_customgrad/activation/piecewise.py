@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from flax_customgrad.activation.arrays import is_number
 from flax_customgrad.activation.pointwise import Pointwise, the_output
+from flax_customgrad.arrays import is_number
 
 
 def _where(g: jax.Array, mask: jax.Array) -> jax.Array:

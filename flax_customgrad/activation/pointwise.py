@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flax_customgrad.activation.arrays import applies, as_array, in_dtype, is_number, summed_to
+from flax_customgrad.arrays import applies, as_array, in_dtype, is_number, summed_to, widened
 from flax_customgrad.contract import custom_vjp
 
 Formula = Callable[..., jax.Array]
@@ -134,20 +134,6 @@ def _differentiate(
     backward: Formula, g: jax.Array, kept: jax.Array, parameters: tuple[Any, ...]
 ) -> jax.Array:
     return backward(*widened(g.dtype, g, kept, *parameters))
-
-
-def widened(dtype: Any, *arrays: jax.Array) -> list[jax.Array]:
-    """Arrays for a computation whose result has some dtype: half precision in float32.
-
-    Args:
-        dtype: dtype of the result.
-        *arrays: arrays of any shape.
-
-    Returns:
-        The floating ones in that dtype or float32, whichever is wider; masks as they are.
-    """
-    wide = jnp.result_type(jnp.float32, dtype)
-    return [in_dtype(a, wide) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in arrays]
 
 
 def _is_real(p: Any) -> bool:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
-from flax_customgrad.activation.arrays import applies, as_array, summed_to
+from flax_customgrad.arrays import applies, as_array, summed_to
 from flax_customgrad.contract import custom_vjp
 from flax_customgrad.drop_in import Parameters, parameters
 from flax_customgrad.sums import accumulator

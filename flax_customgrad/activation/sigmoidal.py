@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from flax_customgrad.activation.arrays import as_array, is_half
 from flax_customgrad.activation.pointwise import Pointwise, the_output
+from flax_customgrad.arrays import as_array, is_half
 
 
 def _tanh_backward(g: jax.Array, y: jax.Array) -> jax.Array:

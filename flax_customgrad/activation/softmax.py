@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from flax_customgrad.activation.arrays import applies, as_array, in_dtype
-from flax_customgrad.activation.pointwise import once, widened
+from flax_customgrad.activation.pointwise import once
+from flax_customgrad.arrays import applies, as_array, in_dtype, widened
 from flax_customgrad.contract import custom_vjp
 
 Axes = int | tuple[int, ...] | None

@@ -29,6 +29,10 @@ class Entry:
         keeps: what the backward keeps.
         gain: what the hand-written backward is for, in a few words.
         source: paper or issue behind it; empty where the mathematics is elementary.
+        formula: of a surrogate, what its backward is meant to return, stated independently of how
+            it is computed: a function of what an example is called with and of the output's
+            cotangent, `formula(*args, g, **keywords)`, one cotangent per argument. The arguments
+            of a Module's example start with the Module.
         examples: makers of small examples by name, for `check_vjp`. They take the class or
             function to use, `module` or `reference`; inputs have a leading axis of 8, one per
             device of a mesh.
@@ -43,6 +47,7 @@ class Entry:
     keeps: str
     gain: str
     source: str = ""
+    formula: Callable[..., tuple[Any, ...]] | None = None
     examples: Mapping[str, Example] = field(default_factory=dict)
     workloads: Mapping[str, Example] = field(default_factory=dict)
 
@@ -57,6 +62,17 @@ class Entry:
         if self.reference is None:
             return ""
         return f"{'nnx' if hasattr(nnx, self.name) else 'jax.nn'}.{self.name}"
+
+    def stated(self, example: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]] | None:
+        """The formula for an example, as `check_vjp` takes it; None for an exact gradient.
+
+        Args:
+            example: what one of the makers of examples made.
+        """
+        first = example[0]
+        if self.formula is None or not isinstance(first, partial):
+            return self.formula
+        return partial(self.formula, **first.keywords)
 
     @property
     def is_drop_in(self) -> bool:

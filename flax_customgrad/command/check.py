@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     named = [catalogue.find(name) for name in dict.fromkeys(args.layers)]
     entries = named or catalogue.entries()
     examples = {
-        f"{entry.name}: {name}": make(entry.module)
+        f"{entry.name}: {name}": (entry, make(entry.module))
         for entry in entries
         for name, make in entry.examples.items()
     }
@@ -52,10 +52,11 @@ def run(args: argparse.Namespace) -> int:
     heading = f"{'':7}{'':{width}}  compared  skipped  error/allowed"
     console.print(heading, style="dim", soft_wrap=True)
     reports, start = [], time.perf_counter()
-    for label, example in examples.items():
+    for label, (entry, example) in examples.items():
         began = time.perf_counter()
         with console.status(f"checking {label}"):
-            report = check_vjp(*example, checks=args.only, raises=False)
+            formula = entry.stated(example)
+            report = check_vjp(*example, formula=formula, checks=args.only, raises=False)
         report.name = label
         reports.append(report)
         console.print(_line(report, width, time.perf_counter() - began), soft_wrap=True)

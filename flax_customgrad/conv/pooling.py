@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_customgrad.activation.arrays import applies, as_array
+from flax_customgrad.arrays import applies, as_array
 from flax_customgrad.conv.avg_pool import sum_pool
 from flax_customgrad.conv.max_pool import MAX, MIN, extreme_pool
 from flax_customgrad.conv.pool_arguments import Pooling, windows_of

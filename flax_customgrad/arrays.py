@@ -1,4 +1,4 @@
-"""What the activations have in common: which arrays they take, and how a gradient shrinks back."""
+"""Arrays: which ones a hand-written backward takes, in what dtype, and how a gradient shrinks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -45,6 +45,20 @@ def is_half(*arrays: Any) -> bool:
 def in_dtype(x: jax.Array, dtype: Any) -> jax.Array:
     """An array in a dtype; one that has it already stays as weakly typed as it came."""
     return x if x.dtype == dtype else x.astype(dtype)
+
+
+def widened(dtype: Any, *arrays: jax.Array) -> list[jax.Array]:
+    """Arrays for a computation whose result has some dtype: half precision in float32.
+
+    Args:
+        dtype: dtype of the result.
+        *arrays: arrays of any shape.
+
+    Returns:
+        The floating ones in that dtype or float32, whichever is wider; masks as they are.
+    """
+    wide = jnp.result_type(jnp.float32, dtype)
+    return [in_dtype(a, wide) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in arrays]
 
 
 def summed_to(g: jax.Array, shape: Sequence[int]) -> jax.Array:
