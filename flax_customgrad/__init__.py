@@ -67,5 +67,19 @@ from flax_customgrad.normalization.weight_standardization import (
 from flax_customgrad.residuals import Residual as Residual
 from flax_customgrad.residuals import residual_bytes as residual_bytes
 from flax_customgrad.residuals import residuals as residuals
+from flax_customgrad.straight_through.heaviside import SteHeaviside as SteHeaviside
+from flax_customgrad.straight_through.rounding import StochasticRound as StochasticRound
+from flax_customgrad.straight_through.rounding import ceil_ste as ceil_ste
+from flax_customgrad.straight_through.rounding import clip_ste as clip_ste
+from flax_customgrad.straight_through.rounding import floor_ste as floor_ste
+from flax_customgrad.straight_through.rounding import round_ste as round_ste
+from flax_customgrad.straight_through.rounding import stochastic_round as stochastic_round
+from flax_customgrad.straight_through.rounding import trunc_ste as trunc_ste
+from flax_customgrad.straight_through.scaled_sign import MagnitudeAwareSign as MagnitudeAwareSign
+from flax_customgrad.straight_through.scaled_sign import XNORSign as XNORSign
+from flax_customgrad.straight_through.sign import ApproxSign as ApproxSign
+from flax_customgrad.straight_through.sign import SteSign as SteSign
+from flax_customgrad.straight_through.sign import SwishSign as SwishSign
+from flax_customgrad.straight_through.ternary import SteTern as SteTern
 
 __version__ = "0.1.0"

@@ -32,9 +32,12 @@ def applies(*arrays: Any) -> bool:
     Integers, complex numbers, 8-bit floats, lists and the like are left to `jax.nn`: its results
     and its errors are theirs.
     """
-    return not autodiff.in_use() and all(
-        isinstance(a, jax.Array) and a.dtype in _TAKEN for a in arrays
-    )
+    return not autodiff.in_use() and all(map(is_taken, arrays))
+
+
+def is_taken(a: Any) -> bool:
+    """Whether something is a real floating array, of a dtype that the backwards are written for."""
+    return isinstance(a, jax.Array) and a.dtype in _TAKEN
 
 
 def is_half(*arrays: Any) -> bool:

@@ -1,0 +1,40 @@
+"""Numbers that must be positive: a slope, a temperature, a bound on where a gradient passes."""
+
+import math
+from typing import Any
+
+from jax.core import Tracer
+
+
+def positive(layer: str, name: str, value: Any) -> Any:
+    """A number that must be positive and finite.
+
+    Args:
+        layer: the name of the layer, for the error.
+        name: the name of the argument.
+        value: a number; or a traced one, which cannot be looked at.
+
+    Raises:
+        ValueError: the number is not positive, or not finite.
+    """
+    if not isinstance(value, Tracer) and not 0 < value < math.inf:
+        raise ValueError(f"{layer}: {name}={value!r} must be positive and finite")
+    return value
+
+
+def bound(layer: str, clip_value: float | None) -> float | None:
+    """A bound on where a gradient passes; None where it passes everywhere.
+
+    Args:
+        layer: the name of the layer, for the error.
+        clip_value: the bound.
+
+    Raises:
+        ValueError: the bound is not positive.
+    """
+    if clip_value is not None and not clip_value > 0:
+        raise ValueError(
+            f"{layer}: clip_value={clip_value!r} must be positive; None lets the gradient pass "
+            "everywhere"
+        )
+    return clip_value
