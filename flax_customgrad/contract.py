@@ -144,9 +144,9 @@ class CustomVJP:
                 f"`{self._name}` has no backward yet: call `{self._name}.defvjp(fwd, bwd)` first"
             )
         args = self._positional(args, kwargs)
-        if getattr(self._running, "fwd", False) or (autodiff.in_use() and not self.surrogate):
-            # A fwd that calls the decorated function means the plain one: going through JAX's rule
-            # once more would put it into second derivatives twice.
+        if not self.surrogate and (getattr(self._running, "fwd", False) or autodiff.in_use()):
+            # A fwd that calls the decorated function means the plain one, whose derivative is the
+            # same. A surrogate's is not: what its fwd returns has the surrogate's derivative too.
             return self.fun(*args)
         arrays, call = pack(args, f"an argument of {self._name}")
         try:

@@ -490,3 +490,12 @@ def test_surrogates_take_a_keyword():
     op = make(lambda x: jnp.round(x), lambda res, g: (g,), surrogate=True)
     assert op.surrogate
     np.testing.assert_array_equal(jax.grad(lambda x: op(x).sum())(jnp.ones(2)), 1.0)
+
+
+def test_second_derivatives_of_a_surrogate_take_its_gradient_for_the_derivative():
+    op = fcg.custom_vjp(surrogate=True)(lambda x: jnp.round(x))
+    op.defvjp(lambda x: (op(x), None), lambda _, g: (g,))
+    second = jax.grad(jax.grad(lambda x: jnp.sin(op(x))))(1.3)
+    np.testing.assert_allclose(second, -np.sin(1), rtol=1e-6)
+    third = jax.grad(jax.grad(jax.grad(lambda x: jnp.sin(op(x)))))(1.3)
+    np.testing.assert_allclose(third, -np.cos(1), rtol=1e-6)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,20 @@ from flax import nnx
 Example = Callable[[Any], tuple[Any, ...]]
 """Makes what `check_vjp` takes of the given class or function: (layer, *inputs), or
 (function, layer, *inputs), or (function, *inputs)."""
+
+
+class Curve(NamedTuple):
+    """A function of a number, which shows a surrogate: the documentation draws it.
+
+    Attributes:
+        function: takes and returns arrays of one shape, element by element.
+        low: where its graph begins.
+        high: where it ends.
+    """
+
+    function: Callable[[jax.Array], jax.Array]
+    low: float = -2.0
+    high: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +47,7 @@ class Entry:
             it is computed: a function of what an example is called with and of the output's
             cotangent, `formula(*args, g, **keywords)`, one cotangent per argument. The arguments
             of a Module's example start with the Module.
+        curves: graphs that show a surrogate, by name.
         examples: makers of small examples by name, for `check_vjp`. They take the class or
             function to use, `module` or `reference`; inputs have a leading axis of 8, one per
             device of a mesh.
@@ -48,6 +63,7 @@ class Entry:
     gain: str
     source: str = ""
     formula: Callable[..., tuple[Any, ...]] | None = None
+    curves: Mapping[str, Curve] = field(default_factory=dict)
     examples: Mapping[str, Example] = field(default_factory=dict)
     workloads: Mapping[str, Example] = field(default_factory=dict)
 

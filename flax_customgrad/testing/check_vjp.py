@@ -262,7 +262,7 @@ def _with_formula(fn: Callable[..., Any], formula: Callable[..., tuple[Any, ...]
         return plain(*args)
 
     op = CustomVJP(stated, surrogate=True)
-    op.defvjp(lambda *args: (plain(*args), args), lambda args, g: formula(*args, g))
+    op.defvjp(lambda *args: (op(*args), args), lambda args, g: formula(*args, g))
     return op
 
 
