@@ -3,21 +3,25 @@
 import math
 from typing import Any
 
+import numpy as np
 from jax.core import Tracer
 
 
 def positive(layer: str, name: str, value: Any) -> Any:
-    """A number that must be positive and finite.
+    """A number, or an array of numbers, that must be positive and finite.
 
     Args:
         layer: the name of the layer, for the error.
         name: the name of the argument.
-        value: a number; or a traced one, which cannot be looked at.
+        value: a number or an array; or a traced one, which cannot be looked at.
 
     Raises:
-        ValueError: the number is not positive, or not finite.
+        ValueError: a number is not positive, or not finite.
     """
-    if not isinstance(value, Tracer) and not 0 < value < math.inf:
+    if isinstance(value, Tracer):
+        return value
+    numbers = np.asarray(value)
+    if not np.all((numbers > 0) & (numbers < math.inf)):
         raise ValueError(f"{layer}: {name}={value!r} must be positive and finite")
     return value
 
