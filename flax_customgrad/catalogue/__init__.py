@@ -9,20 +9,38 @@ from typing import Any
 from flax import nnx
 
 from flax_customgrad.catalogue.activation import ACTIVATION
+from flax_customgrad.catalogue.categorical import CATEGORICAL
 from flax_customgrad.catalogue.conv import CONV
 from flax_customgrad.catalogue.entry import Curve as Curve
 from flax_customgrad.catalogue.entry import Entry as Entry
 from flax_customgrad.catalogue.entry import Example as Example
+from flax_customgrad.catalogue.feedback import FEEDBACK
 from flax_customgrad.catalogue.linear import LINEAR
 from flax_customgrad.catalogue.normalization import NORMALIZATION
 from flax_customgrad.catalogue.pooling import POOLING
+from flax_customgrad.catalogue.shaping import SHAPING
+from flax_customgrad.catalogue.sparse import SPARSE
+from flax_customgrad.catalogue.spiking import SPIKING
 from flax_customgrad.catalogue.straight_through import STRAIGHT_THROUGH
 from flax_customgrad.catalogue.weights import WEIGHTS
 
 
 def entries() -> tuple[Entry, ...]:
     """Every layer of the library, by family."""
-    return (*LINEAR, *CONV, *POOLING, *NORMALIZATION, *WEIGHTS, *ACTIVATION, *STRAIGHT_THROUGH)
+    return (
+        *LINEAR,
+        *CONV,
+        *POOLING,
+        *NORMALIZATION,
+        *WEIGHTS,
+        *ACTIVATION,
+        *STRAIGHT_THROUGH,
+        *CATEGORICAL,
+        *SPARSE,
+        *SPIKING,
+        *SHAPING,
+        *FEEDBACK,
+    )
 
 
 def find(name: str) -> Entry:

@@ -14,11 +14,29 @@ ROWS = {"softmax", "log_softmax", "logsumexp"}
 CONVOLUTIONS = {"Conv", "ConvTranspose"}
 POOLS = {"max_pool", "avg_pool"}
 STEPS = {"clip_ste", "stochastic_round", "SteSign", "XNORSign"}
+SAMPLES = {"gumbel_softmax", "reinmax", "top_k_st", "TopKST"}
+SPARSE = {"n_m_sparsify", "NMSparseLinear"}
+SPIKES = {"surrogate.fast_sigmoid", "surrogate.boxcar", "Leaky", "LIF"}
+SHAPERS = {"gradient_scale", "gradient_clip", "stop_gradient"}
+FEEDBACK = {"FeedbackLinear", "FeedbackConv", "DirectFeedback"}
+THOROUGH = (
+    NORMS
+    | ACTIVATIONS
+    | ROWS
+    | CONVOLUTIONS
+    | POOLS
+    | STEPS
+    | SAMPLES
+    | SPARSE
+    | SPIKES
+    | SHAPERS
+    | FEEDBACK
+)
 OF_THE_FORMULA = ("autodiff", "finite_differences", "second_order", "dtypes", "residuals")
 
 
 def checks_of(entry, nth):
-    thorough = entry.name in NORMS | ACTIVATIONS | ROWS | CONVOLUTIONS | POOLS | STEPS and nth == 0
+    thorough = entry.name in THOROUGH and nth == 0
     if not thorough and entry.family != "linear":
         return OF_THE_FORMULA
     return CHECKS

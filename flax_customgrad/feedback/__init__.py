@@ -1,0 +1,1 @@
+"""Feedback alignment: errors sent back through fixed random matrices."""

@@ -1,0 +1,1 @@
+"""Gradient shaping: layers that pass their input on and change its gradient."""
