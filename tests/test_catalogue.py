@@ -20,6 +20,11 @@ def test_every_public_layer_has_an_entry():
         for name, value in vars(fcg).items()
         if callable(value) and value.__module__.split(".")[1] in families
     }
+    public |= {
+        f"surrogate.{name}"
+        for name, value in vars(fcg.surrogate).items()
+        if not name.startswith("_") and getattr(value, "__module__", "") == fcg.surrogate.__name__
+    }
     assert {entry.name for entry in ENTRIES} == public - {"use_lowering", "Feedback"}
 
 
