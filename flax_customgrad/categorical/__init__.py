@@ -1,0 +1,1 @@
+"""The categorical family: a choice among classes, with the gradient of a softmax."""
