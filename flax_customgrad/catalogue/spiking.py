@@ -115,13 +115,13 @@ _SURROGATES = (
         surrogate.fast_sigmoid, 25.0, "falls off as 1 / u^2; SuperSpike", "arXiv:1705.11146"
     ),
     _surrogate(surrogate.atan, 2.0, "falls off as 1 / u^2; a density", "arXiv:2007.05785"),
-    _surrogate(surrogate.sigmoid, 4.0, "finite at any u; a density", "arXiv:1901.09948"),
+    _surrogate(surrogate.sigmoid, 4.0, "finite at any u; a density", "arXiv:1706.02609"),
     _surrogate(surrogate.triangular, 1.0, "0 beyond 1 / k", "arXiv:1603.08270"),
     _surrogate(
         surrogate.boxcar,
         1.0,
         "passes within 1 / k, 0 beyond",
-        "arXiv:1602.02830",
+        "arXiv:1706.02609",
         keeps="a mask",
     ),
     _surrogate(surrogate.piecewise_exponential, 1.0, "falls off as exp(-k u)", "arXiv:1810.08646"),
@@ -207,8 +207,8 @@ _CELLS = (
         leaky.Leaky,
         None,
         "surrogate",
-        keeps="the membrane; before the step as well, if the decay is learned",
-        gain="one array a step, where autodiff keeps 3",
+        keeps="the membrane; with a learned decay the one before the step, too",
+        gain="1 array a step, or 2, where autodiff keeps 1 to 4",
         source="arXiv:1901.09948",
         formula=_leaky,
         examples={
@@ -229,8 +229,8 @@ _CELLS = (
         lif.LIF,
         None,
         "surrogate",
-        keeps="the membrane; both states before the step as well, if the decays are learned",
-        gain="one array a step, where autodiff keeps 3",
+        keeps="the membrane; with learned decays both states before the step, too",
+        gain="1 array a step, or 3, where autodiff keeps 1 to 5",
         source="arXiv:1901.09948",
         formula=_lif,
         examples={

@@ -134,7 +134,7 @@ class SpikingCell(nnx.RNNCellBase):
 
     def _variable(self, name: str, value: Any, learned: bool) -> nnx.Variable:
         value = jnp.asarray(value, self.param_dtype)
-        if np.broadcast_shapes(value.shape, self.features) != self.features:
+        if not _broadcasts(value.shape, self.features):
             raise ValueError(
                 f"{type(self).__name__}: {name} of shape {value.shape} does not broadcast to the "
                 f"neurons, {self.features}"
@@ -148,6 +148,11 @@ class SpikingCell(nnx.RNNCellBase):
                 f"{self.features}"
             )
         return shape
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    pairs = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in pairs)
 
 
 def _shape(layer: str, features: int | Sequence[int]) -> tuple[int, ...]:

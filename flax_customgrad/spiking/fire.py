@@ -10,9 +10,9 @@
               dtheta = -sum(dz + s du), -sum(dz), -sum(dz)
     kept      v and theta
 
-Backpropagation through the reset is left out by default, dr = 0, as snntorch and the paper that
-compared both do: arXiv:2006.07239 found it to harm or to change nothing. s and p are computed
-again, from v; autodiff keeps v - theta, and s or v beside it as the reset asks.
+s and p are computed again, from v: autodiff keeps v - theta, and s or v beside it as the reset asks.
+The reset is not differentiated by default, dr = 0: snntorch and the paper on surrogate gradients
+leave that path out, https://doi.org/10.1162/neco_a_01367.
 """
 
 from typing import Any, Literal, NamedTuple

@@ -6,8 +6,8 @@
               da = sum of g u, over the axes along which a was repeated
     kept      a; u as well where a is learned
 
-Half precision is computed in float32 and rounded once. Autodiff keeps u and a in any case, and
-sums the gradient of a in the dtype of u.
+Half precision is computed in float32 and rounded once, and the gradient of a is summed in float32,
+where autodiff sums it in the dtype of u.
 """
 
 from typing import Any, NamedTuple

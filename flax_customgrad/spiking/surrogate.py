@@ -9,9 +9,9 @@ u is the membrane potential minus the threshold, k the slope, and v = k |u|.
                              p(v)                      k by default   integral   source
     fast_sigmoid             1 / (1 + v)^2             25             2 / k      arXiv:1705.11146
     atan                     k/2 / (1 + (pi v / 2)^2)  2              1          arXiv:2007.05785
-    sigmoid                  k s(v) (1 - s(v))         4              1          arXiv:1901.09948
+    sigmoid                  k s(v) (1 - s(v))         4              1          arXiv:1706.02609
     triangular               max(0, 1 - v)             1              1 / k      arXiv:1603.08270
-    boxcar                   1 where v <= 1            1              2 / k      arXiv:1602.02830
+    boxcar                   1 where v <= 1            1              2 / k      arXiv:1706.02609
     piecewise_exponential    exp(-v)                   1              2 / k      arXiv:1810.08646
 
 At its default slope each p is 1 at the threshold, and all but atan and sigmoid are so at every
@@ -111,7 +111,7 @@ def atan(u: ArrayLike, slope: ArrayLike = 2.0, *, normalize: bool = False) -> ja
 
 
 def sigmoid(u: ArrayLike, slope: ArrayLike = 4.0, *, normalize: bool = False) -> jax.Array:
-    """A spike with the derivative of the sigmoid of k u, arXiv:1901.09948.
+    """A spike with the derivative of the sigmoid of k u, arXiv:1706.02609.
 
     Args:
         u: membrane potential minus threshold; array of any shape.
@@ -199,8 +199,8 @@ _BOXCAR = Step("boxcar", heaviside, _box, _inside)
 def boxcar(u: ArrayLike, slope: ArrayLike = 1.0, *, normalize: bool = False) -> jax.Array:
     """A spike whose gradient is a box: 1 where k |u| <= 1, bounds included, and 0 elsewhere.
 
-    It is the straight-through estimator of arXiv:1602.02830 and, normalized, the rectangle of
-    arXiv:1706.02609.
+    Normalized it is the rectangle of arXiv:1706.02609; as it is, the straight-through estimator of
+    arXiv:1602.02830 for a unit step.
 
     Args:
         u: membrane potential minus threshold; array of any shape.

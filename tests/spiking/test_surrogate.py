@@ -1,0 +1,138 @@
+"""Surrogates: the step to the bit, the gradient as its formula has it, in every dtype."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flax_customgrad as fcg
+from flax_customgrad import surrogate
+
+POSITIVE = np.array([0.0, 1e-6, 0.04, 0.25, 0.5, 1.0, 1.5, 1e3, 1e30, np.inf])
+POINTS = np.concatenate([-POSITIVE, POSITIVE])
+
+
+def bell(v):
+    return 1 / (4 * np.cosh(np.minimum(v, 300) / 2) ** 2)
+
+
+# (u, slope) -> factor; the slope by default; what the factor integrates to.
+SURROGATES = {
+    "fast_sigmoid": (lambda u, k: 1 / (1 + k * np.abs(u)) ** 2, 25.0, lambda k: 2 / k),
+    "atan": (lambda u, k: (k / 2) / (1 + (np.pi * k * u / 2) ** 2), 2.0, lambda k: 1),
+    "sigmoid": (lambda u, k: k * bell(k * np.abs(u)), 4.0, lambda k: 1),
+    "triangular": (lambda u, k: np.maximum(0, 1 - k * np.abs(u)), 1.0, lambda k: 1 / k),
+    "boxcar": (lambda u, k: (k * np.abs(u) <= 1) * 1.0, 1.0, lambda k: 2 / k),
+    "piecewise_exponential": (lambda u, k: np.exp(-k * np.abs(u)), 1.0, lambda k: 2 / k),
+}
+every_surrogate = pytest.mark.parametrize("name", SURROGATES)
+
+
+def slope_of(function, u, g=None):
+    y, pull = jax.vjp(function, u)
+    return pull(jnp.ones_like(y) if g is None else jnp.asarray(g, y.dtype))[0]
+
+
+@every_surrogate
+def test_value_and_gradient_in_every_dtype(name):
+    factor, default, integral = SURROGATES[name]
+    calls = {
+        default: getattr(surrogate, name),
+        5.0: functools.partial(getattr(surrogate, name), slope=5.0),
+    }
+    for dtype in ("float16", "bfloat16", "float32", "float64"):
+        with jax.enable_x64(dtype == "float64"), np.errstate(over="ignore"):
+            u = jnp.asarray(POINTS, dtype)
+            wide = np.asarray(u, np.float64)
+            g = np.arange(1.0, u.size + 1)
+            tolerance = {"float64": 1e-12, "float32": 2e-6, "float16": 1e-3}.get(dtype, 1e-2)
+            for slope, function in calls.items():
+                y = function(u)
+                assert y.dtype == u.dtype
+                np.testing.assert_array_equal(np.asarray(y, np.float64), wide > 0)
+                expected = g * factor(wide, slope)
+                for scale in (1, 1 / integral(slope)):
+                    got = slope_of(functools.partial(function, normalize=scale != 1), u, g)
+                    assert got.dtype == u.dtype
+                    np.testing.assert_allclose(
+                        np.asarray(got, np.float64),
+                        scale * expected,
+                        rtol=tolerance,
+                        atol=tolerance * 1e-3,
+                    )
+
+
+@every_surrogate
+def test_no_number_stays_none(name):
+    assert np.isnan(getattr(surrogate, name)(jnp.nan))
+    assert getattr(surrogate, name)(jnp.zeros((0, 3))).shape == (0, 3)
+
+
+@every_surrogate
+def test_far_from_the_threshold_nothing_is_left_of_the_gradient(name):
+    for dtype in ("float16", "bfloat16", "float32"):
+        u = jnp.array([-6e4, -1e3, 1e3, 6e4, jnp.inf, -jnp.inf], dtype)
+        for slope in (0.5, 1e4, 1e38):
+            got = slope_of(functools.partial(getattr(surrogate, name), slope=slope), u)
+            assert (np.abs(np.asarray(got, np.float32)) < 1e-3 * max(1, slope / 1e4)).all()
+
+
+@every_surrogate
+def test_normalized_it_integrates_to_one(name):
+    # With u = tan(t), which reaches to infinity.
+    for slope in (1.0, 2.5):
+        function = functools.partial(getattr(surrogate, name), slope=slope, normalize=True)
+        with jax.enable_x64(True):
+            t = (np.arange(200_000) + 0.5) * (np.pi / 200_000) - np.pi / 2
+            density = np.asarray(slope_of(function, jnp.tan(t)))
+        assert (density >= 0).all()
+        mean = (density / np.cos(t) ** 2).mean()
+        assert mean * np.pi == pytest.approx(1, abs=1e-5)
+
+
+def test_both_sides_of_the_threshold_are_positive():
+    for name in SURROGATES:
+        got = slope_of(getattr(surrogate, name), jnp.array([-0.3, 0.3]))
+        assert got[0] == got[1] > 0
+
+
+def test_the_bounds_of_the_boxcar_are_inside_it():
+    u = jnp.array([-0.26, -0.25, 0.25, 0.26])
+    for dtype in (jnp.float32, jnp.bfloat16):
+        got = slope_of(functools.partial(surrogate.boxcar, slope=4), u.astype(dtype))
+        np.testing.assert_array_equal(got, [0, 1, 1, 0])
+    assert fcg.residual_bytes(surrogate.boxcar, jnp.ones(1000)) == 1000
+
+
+def test_a_slope_for_each_neuron_has_no_gradient():
+    u, slope = jnp.full((2, 3), 0.5), jnp.array([1.0, 2.0, 4.0])
+    du, dslope = jax.grad(lambda u, k: surrogate.fast_sigmoid(u, k).sum(), (0, 1))(u, slope)
+    np.testing.assert_allclose(du, [[4 / 9, 1 / 4, 1 / 9]] * 2, rtol=1e-6)
+    np.testing.assert_array_equal(dslope, 0)
+
+
+def test_a_slope_may_be_traced():
+    @jax.jit
+    def annealed(slopes):
+        def step(total, slope):
+            return total + jax.grad(lambda u: surrogate.atan(u, slope))(0.0), None
+
+        return jax.lax.scan(step, 0.0, slopes)[0]
+
+    assert annealed(jnp.array([2.0, 4.0, 8.0])) == 7
+    by_vmap = jax.vmap(lambda k: jax.grad(lambda u: surrogate.sigmoid(u, k))(0.0))
+    np.testing.assert_allclose(by_vmap(jnp.array([4.0, 8.0])), [1, 2])
+
+
+@every_surrogate
+def test_bad_arguments(name):
+    function = getattr(surrogate, name)
+    for slope in (0.0, -1.0, float("nan"), float("inf"), np.array([1.0, 0.0])):
+        with pytest.raises(ValueError, match=rf"{name}: slope=.* must be positive and finite"):
+            function(jnp.ones(2), slope)
+    with pytest.raises(ValueError, match=rf"{name}: a parameter of shape \(2, 1\) does not broad"):
+        function(jnp.ones(3), jnp.ones((2, 1)))
+    with pytest.raises(TypeError, match=f"{name} takes float16, bfloat16, float32 and float64"):
+        function(jnp.ones(3, jnp.complex64))
