@@ -40,6 +40,15 @@ from flax_customgrad.categorical.reinmax import ReinMax as ReinMax
 from flax_customgrad.categorical.reinmax import reinmax as reinmax
 from flax_customgrad.categorical.top_k import TopKST as TopKST
 from flax_customgrad.categorical.top_k import top_k_st as top_k_st
+from flax_customgrad.codebook.fsq import FSQ as FSQ
+from flax_customgrad.codebook.lfq import LFQ as LFQ
+from flax_customgrad.codebook.residual_vq import ResidualVQ as ResidualVQ
+from flax_customgrad.codebook.rotation import rotation_trick as rotation_trick
+from flax_customgrad.codebook.sim_vq import SimVQ as SimVQ
+from flax_customgrad.codebook.straight_through import (
+    straight_through_estimator as straight_through_estimator,
+)
+from flax_customgrad.codebook.vector_quantizer import VectorQuantizer as VectorQuantizer
 from flax_customgrad.contract import CustomVJP as CustomVJP
 from flax_customgrad.contract import custom_vjp as custom_vjp
 from flax_customgrad.conv.conv import Conv as Conv

@@ -10,6 +10,7 @@ from flax import nnx
 
 from flax_customgrad.catalogue.activation import ACTIVATION
 from flax_customgrad.catalogue.categorical import CATEGORICAL
+from flax_customgrad.catalogue.codebook import CODEBOOK
 from flax_customgrad.catalogue.conv import CONV
 from flax_customgrad.catalogue.entry import Curve as Curve
 from flax_customgrad.catalogue.entry import Entry as Entry
@@ -36,6 +37,7 @@ def entries() -> tuple[Entry, ...]:
         *ACTIVATION,
         *STRAIGHT_THROUGH,
         *CATEGORICAL,
+        *CODEBOOK,
         *SPARSE,
         *SPIKING,
         *SHAPING,

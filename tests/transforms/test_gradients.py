@@ -14,6 +14,7 @@ ROWS = {"softmax", "log_softmax", "logsumexp"}
 CONVOLUTIONS = {"Conv", "ConvTranspose"}
 POOLS = {"max_pool", "avg_pool"}
 STEPS = {"clip_ste", "stochastic_round", "SteSign", "XNORSign"}
+CODEBOOKS = {"rotation_trick", "VectorQuantizer", "LFQ"}
 SAMPLES = {"gumbel_softmax", "reinmax", "top_k_st", "TopKST"}
 SPARSE = {"n_m_sparsify", "NMSparseLinear"}
 SPIKES = {"surrogate.fast_sigmoid", "surrogate.boxcar", "Leaky", "LIF"}
@@ -27,6 +28,7 @@ THOROUGH = (
     | POOLS
     | STEPS
     | SAMPLES
+    | CODEBOOKS
     | SPARSE
     | SPIKES
     | SHAPERS

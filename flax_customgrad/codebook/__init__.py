@@ -1,0 +1,1 @@
+"""Codebooks: vectors replaced by the nearest of a few, and the gradients that pass through."""

@@ -1,0 +1,84 @@
+"""Rows of a codebook by number, and sums over the vectors that have a number.
+
+The one is the transpose of the other. On a mesh with Explicit axes JAX asks where their results
+lie; there the compiler finds its own way, and the results lie as the caller's arrays do.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from flax_customgrad.arithmetic import explicit_sharding
+from flax_customgrad.sums import accumulator
+
+
+def rows(codes: jax.Array, indices: jax.Array, like: jax.Array) -> jax.Array:
+    """The codes that have certain numbers.
+
+    Args:
+        codes: array of shape (num_codes, features), float.
+        indices: int32 array of any shape; a number that no code has gives NaN.
+        like: array of shape (*indices.shape, features) whose sharding the result has.
+
+    Returns:
+        Array of shape (*indices.shape, features), in the dtype of codes.
+    """
+
+    def take(codes: jax.Array, indices: jax.Array) -> jax.Array:
+        return jnp.take(codes, indices, axis=0, mode="fill", fill_value=jnp.nan)
+
+    return by_compiler(take, explicit_sharding(jax.typeof(like)))(codes, indices)
+
+
+def sums(values: jax.Array, indices: jax.Array, like: jax.Array) -> jax.Array:
+    """The sum of the vectors of each code.
+
+    Args:
+        values: array of shape (*indices.shape, features), float.
+        indices: int32 array of any shape; a vector of a number that no code has is left out.
+        like: array of shape (num_codes, features) whose sharding the result has.
+
+    Returns:
+        Array of shape (num_codes, features), float32 or wider.
+    """
+    dtype = accumulator(values)
+
+    def scatter(values: jax.Array, indices: jax.Array) -> jax.Array:
+        return jnp.zeros(like.shape, dtype).at[indices].add(values.astype(dtype), mode="drop")
+
+    return by_compiler(scatter, explicit_sharding(jax.typeof(like)))(values, indices)
+
+
+def counts(indices: jax.Array, num_codes: int) -> jax.Array:
+    """How many vectors each code has.
+
+    Args:
+        indices: int32 array of any shape; a number that no code has is left out.
+        num_codes: how many codes there are.
+
+    Returns:
+        int32 array of shape (num_codes,).
+    """
+
+    def count(indices: jax.Array) -> jax.Array:
+        return jnp.zeros(num_codes, jnp.int32).at[indices].add(1, mode="drop")
+
+    sharding = explicit_sharding(jax.typeof(indices))
+    whole = sharding and NamedSharding(sharding.mesh, PartitionSpec(None))
+    return by_compiler(count, whole)(indices)
+
+
+def by_compiler(function: Callable[..., Any], sharding: Any) -> Callable[..., Any]:
+    """A function in which the compiler decides what lies where.
+
+    Args:
+        function: a function of arrays.
+        sharding: where its result shall lie; None off a mesh with Explicit axes, which leaves the
+            function as it is.
+    """
+    if sharding is None:
+        return function
+    return jax.sharding.auto_axes(function, out_sharding=sharding)  # pyright: ignore[reportReturnType]
