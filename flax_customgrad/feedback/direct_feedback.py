@@ -84,7 +84,7 @@ def _vjp(layer: Any, x: jax.Array) -> tuple[jax.Array, Callable[..., Any]]:
     graphdef, params, rest = nnx.split(layer, nnx.Param, ..., graph=True)
 
     def call(params: nnx.State, x: jax.Array) -> tuple[jax.Array, Any]:
-        copy = nnx.merge(graphdef, params, rest)
+        copy = nnx.merge(graphdef, params, rest, copy=True)
         return copy(x), nnx.split(copy, nnx.Param, ..., graph=True)[2]
 
     y, pull, written = jax.vjp(call, params, x, has_aux=True)
