@@ -10,9 +10,9 @@
               dtheta = -sum(dz + s du), -sum(dz), -sum(dz)
     kept      v and theta
 
-s and p are computed again, from v: autodiff keeps v - theta, and s or v beside it as the reset asks.
-The reset is not differentiated by default, dr = 0: snntorch and the paper on surrogate gradients
-leave that path out, https://doi.org/10.1162/neco_a_01367.
+s and p are computed again, from v; autodiff keeps v - theta, and what the reset takes beside it.
+The reset is not differentiated by default, dr = 0, as in snntorch and in the tutorial to
+arXiv:1901.09948, https://github.com/fzenke/spytorch.
 """
 
 from typing import Any, Literal, NamedTuple
