@@ -60,8 +60,8 @@ def chain(module: Any, x: jax.Array) -> jax.Array:
 
 
 def _fwd(module: Any, x: jax.Array) -> tuple[jax.Array, Residuals]:
-    # Taken apart before the call, which may write: the backward repeats it, with the same dropout.
-    graphdef, state = nnx.split(module, graph=True)
+    # A copy from before the call, which may write: the backward repeats it, with the same dropout.
+    graphdef, state = nnx.split(nnx.clone(module, graph=True), graph=True)
     return chain(module, x), Residuals(graphdef, state, x)
 
 

@@ -9,9 +9,10 @@ It clips the gradient of one activation where it passes, and with it of all that
 `optax.clip` clips that of parameters afterwards. A g of exactly the limit passes as it is.
 
 The norm is that of the whole gradient, or of each example: the sum runs over all axes but the batch
-axes. It is computed in float32 of g divided by its largest element, so elements of 1e30 do not
-overflow and zeros stay zeros. A gradient with an element that is not finite has no norm to clip to
-and passes as it is; by value infinity becomes c and NaN stays. arXiv:1211.5063.
+axes. It is computed in float32 of g divided by its largest element, so that elements of 1e30 do not
+overflow, those of 1e-30 do not vanish, and zeros stay zeros. A gradient with an element that is not
+finite has no norm to clip to and passes as it is; by value infinity becomes c, and NaN stays.
+arXiv:1211.5063.
 """
 
 from collections.abc import Sequence
@@ -86,12 +87,13 @@ def _bwd_by_norm(res: ByNorm, g: jax.Array) -> tuple[jax.Array, None, None]:
     g = g.astype(accumulator(g))
     # The result does not depend on what g is divided by, so neither do its derivatives.
     largest = lax.stop_gradient(jnp.max(jnp.abs(g), res.axes, keepdims=True, initial=0))
-    zeros = largest == 0
-    unit = jnp.where(zeros, 1, largest)
+    # XLA multiplies by the inverse, which has to be a normal number too.
+    small = 4 * float(jnp.finfo(g.dtype).tiny)
+    unit = jnp.clip(largest, small, 1 / small)
     squares = jnp.sum((g / unit) ** 2, res.axes, keepdims=True)
-    norm = jnp.sqrt(jnp.where(zeros, 1, squares))  # of g / unit, and so at least 1
-    # Of what is not finite the norm is NaN, and not above any limit.
-    beyond = ~zeros & (norm > res.limit / unit)
+    has_norm = (largest > 0) & jnp.isfinite(largest)
+    norm = jnp.sqrt(jnp.where(has_norm, squares, 1))
+    beyond = has_norm & (norm > res.limit / unit)
     dx = jnp.where(beyond, g / unit * (res.limit / norm), g)
     chex.assert_equal_shape([dx, g])
     return dx, None, None

@@ -145,6 +145,9 @@ class StopGradient(nnx.Module):
         step = as_array(step)
         if not jnp.issubdtype(jnp.result_type(step), jnp.integer):
             raise TypeError(f"StopGradient: step={step!r} must be an int or an array of integers")
+        if isinstance(step, jax.Array):
+            # A narrow or unsigned step does not hold every start and stop.
+            step = step.astype(jnp.result_type(step, jnp.int32))
         stops = (step >= self.start) & ((step - self.start) % self.every == 0)
         return stops if self.stop is None else stops & (step < self.stop)
 

@@ -1,0 +1,184 @@
+"""FeedbackLinear and FeedbackConv: those of nnx, but for the gradient of their inputs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import flax_customgrad as fcg
+
+CASES = {
+    "linear": (fcg.FeedbackLinear, nnx.Linear, (5, 4), {}, (3, 5)),
+    "linear, no batch": (fcg.FeedbackLinear, nnx.Linear, (5, 4), {}, (5,)),
+    "linear, no bias": (fcg.FeedbackLinear, nnx.Linear, (5, 4), {"use_bias": False}, (2, 3, 5)),
+    "conv, same": (fcg.FeedbackConv, nnx.Conv, (3, 4, (3, 3)), {}, (2, 5, 4, 3)),
+    "conv, valid, strides": (
+        fcg.FeedbackConv,
+        nnx.Conv,
+        (3, 4, 3, 2),
+        {"padding": "VALID"},
+        (9, 3),
+    ),
+    "conv, circular, dilated": (
+        fcg.FeedbackConv,
+        nnx.Conv,
+        (3, 4, (3, 2)),
+        {"padding": "CIRCULAR", "kernel_dilation": (1, 2)},
+        (2, 4, 5, 3),
+    ),
+    "conv, reflected, grouped": (
+        fcg.FeedbackConv,
+        nnx.Conv,
+        (4, 6, 3),
+        {"padding": "REFLECT", "feature_group_count": 2},
+        (2, 1, 5, 4),
+    ),
+    "conv, depthwise, causal": (
+        fcg.FeedbackConv,
+        nnx.Conv,
+        (4, 4, 3),
+        {"padding": "CAUSAL", "feature_group_count": 4},
+        (2, 6, 4),
+    ),
+    "conv, spread input, explicit padding": (
+        fcg.FeedbackConv,
+        nnx.Conv,
+        (2, 3, 2),
+        {"padding": ((2, 0),), "input_dilation": 2},
+        (2, 4, 2),
+    ),
+    "conv, patches": (fcg.FeedbackConv, nnx.Conv, (2, 3, (2, 2), 2), {}, (2, 4, 6, 2)),
+    "conv, mask": (
+        fcg.FeedbackConv,
+        nnx.Conv,
+        (2, 3, 3),
+        {"mask": jnp.tile(jnp.array([1.0, 1.0, 0.0])[:, None, None], (1, 2, 3))},
+        (2, 5, 2),
+    ),
+}
+
+
+def gradients(call, layer, x, g):
+    graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+    y, pull = jax.vjp(lambda params, x: call(nnx.merge(graphdef, params, rest), x), params, x)
+    dparams, dx = pull(g)
+    return y, nnx.to_pure_dict(dparams), dx
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_but_the_gradient_of_the_input_is_that_of_nnx(case):
+    ours, theirs, args, kwargs, shape = CASES[case]
+    with jax.enable_x64(True):
+        kwargs = {**kwargs, "param_dtype": jnp.float64}
+        layer, plain = (
+            ours(*args, **kwargs, rngs=nnx.Rngs(0)),
+            theirs(*args, **kwargs, rngs=nnx.Rngs(0)),
+        )
+        x = jax.random.normal(jax.random.key(1), shape, jnp.float64)
+        g = jax.random.normal(jax.random.key(2), plain(x).shape, jnp.float64)
+        y, dparams, dx = gradients(lambda m, x: m(x), layer, x, g)
+        expected_y, expected, true_dx = gradients(lambda m, x: m(x), plain, x, g)
+        np.testing.assert_allclose(y, expected_y, rtol=1e-12, atol=1e-12)
+        assert dparams.keys() == expected.keys()
+        for name in expected:
+            np.testing.assert_allclose(dparams[name], expected[name], rtol=1e-12, atol=1e-12)
+        # Its input sees the layer of nnx whose kernel is the feedback.
+        plain.kernel[...] = layer.feedback[...]
+        *_, expected_dx = gradients(lambda m, x: m(x), plain, x, g)
+        np.testing.assert_allclose(dx, expected_dx, rtol=1e-12, atol=1e-12)
+        assert np.abs(dx - true_dx).max() > 0.01
+
+
+LAYERS = {
+    "FeedbackLinear": (lambda **kw: fcg.FeedbackLinear(6, 4, **kw), nnx.Linear, (8, 6)),
+    "FeedbackConv": (lambda **kw: fcg.FeedbackConv(6, 4, 3, **kw), nnx.Conv, (2, 5, 6)),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def made(request):
+    return LAYERS[request.param]
+
+
+def test_it_is_a_layer_of_nnx_with_feedback_beside(made):
+    make, theirs, shape = made
+    layer = make(rngs=nnx.Rngs(0))
+    assert isinstance(layer, theirs)
+    assert layer.feedback.shape == layer.kernel.shape
+    assert type(layer.feedback) is fcg.Feedback
+    assert not isinstance(layer.feedback, nnx.Param)
+    plain = theirs(
+        6, 4, *shape[3:], **({} if theirs is nnx.Linear else {"kernel_size": 3}), rngs=nnx.Rngs(0)
+    )
+    np.testing.assert_array_equal(layer.kernel[...], plain.kernel[...])
+    assert not np.array_equal(layer.kernel[...], layer.feedback[...])
+    constant = nnx.initializers.constant(0.5)
+    layer = make(feedback_init=constant, feedback_metadata={"tag": 1}, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(layer.feedback[...], 0.5)
+    assert layer.feedback.tag == 1
+    # `convert` leaves what is not of nnx alone.
+    assert type(fcg.revert(fcg.convert(nnx.Sequential(layer))).layers[0]) is type(layer)
+
+
+def test_an_optimizer_leaves_the_feedback_alone(made):
+    make, _, shape = made
+    layer = make(rngs=nnx.Rngs(0))
+    before = np.array(layer.feedback[...]), np.array(layer.kernel[...])
+    optimizer = nnx.Optimizer(layer, optax.adam(0.1), wrt=nnx.Param)
+    grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones(shape)) ** 2))(layer)
+    assert not nnx.state(grads, fcg.Feedback)
+    optimizer.update(layer, grads)
+    np.testing.assert_array_equal(layer.feedback[...], before[0])
+    assert not np.array_equal(layer.kernel[...], before[1])
+
+
+@pytest.mark.parametrize("feedback_dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
+def test_half_precision(made, param_dtype, feedback_dtype):
+    """Sums are those of Linear and Conv, whatever the dtype of the feedback."""
+    make, _, shape = made
+    layer = make(dtype=jnp.bfloat16, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+    layer.feedback = fcg.Feedback(layer.feedback[...].astype(feedback_dtype))
+    x = jax.random.normal(jax.random.key(1), shape, jnp.bfloat16)
+    y, dparams, dx = gradients(lambda m, x: m(x), layer, x, jnp.ones_like(layer(x)))
+    assert y.dtype == dx.dtype == jnp.bfloat16
+    assert dparams["kernel"].dtype == dparams["bias"].dtype == param_dtype
+    parent = type(layer).__mro__[1]
+    expected_y, expected, _ = gradients(parent.__call__, layer, x, jnp.ones_like(y))
+    np.testing.assert_array_equal(*(np.asarray(a, np.float32) for a in (y, expected_y)))
+    for name in expected:
+        a, b = (np.asarray(d[name], np.float32) for d in (dparams, expected))
+        np.testing.assert_array_equal(a, b)
+
+
+def test_it_keeps_what_the_caller_holds(made):
+    make, _, shape = made
+    graphdef, state = nnx.split(make(rngs=nnx.Rngs(0)))
+    kept = fcg.residuals(lambda state, x: nnx.merge(graphdef, state)(x), state, jnp.ones(shape))
+    assert [r for r in kept if not r.is_argument] == []
+
+
+def test_the_backward_stays_inside_use_autodiff(made):
+    make, _, shape = made
+    layer, x = make(rngs=nnx.Rngs(0)), jnp.ones(shape)
+    gradient = jax.grad(lambda x: jnp.sum(layer(x)))
+    expected = gradient(x)
+    with fcg.use_autodiff():
+        np.testing.assert_allclose(gradient(x), expected, rtol=1e-5)
+
+
+def test_bad_arguments(made):
+    make, theirs, shape = made
+    x = jnp.ones(shape)
+    name = "dot_general" if theirs is nnx.Linear else "conv_general_dilated"
+    for own in ({name: lambda *args, **kwargs: x}, {"promote_dtype": lambda *args, **kwargs: args}):
+        with pytest.raises(
+            ValueError, match=r"Feedback\w+: an operation of your own has no feedback"
+        ):
+            make(**own, rngs=nnx.Rngs(0))(x)
+    layer = make(rngs=nnx.Rngs(0))
+    for bad in (x.astype(jnp.int32), x * 1j, [1.0]):
+        with pytest.raises(TypeError, match=r"Feedback\w+: inputs of .* have no gradient"):
+            layer(bad)

@@ -1,0 +1,118 @@
+"""Stopping: in places, in windows of steps, and in the carry of a scan."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import flax_customgrad as fcg
+
+
+def let_through(layer, step):
+    """1 where a gradient passes, 0 where it is stopped."""
+    return jax.grad(lambda x: jnp.sum(layer(x, step)))(jnp.ones(jnp.shape(step)))
+
+
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__
+)
+def test_in_places(dtype):
+    x = jnp.arange(6, dtype=dtype).reshape(2, 3)
+    g = jnp.array([[jnp.inf, jnp.nan, 3], [4, jnp.nan, jnp.inf]], dtype)
+    where = jnp.array([[True, True, False], [False, False, True]])
+    y, pull = jax.vjp(lambda x: fcg.stop_gradient(x, where), x)
+    np.testing.assert_array_equal(y, x)
+    (dx,) = pull(g)
+    assert dx.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(dx, np.float32), [[0, 0, 3], [4, np.nan, 0]])
+
+
+def test_everywhere_or_nowhere():
+    x = jnp.ones(3)
+    gradient = jax.grad(lambda x, where=True: jnp.sum(fcg.stop_gradient(x, where)))
+    for all_of, none_of in [(True, False), (np.True_, np.False_)]:
+        np.testing.assert_array_equal(gradient(x, all_of), 0)
+        np.testing.assert_array_equal(gradient(x, none_of), 1)
+    np.testing.assert_array_equal(jax.jit(gradient)(x, True), 0)
+    np.testing.assert_array_equal(gradient(x), 0)
+    assert fcg.stop_gradient(jnp.arange(3), jnp.array(True)).dtype == jnp.int32
+    complex_gradient = jax.vjp(lambda x: fcg.stop_gradient(x, x.real > 0), jnp.array([1j, 1]))[1]
+    np.testing.assert_array_equal(complex_gradient(jnp.array([1j, 1j]))[0], [1j, 0])
+
+
+@pytest.mark.parametrize(
+    ("layer", "stopped"),
+    [
+        (fcg.StopGradient(), range(12)),
+        (fcg.StopGradient(stop=5), range(5)),
+        (fcg.StopGradient(start=5), range(5, 12)),
+        (fcg.StopGradient(2, 9), range(2, 9)),
+        (fcg.StopGradient(every=4), range(0, 12, 4)),
+        (fcg.StopGradient(3, 10, 3), range(3, 10, 3)),
+        (fcg.StopGradient(start=-2, every=3), range(1, 12, 3)),
+    ],
+    ids=str,
+)
+def test_windows(layer, stopped):
+    expected = [step not in stopped for step in range(12)]
+    for dtype in (jnp.int32, jnp.uint32, jnp.int8):
+        np.testing.assert_array_equal(let_through(layer, jnp.arange(12, dtype=dtype)), expected)
+    np.testing.assert_array_equal([let_through(layer, step) for step in range(12)], expected)
+    assert [not layer.stops_at(step) for step in range(12)] == expected
+    traced = jax.jit(lambda step: let_through(layer, step))
+    np.testing.assert_array_equal([traced(step) for step in range(12)], expected)
+
+
+def test_a_count_of_an_optimizer():
+    step = nnx.Variable(jnp.uint32(3))
+    assert let_through(fcg.StopGradient(stop=3), step) == 1
+    assert let_through(fcg.StopGradient(stop=4), step) == 0
+
+
+def test_truncated_backpropagation_through_time():
+    """The gradient of each window is that of the window alone, its first state a constant."""
+    k, x = 5, jax.random.normal(jax.random.key(0), (20, 3))
+    w = jax.random.normal(jax.random.key(1), (3, 3))
+    window = fcg.StopGradient(every=k)
+
+    def states(w, h, x, steps, stop):
+        def body(h, inputs):
+            step, x = inputs
+            h = jnp.tanh((window(h, step) if stop else h) @ w + x)
+            return h, h
+
+        return jax.lax.scan(body, h, (steps, x))[1]
+
+    def loss(w):
+        return jnp.sum(states(w, jnp.zeros(3), x, jnp.arange(20), True) ** 2)
+
+    all_states = states(w, jnp.zeros(3), x, jnp.arange(20), False)
+    expected = 0
+    for i in range(0, 20, k):
+        h = all_states[i - 1] if i else jnp.zeros(3)
+        part = lambda w, h=h, i=i: states(w, h, x[i : i + k], jnp.arange(k), False)  # noqa: E731
+        expected += jax.grad(lambda w, part=part: jnp.sum(part(w) ** 2))(w)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(w), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bad_arguments():
+    x = jnp.ones((2, 3))
+    with pytest.raises(TypeError, match="stop_gradient: where is float32; write a boolean"):
+        fcg.stop_gradient(x, jnp.ones(3))
+    with pytest.raises(TypeError, match="stop_gradient: where is 1; write a boolean"):
+        fcg.stop_gradient(x, 1)
+    with pytest.raises(ValueError, match=r"where has shape \(2,\), which does not broadcast"):
+        fcg.stop_gradient(x, jnp.array([True, False]))
+    with pytest.raises(ValueError, match="stop=3 must be after start=3"):
+        fcg.StopGradient(3, 3)
+    with pytest.raises(ValueError, match="every=0 must be at least 1"):
+        fcg.StopGradient(every=0)
+    for name, bad in [("start", None), ("start", 1.0), ("stop", 2.5), ("every", True)]:
+        with pytest.raises(TypeError, match=f"StopGradient: {name}={bad} must be an int"):
+            fcg.StopGradient(**{name: bad})
+    for bad in (0.5, jnp.ones(()), True):
+        with pytest.raises(TypeError, match="must be an int or an array of integers"):
+            fcg.StopGradient()(x, bad)
+    with pytest.raises(ValueError, match="does not broadcast"):
+        fcg.StopGradient()(x, jnp.arange(2))
