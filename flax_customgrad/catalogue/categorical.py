@@ -116,8 +116,6 @@ def _first_of_two(function: Callable[..., jax.Array]) -> Curve:
     return Curve(lambda x: function(jnp.stack([x, jnp.zeros_like(x)], -1))[..., 0], -4.0, 4.0)
 
 
-_FUNCTION_KEEPS, _LAYER_KEEPS = "logits, temperature, key", "logits, a key"
-
 CATEGORICAL = (
     Entry(
         "gumbel_softmax",
@@ -125,7 +123,7 @@ CATEGORICAL = (
         gumbel_softmax,
         None,
         "surrogate",
-        keeps=_FUNCTION_KEEPS,
+        keeps="logits, temperature, key",
         gain="zeros and ones; right for masked classes, low temperatures, half precision",
         source="arXiv:1611.01144",
         formula=_gumbel_softmax,
@@ -151,7 +149,7 @@ CATEGORICAL = (
         GumbelSoftmax,
         None,
         "surrogate",
-        keeps=_LAYER_KEEPS,
+        keeps="logits, a key",
         gain="the same, with keys of its own",
         source="arXiv:1611.01144",
         formula=_of_layer(_softmax),
@@ -164,7 +162,7 @@ CATEGORICAL = (
         reinmax,
         None,
         "surrogate",
-        keeps=_FUNCTION_KEEPS,
+        keeps="logits, temperature, the index of the sample",
         gain="a gradient of second order, as the paper's own code has it",
         source="arXiv:2304.08612",
         formula=_reinmax,
@@ -186,7 +184,7 @@ CATEGORICAL = (
         ReinMax,
         None,
         "surrogate",
-        keeps=_LAYER_KEEPS,
+        keeps="logits, the index of the sample",
         gain="the same, with keys of its own",
         source="arXiv:2304.08612",
         formula=_of_layer(_reinmax),

@@ -13,7 +13,7 @@ import jax.core
 import jax.numpy as jnp
 
 from flax_customgrad.arithmetic import explicit_sharding
-from flax_customgrad.arrays import as_array, is_number
+from flax_customgrad.arrays import as_array, in_dtype, is_number
 
 Noise = jax.Array | None
 """A key to draw noise with, the noise itself in the shape of the logits, or None for no noise."""
@@ -114,7 +114,7 @@ def _checked_temperature(name: str, temperature: Any, shape: tuple[int, ...], ax
             f"{name}: temperature has shape {temperature.shape}; expected a number, or an array "
             f"that broadcasts to {rows}, one number for each row"
         )
-    return temperature.astype(jnp.promote_types(temperature.dtype, jnp.float16))
+    return in_dtype(temperature, jnp.promote_types(temperature.dtype, jnp.float16))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -3,7 +3,8 @@
     forward   D  = a one-hot sample from p0 = softmax(logits), at temperature 1
     backward  p1 = (D + softmax(logits / tau)) / 2
               dlogits = 2 J(p1) g - J(p0) g / 2,  J(p) g = p (g - sum p g)
-    kept      the logits, the temperature and the key, which the caller holds: D is sampled again
+    kept      the logits and the temperature, which the caller holds, and the index of D's 1
+    at a tie  the lower index is taken
 
 The straight-through estimator is a first-order approximation of the gradient of the expected loss;
 this one is Heun's method, of second order. Nothing is divided by tau, which shapes p1 alone and has
@@ -11,18 +12,27 @@ no gradient: it is a choice of the estimator and no part of the forward. The pap
 or more to serve best. Half precision is computed in float32.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
 from flax import nnx
 
+from flax_customgrad.categorical.k_hot import k_hot, largest, marked
 from flax_customgrad.categorical.logits import Noise, checked, perturbed
-from flax_customgrad.categorical.relaxation import Residuals, relaxed, through_softmax
+from flax_customgrad.categorical.relaxation import relaxed, through_softmax
 from flax_customgrad.categorical.sampler import Rngs, Sampler
-from flax_customgrad.categorical.top_k import k_hot
 from flax_customgrad.contract import custom_vjp
 from flax_customgrad.sums import accumulator
+
+
+class Residuals(NamedTuple):
+    """What the backward of `one_hot_sample` keeps: a number a row, and what the caller holds."""
+
+    logits: jax.Array
+    temperature: Any
+    sample: jax.Array
+    axis: int
 
 
 @custom_vjp(surrogate=True)
@@ -46,14 +56,14 @@ def _fwd(
     logits: jax.Array, temperature: Any, noise: Noise, axis: int
 ) -> tuple[jax.Array, Residuals]:
     y = one_hot_sample(logits, temperature, noise, axis)
-    return y, Residuals(logits, temperature, noise, axis)
+    return y, Residuals(logits, temperature, largest(y, axis), axis)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
     logits, axis = res.logits, res.axis
     dtype = accumulator(logits)
     logits, g = logits.astype(dtype), g.astype(dtype)
-    d = k_hot(perturbed(logits, res.noise, dtype), 1, axis)
+    d = marked(res.sample, logits.shape, axis).astype(dtype)
     p0 = relaxed(logits, 1, axis)
     p1 = (d + relaxed(logits, res.temperature, axis)) / 2
     dlogits = 2 * through_softmax(p1, g, axis) - through_softmax(p0, g, axis) / 2

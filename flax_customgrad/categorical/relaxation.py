@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_customgrad.arrays import summed_to
+from flax_customgrad.categorical.k_hot import largest, marked
 from flax_customgrad.categorical.logits import Noise, perturbed
 from flax_customgrad.sums import accumulator
 
@@ -39,7 +40,7 @@ def relaxed(z: jax.Array, temperature: Any, axis: int) -> jax.Array:
 
 
 class Residuals(NamedTuple):
-    """What the backwards of this family keep: only what the caller holds anyway."""
+    """What a backward through `relaxed` keeps: only what the caller holds anyway."""
 
     logits: jax.Array
     temperature: Any
@@ -79,8 +80,7 @@ def through_softmax(p: jax.Array, g: jax.Array, axis: int) -> jax.Array:
     Returns:
         J(p) g, an array like p.
     """
-    largest = p == jnp.max(p, axis, keepdims=True)
-    pivot = jnp.max(g, axis, keepdims=True, initial=-jnp.inf, where=largest)
+    pivot = jnp.sum(jnp.where(marked(largest(p, axis), p.shape, axis), g, 0), axis, keepdims=True)
     g = g - lax.stop_gradient(pivot)
     return p * (g - jnp.sum(p * g, axis, keepdims=True))
 

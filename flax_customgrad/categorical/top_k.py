@@ -16,10 +16,9 @@ largest, because it holds NaN or infinity or too few classes that are not masked
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
+from flax_customgrad.categorical.k_hot import k_hot
 from flax_customgrad.categorical.logits import Noise, checked, perturbed
 from flax_customgrad.categorical.relaxation import Residuals, relaxed_gradient
 from flax_customgrad.categorical.sampler import Rngs, Sampler
@@ -58,30 +57,6 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
 
 
 top_k.defvjp(_fwd, _bwd)
-
-
-def k_hot(z: jax.Array, k: int, axis: int) -> jax.Array:
-    """1 for the k largest along an axis, 0 elsewhere; a row without k finite largest is NaN.
-
-    Args:
-        z: array of any shape, float.
-        k: how many.
-        axis: the axis.
-
-    Returns:
-        Array like z.
-    """
-    z = lax.stop_gradient(z)
-    first = jnp.max(z, axis, keepdims=True)
-    if k == 1:
-        last, at = first, jnp.argmax(z, axis, keepdims=True)
-    else:
-        # To top_k, -0 is less than 0.
-        values, indices = lax.top_k(jnp.where(z == 0, 0, z), k, axis=axis)
-        last, at = (lax.slice_in_dim(a, k - 1, k, axis=axis) for a in (values, indices))
-    index = lax.broadcasted_iota(at.dtype, z.shape, axis % z.ndim)
-    hot = (z > last) | ((z == last) & (index <= at))
-    return jnp.where(jnp.isfinite(first) & jnp.isfinite(last), hot.astype(z.dtype), jnp.nan)
 
 
 def top_k_st(
