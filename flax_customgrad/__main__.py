@@ -1,13 +1,13 @@
-"""The command line: `python -m flax_customgrad train | list | check`."""
+"""The command line: `python -m flax_customgrad train | estimators | list | check`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from flax_customgrad.command import check, listing, train
+from flax_customgrad.command import check, estimators, listing, train
 
-_COMMANDS = {"train": train, "list": listing, "check": check}
+_COMMANDS = {"train": train, "estimators": estimators, "list": listing, "check": check}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,20 +1,21 @@
 """Trains a network on handwritten digits, plainly and converted, and compares the two."""
 
 import argparse
-import importlib
 import os
-import sys
 from pathlib import Path
 
 from rich.console import Console
 
-_EXTRAS = ("sklearn", "matplotlib", "optax")
+from flax_customgrad.command import extras
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `train` to a parser."""
     parser.add_argument(
-        "--steps", type=_steps, default=400, help="training steps (default: %(default)s)"
+        "--steps",
+        type=extras.at_least(1),
+        default=400,
+        help="training steps (default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
@@ -38,13 +39,8 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         The exit status: 1 if the two runs disagree, 2 if a package is missing, else 0.
     """
-    for extra in _EXTRAS:
-        try:
-            importlib.import_module(extra)
-        except ModuleNotFoundError as missing:
-            return _complain(
-                2, f'{missing.name} is not installed: pip install "flax-customgrad[train]"'
-            )
+    if missing := extras.missing():
+        return extras.complain("train", missing)
     from flax_customgrad.command.digits import comparison, figure, progress, table
 
     console = Console(highlight=False)
@@ -53,34 +49,17 @@ def run(args: argparse.Namespace) -> int:
     figure.save(found, args.out)
     console.print(table.make(found, args.out))
     disagreements = found.disagreements()
-    return _complain(1, f"the runs disagree: {'; '.join(disagreements)}") if disagreements else 0
-
-
-def _complain(status: int, reason: str) -> int:
-    print(f"flax-customgrad train: {reason}", file=sys.stderr)
-    return status
-
-
-def _steps(text: str) -> int:
-    steps = _whole(text)
-    if steps < 1:
-        raise argparse.ArgumentTypeError(f"there must be at least 1, got {steps}")
-    return steps
+    if disagreements:
+        return extras.complain("train", f"the runs disagree: {'; '.join(disagreements)}", status=1)
+    return 0
 
 
 def _seed(text: str) -> int:
-    seed = _whole(text)
+    seed = extras.whole(text)
     # The largest that NumPy, JAX and scikit-learn all take.
     if not 0 <= seed < 2**32:
         raise argparse.ArgumentTypeError(f"a seed is from 0 to {2**32 - 1}, got {seed}")
     return seed
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
 
 
 def _figure(text: str) -> Path:

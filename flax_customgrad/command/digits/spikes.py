@@ -43,10 +43,12 @@ class SpikingNetwork(nnx.Module):
     """
 
     def __init__(self, rngs: nnx.Rngs, neurons: Callable[[int], nnx.RNNCellBase] = Leaky):
-        self.dense_1 = Linear(_PIXELS, _NEURONS, rngs=rngs)
-        self.neurons_1 = nnx.RNN(neurons(_NEURONS), time_major=True)
-        self.dense_2 = Linear(_NEURONS, _NEURONS, rngs=rngs)
-        self.neurons_2 = nnx.RNN(neurons(_NEURONS), time_major=True)
+        self.hidden = nnx.Sequential(
+            Linear(_PIXELS, _NEURONS, rngs=rngs),
+            nnx.RNN(neurons(_NEURONS), time_major=True),
+            Linear(_NEURONS, _NEURONS, rngs=rngs),
+            nnx.RNN(neurons(_NEURONS), time_major=True),
+        )
         self.readout = Linear(_NEURONS, _CLASSES, rngs=rngs)
 
     def __call__(self, spikes: jax.Array) -> jax.Array:
@@ -58,6 +60,4 @@ class SpikingNetwork(nnx.Module):
         Returns:
             Logits of shape (n, 10).
         """
-        spikes = self.neurons_1(self.dense_1(spikes))
-        spikes = self.neurons_2(self.dense_2(spikes))
-        return self.readout(spikes.mean(0))
+        return self.readout(self.hidden(spikes).mean(0))

@@ -1,0 +1,222 @@
+"""A network that learns as much as a step lets through, and how accurate it becomes.
+
+Two hidden blocks, each with the step in it, and a linear layer that reads them. Its control is the
+same network with the gradient through the step set to zero: only the reading layer learns, from
+what the random blocks below happen to show.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.typing import ArrayLike
+
+from flax_customgrad.command.digits import data
+from flax_customgrad.normalization.batch_norm import BatchNorm
+from flax_customgrad.shaping.scale import gradient_scale
+from flax_customgrad.straight_through.sign import SteSign
+
+WIDTH = 48
+"""How many features a hidden block has: few, so that those of the control show little."""
+
+CLASSES = 10
+"""How many digits there are."""
+
+_PIXELS, _BATCH, _RATE = 64, 64, 3e-3
+
+
+class Switch(nnx.Variable):
+    """1 where the gradient through the step passes, 0 in the control."""
+
+
+class Loss(nnx.Variable):
+    """What a block adds to the loss, such as the commitment to a codebook."""
+
+
+class Block(nnx.Module):
+    """A hidden block; `passes` and `loss` are its own, the layers are those of its kind."""
+
+    def __init__(self):
+        self.passes = Switch(jnp.ones(()))
+        self.loss = Loss(jnp.zeros(()))
+
+    def let_through(self, x: jax.Array) -> jax.Array:
+        """x, whose gradient passes or does not."""
+        return gradient_scale(x, self.passes[...])
+
+
+class Activation(Block):
+    """A linear layer, normalized, and a step of its features.
+
+    Args:
+        step: takes and returns an array of shape (n, out_features); or returns with it what to add
+            to the loss.
+        linear: the class of the layer.
+        in_features: how many features come in.
+        out_features: how many go out.
+        rngs: the streams.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[jax.Array], Any],
+        linear: Callable[..., nnx.Module],
+        in_features: int,
+        out_features: int,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__()
+        self.linear = linear(in_features, out_features, use_bias=False, rngs=rngs)
+        self.norm = BatchNorm(out_features, momentum=0.9, rngs=rngs)
+        self.step = step
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Features of shape (n, out_features) from those of shape (n, in_features)."""
+        y = self.step(self.norm(self.linear(x)))  # type: ignore[operator]
+        if isinstance(y, tuple):
+            y, self.loss[...] = y
+        return self.let_through(y)
+
+
+class Weights(Block):
+    """A step of the weights of a linear layer, and the sign of its features.
+
+    Args:
+        step: takes and returns an array of shape (in_features, out_features).
+        in_features: how many features come in.
+        out_features: how many go out.
+        rngs: the streams.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[jax.Array], jax.Array],
+        in_features: int,
+        out_features: int,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__()
+        shape = (in_features, out_features)
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape))
+        # Without a scale and a bias, by which the control would learn after all.
+        self.norm = BatchNorm(
+            out_features, momentum=0.9, use_scale=False, use_bias=False, rngs=rngs
+        )
+        self.step = step
+        self.sign = SteSign()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Features of shape (n, out_features) from those of shape (n, in_features)."""
+        return self.sign(self.norm(x @ self.let_through(self.step(self.kernel[...]))))
+
+
+Make = Callable[[int, int, nnx.Rngs], Block]
+"""Makes a block from how many features come in and go out."""
+
+
+Chain = Callable[..., nnx.Module]
+"""Makes one Module of layers, and `rngs`, which calls them one after another."""
+
+
+def in_sequence(*layers: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
+    """The plain chain."""
+    return nnx.Sequential(*layers)
+
+
+class Outcome(NamedTuple):
+    """The shares of test images that were classified correctly, one of each seed.
+
+    Attributes:
+        accuracy: of the network.
+        control: of the network whose step lets no gradient through.
+    """
+
+    accuracy: np.ndarray
+    control: np.ndarray
+
+    @property
+    def gain(self) -> float:
+        """How many points the network is ahead of its control, in the mean."""
+        return float(100 * (self.accuracy.mean() - self.control.mean()))
+
+
+def probe(make: Make, chain: Chain, seeds: int, steps: int) -> Outcome:
+    """Trains a network and its control, for some seeds, all at once.
+
+    Args:
+        make: makes the hidden blocks.
+        chain: puts the layers one after another.
+        seeds: how many seeds; each splits the data anew.
+        steps: how many steps of 64 images.
+    """
+    splits = [data.load(seed) for seed in range(seeds)]
+    train, test = (
+        jax.tree.map(lambda *a: jnp.stack(a), *half) for half in zip(*splits, strict=True)
+    )
+    both = jnp.array([1.0, 0.0])
+
+    def of_seed(seed: jax.Array, train: data.Batch, test: data.Batch) -> jax.Array:
+        return jax.vmap(lambda passes: _accuracy(make, chain, seed, passes, steps, train, test))(
+            both
+        )
+
+    accuracy = np.asarray(jax.jit(jax.vmap(of_seed))(jnp.arange(seeds), train, test))
+    return Outcome(accuracy[:, 0], accuracy[:, 1])
+
+
+def _accuracy(
+    make: Make,
+    chain: Chain,
+    seed: jax.Array,
+    passes: jax.Array,
+    steps: int,
+    train: data.Batch,
+    test: data.Batch,
+) -> jax.Array:
+    """Trains one network; all but the shapes may be traced."""
+    rngs = nnx.Rngs(jax.random.key(seed))
+    network = chain(
+        make(_PIXELS, WIDTH, rngs),
+        make(WIDTH, WIDTH, rngs),
+        nnx.Linear(WIDTH, CLASSES, rngs=rngs),
+        rngs=rngs,
+    )
+    _fill(network, Switch, passes)
+    graph, params, rest = nnx.split(network, nnx.Param, ...)
+    optimizer = optax.adam(optax.cosine_decay_schedule(_RATE, steps))
+
+    def loss(params: Any, rest: Any, batch: data.Batch) -> tuple[jax.Array, Any]:
+        network = nnx.merge(graph, params, rest, copy=True)
+        logits = network(_flat(batch.images))
+        extra = sum(v[...] for _, v in nnx.to_flat_state(nnx.state(network, Loss)))
+        errors = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+        return errors.mean() + extra, nnx.state(network, nnx.Not(nnx.Param))
+
+    def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
+        params, rest, state = carry
+        chosen = jax.random.randint(key, (_BATCH,), 0, len(train.labels))
+        batch = jax.tree.map(lambda a: a[chosen], train)
+        gradient, rest = jax.grad(loss, has_aux=True)(params, rest, batch)
+        updates, state = optimizer.update(gradient, state)
+        return (optax.apply_updates(params, updates), rest, state), None
+
+    keys = jax.random.split(rngs(), steps)
+    (params, rest, _), _ = jax.lax.scan(step, (params, rest, optimizer.init(params)), keys)
+    network = nnx.merge(graph, params, rest)
+    network.eval()
+    return (network(_flat(test.images)).argmax(-1) == test.labels).mean()
+
+
+def _fill(network: nnx.Module, kind: type[nnx.Variable], value: jax.Array) -> None:
+    """Sets every Variable of a kind."""
+    state = nnx.state(network, kind)
+    nnx.update(network, jax.tree.map(lambda _: value, state))
+
+
+def _flat(images: ArrayLike) -> jax.Array:
+    return einops.rearrange(jnp.asarray(images), "n h w 1 -> n (h w)")

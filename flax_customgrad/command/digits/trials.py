@@ -1,0 +1,161 @@
+"""A network for each estimator of the catalogue, in which learning depends on its gradient."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import einops
+import jax
+from flax import nnx
+
+from flax_customgrad.categorical.gumbel_softmax import GumbelSoftmax
+from flax_customgrad.categorical.reinmax import ReinMax
+from flax_customgrad.categorical.top_k import TopKST
+from flax_customgrad.codebook.fsq import FSQ
+from flax_customgrad.codebook.lfq import LFQ
+from flax_customgrad.codebook.residual_vq import ResidualVQ
+from flax_customgrad.codebook.sim_vq import SimVQ
+from flax_customgrad.codebook.usage import Quantized
+from flax_customgrad.codebook.vector_quantizer import VectorQuantizer
+from flax_customgrad.command.digits.probe import (
+    CLASSES,
+    WIDTH,
+    Activation,
+    Block,
+    Chain,
+    Make,
+    Weights,
+    in_sequence,
+)
+from flax_customgrad.feedback.direct_feedback import DirectFeedback
+from flax_customgrad.feedback.feedback_conv import FeedbackConv
+from flax_customgrad.feedback.feedback_linear import FeedbackLinear
+from flax_customgrad.sparse.n_m import NMSparseLinear, n_m_sparsify
+from flax_customgrad.spiking import surrogate
+from flax_customgrad.straight_through import heaviside, rounding, scaled_sign, sign, ternary
+
+_SIZE = 4
+"""How many features are one vector to a codebook."""
+
+_CHOICES = 8
+"""How many features are the classes of one categorical choice."""
+
+Linear = Callable[..., nnx.Module]
+
+
+class Trial(NamedTuple):
+    """A network to try an estimator in.
+
+    Attributes:
+        block: makes a hidden block.
+        chain: puts the layers one after another.
+    """
+
+    block: Make
+    chain: Chain = in_sequence
+
+
+def _drawing(step: Callable[[nnx.Rngs], Callable[..., Any]]) -> Trial:
+    """A step of features that is made from the streams that it draws from."""
+
+    def make(in_features: int, out_features: int, rngs: nnx.Rngs) -> Block:
+        return Activation(step(rngs), nnx.Linear, in_features, out_features, rngs)
+
+    return Trial(make)
+
+
+def _step(
+    function: Callable[..., Any], linear: Linear = nnx.Linear, chain: Chain = in_sequence
+) -> Trial:
+    return Trial(functools.partial(Activation, function, linear), chain)
+
+
+def _weights(function: Callable[[jax.Array], jax.Array]) -> Trial:
+    return Trial(functools.partial(Weights, function))
+
+
+class _Choices(nnx.Module):
+    """A categorical choice among each few features."""
+
+    def __init__(self, layer: Callable[[jax.Array], jax.Array]):
+        self.layer = layer
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        chosen = self.layer(einops.rearrange(x, "n (i k) -> n i k", k=_CHOICES))
+        return einops.rearrange(chosen, "n i k -> n (i k)")
+
+
+class _Codes(nnx.Module):
+    """A codebook for each few features; returns its loss too."""
+
+    def __init__(self, layer: Callable[[jax.Array], Quantized]):
+        self.layer = layer
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = self.layer(einops.rearrange(x, "n (i d) -> n i d", d=_SIZE))
+        return einops.rearrange(found.values, "n i d -> n (i d)"), found.loss
+
+
+class _Convolved(nnx.Module):
+    """Features as an image of 2 by 2 patches, and back."""
+
+    def __init__(self, in_features: int, out_features: int, **kwargs: Any):
+        self.conv = FeedbackConv(in_features // 4, out_features // 4, (3, 3), **kwargs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        patches = einops.rearrange(x, "n (h a w b) -> n h w (a b)", h=2, w=2, a=4)
+        return einops.rearrange(self.conv(patches), "n h w c -> n (h w c)")
+
+
+def _chosen(cls: Callable[..., Any], *args: Any) -> Trial:
+    return _drawing(lambda rngs: _Choices(cls(*args, rngs=rngs)))
+
+
+def _coded(make: Callable[[nnx.Rngs], Any]) -> Trial:
+    return _drawing(lambda rngs: _Codes(make(rngs)))
+
+
+def _vq(**kwargs: Any) -> Trial:
+    return _coded(lambda rngs: VectorQuantizer(32, _SIZE, rngs=rngs, **kwargs))
+
+
+def _by_direct_feedback(*layers: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
+    return DirectFeedback(*layers, features=(WIDTH, WIDTH, CLASSES), rngs=rngs)
+
+
+TRIALS: dict[str, Trial] = {
+    "round_ste": _step(rounding.round_ste),
+    "floor_ste": _step(rounding.floor_ste),
+    "ceil_ste": _step(rounding.ceil_ste),
+    "trunc_ste": _step(rounding.trunc_ste),
+    "clip_ste": _step(lambda x: rounding.clip_ste(rounding.round_ste(x), -1, 1)),
+    "StochasticRound": _drawing(lambda rngs: rounding.StochasticRound(rngs=rngs)),
+    "SteSign": _step(sign.SteSign()),
+    "ApproxSign": _step(sign.ApproxSign()),
+    "SwishSign": _step(sign.SwishSign()),
+    "SteHeaviside": _step(heaviside.SteHeaviside()),
+    "SteTern": _weights(ternary.SteTern("twn")),
+    "MagnitudeAwareSign": _weights(scaled_sign.MagnitudeAwareSign()),
+    "XNORSign": _weights(scaled_sign.XNORSign()),
+    "GumbelSoftmax": _chosen(GumbelSoftmax),
+    "ReinMax": _chosen(ReinMax),
+    "TopKST": _chosen(TopKST, 2),
+    "n_m_sparsify": _weights(n_m_sparsify),
+    "NMSparseLinear": _step(sign.SteSign(), NMSparseLinear),
+    "VectorQuantizer": _vq(),
+    "VectorQuantizer (rotation)": _vq(gradient="rotation"),
+    "VectorQuantizer (ema)": _vq(learning="ema"),
+    "ResidualVQ": _coded(lambda rngs: ResidualVQ(2, 8, _SIZE, rngs=rngs)),
+    "FSQ": _coded(lambda rngs: FSQ((5,) * _SIZE)),
+    "LFQ": _coded(lambda rngs: LFQ(_SIZE)),
+    "SimVQ": _coded(lambda rngs: SimVQ(32, _SIZE, rngs=rngs)),
+    "surrogate.fast_sigmoid": _step(functools.partial(surrogate.fast_sigmoid, slope=5.0)),
+    "surrogate.atan": _step(surrogate.atan),
+    "surrogate.sigmoid": _step(surrogate.sigmoid),
+    "surrogate.triangular": _step(surrogate.triangular),
+    "surrogate.boxcar": _step(surrogate.boxcar),
+    "surrogate.piecewise_exponential": _step(surrogate.piecewise_exponential),
+    "FeedbackLinear": _step(nnx.relu, FeedbackLinear),
+    "FeedbackConv": _step(nnx.relu, _Convolved),
+    "DirectFeedback": _step(nnx.tanh, chain=_by_direct_feedback),
+}
