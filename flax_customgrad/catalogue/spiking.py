@@ -83,6 +83,12 @@ def _surrogate(
         keeps: what its backward keeps.
     """
     soft, rise = _RISES[function]
+    examples = {
+        "alone": applied(_few),
+        "normalized": applied(_few, slope=3.0, normalize=True),
+    }
+    if function in (surrogate.fast_sigmoid, surrogate.boxcar):
+        examples["slope of each neuron"] = applied(_few, slope=np.array([1.5, 2.0, 5.0]))
 
     def formula(
         u: jax.Array, g: jax.Array, slope: Any = slope, normalize: bool = False
@@ -101,11 +107,7 @@ def _surrogate(
         source,
         formula,
         {"": Curve(function), "normalized": Curve(partial(function, slope=2.0, normalize=True))},
-        examples={
-            "alone": applied(_few),
-            "normalized": applied(_few, slope=3.0, normalize=True),
-            "slope of each neuron": applied(_few, slope=np.array([1.5, 2.0, 5.0])),
-        },
+        examples=examples,
         workloads={"4096x1024": applied(_many)},
     )
 
