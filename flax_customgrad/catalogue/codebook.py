@@ -95,7 +95,8 @@ def _fsq(layer: FSQ, z: jax.Array, g: Quantized) -> Gradients:
 
 
 def _lfq(layer: LFQ, z: jax.Array, g: Quantized) -> Gradients:
-    codes = layer.indices_to_codes(jnp.arange(layer.num_codes)).astype(z.dtype)
+    bits = jnp.arange(layer.num_codes)[:, None] >> jnp.arange(layer.features) & 1
+    codes = layer.scale * (2 * bits - 1).astype(z.dtype)
     signs = jnp.where(z >= 0, layer.scale, -layer.scale).astype(z.dtype)
 
     def entropy(p: jax.Array) -> jax.Array:

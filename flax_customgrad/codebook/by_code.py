@@ -1,7 +1,7 @@
 """Rows of a codebook by number, and sums over the vectors that have a number.
 
 The one is the transpose of the other. On a mesh with Explicit axes JAX asks where their results
-lie; there the compiler finds its own way, and the results lie as the caller's arrays do.
+lie: `by_compiler` says that, and leaves it to the compiler how to get there.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def rows(codes: jax.Array, indices: jax.Array, like: jax.Array) -> jax.Array:
     def take(codes: jax.Array, indices: jax.Array) -> jax.Array:
         return jnp.take(codes, indices, axis=0, mode="fill", fill_value=jnp.nan)
 
-    return by_compiler(take, explicit_sharding(jax.typeof(like)))(codes, indices)
+    return by_compiler(take, spec(like), codes, indices)
 
 
 def sums(values: jax.Array, indices: jax.Array, like: jax.Array) -> jax.Array:
@@ -49,7 +49,7 @@ def sums(values: jax.Array, indices: jax.Array, like: jax.Array) -> jax.Array:
     def scatter(values: jax.Array, indices: jax.Array) -> jax.Array:
         return jnp.zeros(like.shape, dtype).at[indices].add(values.astype(dtype), mode="drop")
 
-    return by_compiler(scatter, explicit_sharding(jax.typeof(like)))(values, indices)
+    return by_compiler(scatter, spec(like), values, indices)
 
 
 def counts(indices: jax.Array, num_codes: int) -> jax.Array:
@@ -66,19 +66,31 @@ def counts(indices: jax.Array, num_codes: int) -> jax.Array:
     def count(indices: jax.Array) -> jax.Array:
         return jnp.zeros(num_codes, jnp.int32).at[indices].add(1, mode="drop")
 
-    sharding = explicit_sharding(jax.typeof(indices))
-    whole = sharding and NamedSharding(sharding.mesh, PartitionSpec(None))
-    return by_compiler(count, whole)(indices)
+    return by_compiler(count, PartitionSpec(None), indices)
 
 
-def by_compiler(function: Callable[..., Any], sharding: Any) -> Callable[..., Any]:
-    """A function in which the compiler decides what lies where.
+def by_compiler(function: Callable[..., Any], specs: Any, *arrays: Any) -> Any:
+    """Applies a function; on a mesh with Explicit axes the compiler decides what lies where.
 
     Args:
         function: a function of arrays.
-        sharding: where its result shall lie; None off a mesh with Explicit axes, which leaves the
-            function as it is.
+        specs: where its results shall lie, a `PartitionSpec` for each.
+        *arrays: trees of arrays.
     """
-    if sharding is None:
-        return function
-    return jax.sharding.auto_axes(function, out_sharding=sharding)  # pyright: ignore[reportReturnType]
+    found = (explicit_sharding(jax.typeof(a)) for a in jax.tree.leaves(arrays))
+    on_mesh = next((sharding for sharding in found if sharding is not None), None)
+    if on_mesh is None:
+        return function(*arrays)
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(on_mesh.mesh, spec),
+        specs,
+        is_leaf=lambda spec: isinstance(spec, PartitionSpec),
+    )
+    on_any = jax.sharding.auto_axes(function, out_sharding=shardings)
+    return on_any(*arrays)  # pyright: ignore[reportCallIssue]
+
+
+def spec(array: jax.Array) -> PartitionSpec:
+    """Where an array lies on a mesh with Explicit axes; everywhere if on none."""
+    sharding = explicit_sharding(jax.typeof(array))
+    return PartitionSpec(*(None,) * array.ndim) if sharding is None else sharding.spec

@@ -25,9 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from flax_customgrad.arithmetic import explicit_sharding
 from flax_customgrad.arrays import widened
 from flax_customgrad.codebook.by_code import by_compiler
 from flax_customgrad.contract import custom_vjp
@@ -105,9 +104,7 @@ def _mean(odds: jax.Array) -> jax.Array:
         numbers = ((leading, leading), ((), ()))
         return lax.dot_general(a, b, numbers, precision=lax.Precision.HIGHEST) / _vectors(odds)
 
-    sharding = explicit_sharding(jax.typeof(odds))
-    whole = sharding and NamedSharding(sharding.mesh, PartitionSpec(None, None))
-    return by_compiler(mean, whole)(odds)
+    return by_compiler(mean, PartitionSpec(None, None), odds)
 
 
 def _halves(odds: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_customgrad.codebook.by_code import by_compiler
-from flax_customgrad.codebook.moving_average import MovingAverage, shardings
+from flax_customgrad.codebook.moving_average import MovingAverage, specs
 from flax_customgrad.codebook.usage import AxisName
 
 
@@ -39,7 +39,7 @@ def revived(
         sums = jnp.where(is_drawn[:, None], below * codes, state.sums)
         return MovingAverage(codes, counts, sums)
 
-    return by_compiler(revive, shardings(state))(state, z.astype(state.codes.dtype), key)
+    return by_compiler(revive, specs(state), state, z.astype(state.codes.dtype), key)
 
 
 def _drawn(

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_customgrad.arithmetic import explicit_sharding
-from flax_customgrad.codebook.by_code import by_compiler, counts, sums
+from flax_customgrad.codebook.by_code import by_compiler, counts, spec, sums
 from flax_customgrad.codebook.usage import AxisName
 
 
@@ -64,10 +63,9 @@ def followed(
         codes = jnp.where(n[:, None] > 0, new_sums / smoothed[:, None], state.codes)
         return MovingAverage(codes, new_counts, new_sums)
 
-    return by_compiler(mix, shardings(state))(state, n, s)
+    return by_compiler(mix, specs(state), state, n, s)
 
 
-def shardings(state: MovingAverage) -> Any:
-    """Where each array of a state lies on a mesh with Explicit axes; None elsewhere."""
-    found = jax.tree.map(lambda a: explicit_sharding(jax.typeof(a)), state)
-    return None if found.codes is None else found
+def specs(state: MovingAverage) -> Any:
+    """Where each array of a state lies on a mesh with Explicit axes."""
+    return jax.tree.map(spec, state)

@@ -22,11 +22,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from flax_customgrad.arithmetic import explicit_sharding
 from flax_customgrad.arrays import widened
-from flax_customgrad.codebook.by_code import by_compiler
+from flax_customgrad.codebook.by_code import by_compiler, spec
 from flax_customgrad.codebook.magnitude import magnitude
 
 _PRODUCTS = 2**22
@@ -65,11 +64,9 @@ def nearest(x: jax.Array, codes: jax.Array, block: int | None = None) -> jax.Arr
         raise ValueError(f"nearest: block={block!r} must be a positive number of codes, or None")
     vectors = max(1, x.size // x.shape[-1])
     block = block or min(_MOST, max(_LEAST, _PRODUCTS // vectors))
-    sharding = explicit_sharding(jax.typeof(x))
-    rows = sharding and NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[: x.ndim - 1]))
     search = functools.partial(_nearest, block=min(block, codes.shape[0]))
     x, codes = (lax.stop_gradient(a) for a in widened(jnp.result_type(x, codes), x, codes))
-    return by_compiler(search, rows)(x, codes)
+    return by_compiler(search, PartitionSpec(*spec(x)[: x.ndim - 1]), x, codes)
 
 
 @functools.partial(jax.jit, static_argnames="block")

@@ -16,8 +16,8 @@ gradient up to three times too long.
     v = -u    no plane to turn in: u is reflected instead, R^T g = g - 2 u (u.g), which takes it to
               v as well. This applies up to |u + v| of 8 roundings.
 
-Norms are taken in float32 or wider after division by a power of two, so they are right from 1e-38
-to 1e38; lambda is at most the largest number there is.
+Norms are taken in float32 or wider after division by a power of two, so that they are right as long
+as the elements are normal numbers; lambda is at most the largest number there is.
 """
 
 import functools
