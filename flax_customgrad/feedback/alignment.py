@@ -5,8 +5,9 @@
               dW, db = those of f
     kept      x, W, b and B, as they came
 
-f is linear in its kernel, so dW does not depend on W: the whole backward is that of f at B. W comes
-to align with B over training, and dx with the true gradient. arXiv:1411.0247.
+f is linear in its kernel, so dW does not depend on W: the whole backward is that of f at B. Nothing
+uses the forward that `jax.vjp` repeats there, and XLA drops it. W comes to align with B over
+training, and dx with the true gradient. arXiv:1411.0247.
 """
 
 from typing import NamedTuple

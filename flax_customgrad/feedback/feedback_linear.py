@@ -36,8 +36,8 @@ class FeedbackLinear(Linear):
     Args:
         in_features: number of input features.
         out_features: number of output features.
-        feedback_init: initializer of the feedback matrix; by default that of a kernel, 1 / sqrt of
-            in_features. Errors grow by its size with every layer.
+        feedback_init: initializer of the feedback matrix; by default that of a kernel, of
+            deviation 1 / sqrt(in_features). Its size is that of the errors that it sends back.
         feedback_metadata: metadata of its Variable, such as its sharding.
         rngs: random number generators; the matrix is drawn from `params`, after the parameters.
         **kwargs: further keywords of `flax.nnx.Linear`.
