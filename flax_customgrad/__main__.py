@@ -1,13 +1,19 @@
-"""The command line: `python -m flax_customgrad train | estimators | list | check`."""
+"""The command line: `python -m flax_customgrad train | estimators | codebooks | list | check`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from flax_customgrad.command import check, estimators, listing, train
+from flax_customgrad.command import check, codebooks, estimators, listing, train
 
-_COMMANDS = {"train": train, "estimators": estimators, "list": listing, "check": check}
+_COMMANDS = {
+    "train": train,
+    "estimators": estimators,
+    "codebooks": codebooks,
+    "list": listing,
+    "check": check,
+}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flax_customgrad.command import extras
+from flax_customgrad.command import training
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `train` to a parser."""
     parser.add_argument(
         "--steps",
-        type=extras.at_least(1),
+        type=training.at_least(1),
         default=400,
         help="training steps (default: %(default)s)",
     )
@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         The exit status: 1 if the two runs disagree, 2 if a package is missing, else 0.
     """
-    if missing := extras.missing():
-        return extras.complain("train", missing)
+    if missing := training.missing():
+        return training.complain("train", missing)
     from flax_customgrad.command.digits import comparison, figure, progress, table
 
     console = Console(highlight=False)
@@ -50,12 +50,14 @@ def run(args: argparse.Namespace) -> int:
     console.print(table.make(found, args.out))
     disagreements = found.disagreements()
     if disagreements:
-        return extras.complain("train", f"the runs disagree: {'; '.join(disagreements)}", status=1)
+        return training.complain(
+            "train", f"the runs disagree: {'; '.join(disagreements)}", status=1
+        )
     return 0
 
 
 def _seed(text: str) -> int:
-    seed = extras.whole(text)
+    seed = training.whole(text)
     # The largest that NumPy, JAX and scikit-learn all take.
     if not 0 <= seed < 2**32:
         raise argparse.ArgumentTypeError(f"a seed is from 0 to {2**32 - 1}, got {seed}")

@@ -1,13 +1,13 @@
 """The command that trains through each estimator: it covers the catalogue, and can fail."""
 
-import importlib
+import re
 
 import numpy as np
 import pytest
 
 from flax_customgrad import catalogue
 from flax_customgrad.__main__ import main
-from flax_customgrad.command.digits import probe, trials
+from flax_customgrad.command.digits import autoencoder, probe, trials
 
 # What shapes a gradient has no step to learn through, a function is tried as the layer that calls
 # it, and cells of neurons learn in a network over time.
@@ -45,15 +45,13 @@ def test_a_network_learns_through_a_sign_and_its_control_does_not(capsys):
 
 def test_what_lets_no_gradient_through_is_a_failure(capsys, monkeypatch):
     same = np.array([0.8, 0.9])
-    # The command imports `probe` when it runs.
-    module = importlib.import_module("flax_customgrad.command.digits.probe")
-    monkeypatch.setattr(module, "probe", lambda *args: probe.Outcome(same + 0.04, same))
+    monkeypatch.setattr(probe, "probe", lambda *args: probe.Outcome(same + 0.04, same))
     assert main(["estimators", "SteSign", "--markdown"]) == 1
     out, err = capsys.readouterr()
     assert out.splitlines() == [
         "| estimator | accuracy | worst seed | control | ahead by |",
         "| --- | ---: | ---: | ---: | ---: |",
-        "| `SteSign` | 89.0 ± 5.0 % | 84.0 % | 85.0 % | 4.0 points |",
+        "| SteSign | 89.0 ± 5.0 % | 84.0 % | 85.0 % | 4.0 points |",
     ]
     assert err == (
         "flax-customgrad estimators: less than 5 points ahead of a zero gradient: SteSign\n"
@@ -71,3 +69,25 @@ def test_what_lets_no_gradient_through_is_a_failure(capsys, monkeypatch):
 def test_bad_arguments(arguments, complaint, capsys):
     assert main(["estimators", *arguments]) == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_codebooks_are_trained_and_their_use_is_shown(capsys, monkeypatch):
+    ways = {"moving average": {"learning": "ema", "dead_below": 0.1}}
+    monkeypatch.setattr(autoencoder, "CODEBOOKS", ways)
+    assert main(["codebooks", "--steps", "20", "--seeds", "1"]) == 0
+    heading, row, codes, summary = capsys.readouterr().out.strip().splitlines()
+    assert heading.split() == [
+        "gradient",
+        "and",
+        "learning",
+        "error",
+        "codes",
+        "used",
+        "perplexity",
+    ]
+    _, error, _, usage, perplexity = re.findall(r"[\d.]+", row.replace("moving", "0"))
+    assert 0 < float(error) < 200
+    assert 0 < float(usage) <= 100
+    assert 1 <= float(perplexity) <= 256
+    assert codes.startswith("256 codes")
+    assert summary.startswith("digits, seeds: 1, steps: 20")

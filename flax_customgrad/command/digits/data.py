@@ -3,7 +3,11 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import einops
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -41,3 +45,14 @@ def batches(data: Batch, steps: int, seed: int) -> Iterator[Batch]:
             order = rng.permutation(len(data.labels))
         chosen, order = order[:_BATCH], order[_BATCH:]
         yield Batch(data.images[chosen], data.labels[chosen])
+
+
+def stacked(seeds: int) -> tuple[Batch, Batch]:
+    """What to train and to test on for each of some seeds, along a first axis."""
+    splits = [load(seed) for seed in range(seeds)]
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *splits)
+
+
+def flat(images: ArrayLike) -> jax.Array:
+    """Images of shape (n, 8, 8, 1) as rows of pixels, of shape (n, 64)."""
+    return einops.rearrange(jnp.asarray(images), "n h w 1 -> n (h w)")

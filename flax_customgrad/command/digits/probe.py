@@ -8,15 +8,14 @@ what the random blocks below happen to show.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.typing import ArrayLike
 
 from flax_customgrad.command.digits import data
+from flax_customgrad.command.digits.fit import fit
 from flax_customgrad.normalization.batch_norm import BatchNorm
 from flax_customgrad.shaping.scale import gradient_scale
 from flax_customgrad.straight_through.sign import SteSign
@@ -27,7 +26,7 @@ WIDTH = 48
 CLASSES = 10
 """How many digits there are."""
 
-_PIXELS, _BATCH, _RATE = 64, 64, 3e-3
+_PIXELS = 64
 
 
 class Switch(nnx.Variable):
@@ -154,10 +153,7 @@ def probe(make: Make, chain: Chain, seeds: int, steps: int) -> Outcome:
         seeds: how many seeds; each splits the data anew.
         steps: how many steps of 64 images.
     """
-    splits = [data.load(seed) for seed in range(seeds)]
-    train, test = (
-        jax.tree.map(lambda *a: jnp.stack(a), *half) for half in zip(*splits, strict=True)
-    )
+    train, test = data.stacked(seeds)
     both = jnp.array([1.0, 0.0])
 
     def of_seed(seed: jax.Array, train: data.Batch, test: data.Batch) -> jax.Array:
@@ -187,36 +183,19 @@ def _accuracy(
         rngs=rngs,
     )
     _fill(network, Switch, passes)
-    graph, params, rest = nnx.split(network, nnx.Param, ...)
-    optimizer = optax.adam(optax.cosine_decay_schedule(_RATE, steps))
 
-    def loss(params: Any, rest: Any, batch: data.Batch) -> tuple[jax.Array, Any]:
-        network = nnx.merge(graph, params, rest, copy=True)
-        logits = network(_flat(batch.images))
+    def loss(network: nnx.Module, batch: data.Batch) -> jax.Array:
+        logits = network(data.flat(batch.images))  # type: ignore[operator]
         extra = sum(v[...] for _, v in nnx.to_flat_state(nnx.state(network, Loss)))
         errors = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        return errors.mean() + extra, nnx.state(network, nnx.Not(nnx.Param))
+        return errors.mean() + extra
 
-    def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
-        params, rest, state = carry
-        chosen = jax.random.randint(key, (_BATCH,), 0, len(train.labels))
-        batch = jax.tree.map(lambda a: a[chosen], train)
-        gradient, rest = jax.grad(loss, has_aux=True)(params, rest, batch)
-        updates, state = optimizer.update(gradient, state)
-        return (optax.apply_updates(params, updates), rest, state), None
-
-    keys = jax.random.split(rngs(), steps)
-    (params, rest, _), _ = jax.lax.scan(step, (params, rest, optimizer.init(params)), keys)
-    network = nnx.merge(graph, params, rest)
+    network = fit(network, loss, train, steps, rngs())
     network.eval()
-    return (network(_flat(test.images)).argmax(-1) == test.labels).mean()
+    return (network(data.flat(test.images)).argmax(-1) == test.labels).mean()
 
 
 def _fill(network: nnx.Module, kind: type[nnx.Variable], value: jax.Array) -> None:
     """Sets every Variable of a kind."""
     state = nnx.state(network, kind)
     nnx.update(network, jax.tree.map(lambda _: value, state))
-
-
-def _flat(images: ArrayLike) -> jax.Array:
-    return einops.rearrange(jnp.asarray(images), "n h w 1 -> n (h w)")

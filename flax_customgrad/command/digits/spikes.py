@@ -1,63 +1,60 @@
-"""The digits as spikes, and a network of spiking neurons that reads them."""
+"""Digits as spikes over time, and blocks of spiking neurons that hand them on."""
 
 from collections.abc import Callable
 
-import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 
-from flax_customgrad.linear.linear import Linear
-from flax_customgrad.spiking.leaky import Leaky
+from flax_customgrad.command.digits.probe import Block
 
 STEPS = 25
 """For how many steps an image is shown."""
 
-_PIXELS, _NEURONS, _CLASSES = 64, 128, 10
+
+class SpikeTrains(nnx.Module):
+    """Images as spikes: in each step a pixel fires with the probability of its intensity."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.rngs = rngs["spikes"].fork()
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """Spikes of shape (STEPS, n, pixels), 0 or 1, from intensities of shape (n, pixels)."""
+        fired = jax.random.bernoulli(self.rngs(), pixels, (STEPS, *pixels.shape))
+        return fired.astype(jnp.float32)
 
 
-def spike_trains(images: ArrayLike, key: jax.Array) -> jax.Array:
-    """Images as spikes: in each step a pixel fires with the probability of its intensity.
-
-    Args:
-        images: array of shape (n, 8, 8, 1), from 0 to 1.
-        key: a key of `jax.random`.
-
-    Returns:
-        float32 of shape (STEPS, n, 64), of 0 and 1.
-    """
-    rates = einops.rearrange(jnp.asarray(images), "n h w 1 -> n (h w)")
-    fired = jax.random.bernoulli(key, rates, (STEPS, *rates.shape))
-    return fired.astype(jnp.float32)
-
-
-class SpikingNetwork(nnx.Module):
-    """From the spikes of a digit's pixels to a logit for each of ten classes.
-
-    Two layers of spiking neurons, and a linear layer that reads how often those of the second fire.
+class Spiking(Block):
+    """A linear layer and spiking neurons.
 
     Args:
+        neurons: makes the cell from the number of neurons.
+        in_features: how many neurons come in.
+        out_features: how many go out.
         rngs: the streams.
-        neurons: makes the cell of a layer from the number of its neurons.
     """
 
-    def __init__(self, rngs: nnx.Rngs, neurons: Callable[[int], nnx.RNNCellBase] = Leaky):
-        self.hidden = nnx.Sequential(
-            Linear(_PIXELS, _NEURONS, rngs=rngs),
-            nnx.RNN(neurons(_NEURONS), time_major=True),
-            Linear(_NEURONS, _NEURONS, rngs=rngs),
-            nnx.RNN(neurons(_NEURONS), time_major=True),
-        )
-        self.readout = Linear(_NEURONS, _CLASSES, rngs=rngs)
+    def __init__(
+        self,
+        neurons: Callable[[int], nnx.RNNCellBase],
+        in_features: int,
+        out_features: int,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__()
+        self.linear = nnx.Linear(in_features, out_features, rngs=rngs)
+        self.neurons = nnx.RNN(neurons(out_features), time_major=True, rngs=rngs)
 
     def __call__(self, spikes: jax.Array) -> jax.Array:
-        """Applies the network.
+        """Spikes of shape (steps, n, out_features) from those of (steps, n, in_features)."""
+        return self.let_through(self.neurons(self.linear(spikes)))  # type: ignore[arg-type]
 
-        Args:
-            spikes: array of shape (steps, n, 64).
 
-        Returns:
-            Logits of shape (n, 10).
-        """
-        return self.readout(self.hidden(spikes).mean(0))
+def over_time(*layers: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
+    """A chain of spiking blocks whose last layer reads how often each neuron fires."""
+    *hidden, readout = layers
+    return nnx.Sequential(SpikeTrains(rngs), *hidden, _rate, readout)
+
+
+def _rate(spikes: jax.Array) -> jax.Array:
+    return spikes.mean(0)

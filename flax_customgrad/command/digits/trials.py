@@ -27,11 +27,14 @@ from flax_customgrad.command.digits.probe import (
     Weights,
     in_sequence,
 )
+from flax_customgrad.command.digits.spikes import Spiking, over_time
 from flax_customgrad.feedback.direct_feedback import DirectFeedback
 from flax_customgrad.feedback.feedback_conv import FeedbackConv
 from flax_customgrad.feedback.feedback_linear import FeedbackLinear
 from flax_customgrad.sparse.n_m import NMSparseLinear, n_m_sparsify
 from flax_customgrad.spiking import surrogate
+from flax_customgrad.spiking.leaky import Leaky
+from flax_customgrad.spiking.lif import LIF
 from flax_customgrad.straight_through import heaviside, rounding, scaled_sign, sign, ternary
 
 _SIZE = 4
@@ -119,6 +122,10 @@ def _vq(**kwargs: Any) -> Trial:
     return _coded(lambda rngs: VectorQuantizer(32, _SIZE, rngs=rngs, **kwargs))
 
 
+def _neurons(cell: Callable[[int], nnx.RNNCellBase]) -> Trial:
+    return Trial(functools.partial(Spiking, cell), over_time)
+
+
 def _by_direct_feedback(*layers: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
     return DirectFeedback(*layers, features=(WIDTH, WIDTH, CLASSES), rngs=rngs)
 
@@ -155,6 +162,8 @@ TRIALS: dict[str, Trial] = {
     "surrogate.triangular": _step(surrogate.triangular),
     "surrogate.boxcar": _step(surrogate.boxcar),
     "surrogate.piecewise_exponential": _step(surrogate.piecewise_exponential),
+    "Leaky": _neurons(Leaky),
+    "LIF": _neurons(LIF),
     "FeedbackLinear": _step(nnx.relu, FeedbackLinear),
     "FeedbackConv": _step(nnx.relu, _Convolved),
     "DirectFeedback": _step(nnx.tanh, chain=_by_direct_feedback),

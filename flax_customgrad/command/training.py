@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import sys
+import time
 from collections.abc import Callable
 
 _EXTRAS = ("sklearn", "matplotlib", "optax")
@@ -48,3 +49,20 @@ def at_least(least: int) -> Callable[[str], int]:
         return n
 
     return number
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of a command that trains for several seeds."""
+    parser.add_argument(
+        "--steps", type=at_least(1), default=1500, help="training steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seeds", type=at_least(1), default=3, help="how many seeds (default: %(default)s)"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print a table in Markdown")
+
+
+def summary(args: argparse.Namespace, start: float) -> str:
+    """What stands below a table: how much was trained, and for how long."""
+    seconds = time.perf_counter() - start
+    return f"digits, seeds: {args.seeds}, steps: {args.steps}, in {seconds:.0f} s"

@@ -1,0 +1,108 @@
+"""An autoencoder of the digits with a codebook in its middle, and how much of it is used."""
+
+import functools
+from typing import Any, NamedTuple
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flax_customgrad.codebook.usage import Quantized
+from flax_customgrad.codebook.vector_quantizer import VectorQuantizer
+from flax_customgrad.command.digits import data
+from flax_customgrad.command.digits.fit import fit
+from flax_customgrad.linear.linear import Linear
+
+CODES = 256
+"""How many codes there are; an image becomes four of them."""
+
+_PIXELS, _HIDDEN, _VECTORS, _SIZE = 64, 128, 4, 8
+
+CODEBOOKS: dict[str, dict[str, Any]] = {
+    "straight-through, loss": {},
+    "rotation trick, loss": {"gradient": "rotation"},
+    "straight-through, moving average": {"learning": "ema", "decay": 0.9},
+    "rotation trick, moving average": {"gradient": "rotation", "learning": "ema", "decay": 0.9},
+    "the same, dead codes reset": {
+        "gradient": "rotation",
+        "learning": "ema",
+        "decay": 0.9,
+        "dead_below": 0.1,
+    },
+}
+"""How codebooks are learned, by name: the arguments of a `VectorQuantizer`."""
+
+
+class Autoencoder(nnx.Module):
+    """From an image to four codes, and back."""
+
+    def __init__(self, rngs: nnx.Rngs, **kwargs: Any):
+        self.encoder = nnx.Sequential(
+            Linear(_PIXELS, _HIDDEN, rngs=rngs),
+            nnx.relu,
+            Linear(_HIDDEN, _VECTORS * _SIZE, rngs=rngs),
+        )
+        self.codes = VectorQuantizer(CODES, _SIZE, rngs=rngs, **kwargs)
+        self.decoder = nnx.Sequential(
+            Linear(_VECTORS * _SIZE, _HIDDEN, rngs=rngs),
+            nnx.relu,
+            Linear(_HIDDEN, _PIXELS, rngs=rngs),
+        )
+
+    def __call__(self, pixels: jax.Array) -> tuple[jax.Array, Quantized]:
+        """The image as it comes back, and its codes.
+
+        Args:
+            pixels: array of shape (n, 64).
+        """
+        z = einops.rearrange(self.encoder(pixels), "n (v d) -> n v d", v=_VECTORS)
+        codes = self.codes(z)
+        return self.decoder(einops.rearrange(codes.values, "n v d -> n (v d)")), codes
+
+
+class Outcome(NamedTuple):
+    """What became of an autoencoder, on the test images; arrays of one value for each seed.
+
+    Attributes:
+        error: the mean squared error of a pixel, relative to the variance of the pixels.
+        usage: the share of codes used.
+        perplexity: exp of the entropy of the codes.
+    """
+
+    error: np.ndarray
+    usage: np.ndarray
+    perplexity: np.ndarray
+
+
+def trained(arguments: dict[str, Any], seeds: int, steps: int) -> Outcome:
+    """Trains autoencoders, one for each seed.
+
+    Args:
+        arguments: of the `VectorQuantizer`.
+        seeds: how many; each splits the data anew.
+        steps: how many steps of 64 images.
+    """
+    train, test = data.stacked(seeds)
+    one = functools.partial(_of_seed, arguments, steps)
+    return Outcome(*map(np.asarray, jax.jit(jax.vmap(one))(jnp.arange(seeds), train, test)))
+
+
+def _of_seed(
+    arguments: dict[str, Any], steps: int, seed: jax.Array, train: data.Batch, test: data.Batch
+) -> tuple[jax.Array, ...]:
+    rngs = nnx.Rngs(jax.random.key(seed))
+
+    def loss(network: Autoencoder, batch: data.Batch) -> jax.Array:
+        pixels = data.flat(batch.images)
+        again, codes = network(pixels)
+        return jnp.square(again - pixels).mean() / pixels.var() + codes.loss
+
+    network = fit(Autoencoder(rngs, **arguments), loss, train, steps, rngs())
+    network.eval()
+    pixels = data.flat(test.images)
+    again, codes = network(pixels)
+    assert codes.usage is not None
+    assert codes.perplexity is not None
+    return jnp.square(again - pixels).mean() / pixels.var(), codes.usage, codes.perplexity
