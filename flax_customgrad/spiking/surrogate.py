@@ -60,7 +60,7 @@ _EXPONENTIAL = _spike("piecewise_exponential", lambda v: jnp.exp(-v))
 
 
 def fast_sigmoid(u: ArrayLike, slope: ArrayLike = 25.0, *, normalize: bool = False) -> jax.Array:
-    """A spike with the derivative of u / (1 + k |u|): SuperSpike, arXiv:1705.11146.
+    """A spike with the derivative of u / (1 + k abs(u)): SuperSpike, arXiv:1705.11146.
 
     Args:
         u: membrane potential minus threshold; array of any shape.
@@ -70,7 +70,7 @@ def fast_sigmoid(u: ArrayLike, slope: ArrayLike = 25.0, *, normalize: bool = Fal
         normalize: whether the gradient integrates to 1: its peak is then k / 2 instead of 1.
 
     Returns:
-        Array like u: 1 where u > 0, else 0.
+        Array like u, 1 where u > 0 and 0 elsewhere.
 
     Raises:
         ValueError: the slope is not positive.
@@ -96,7 +96,7 @@ def atan(u: ArrayLike, slope: ArrayLike = 2.0, *, normalize: bool = False) -> ja
         normalize: changes nothing: this gradient integrates to 1.
 
     Returns:
-        Array like u: 1 where u > 0, else 0.
+        Array like u, 1 where u > 0 and 0 elsewhere.
 
     Raises:
         ValueError: the slope is not positive.
@@ -119,7 +119,7 @@ def sigmoid(u: ArrayLike, slope: ArrayLike = 4.0, *, normalize: bool = False) ->
         normalize: changes nothing: this gradient integrates to 1.
 
     Returns:
-        Array like u: 1 where u > 0, else 0.
+        Array like u, 1 where u > 0 and 0 elsewhere.
 
     Raises:
         ValueError: the slope is not positive.
@@ -142,7 +142,7 @@ def triangular(u: ArrayLike, slope: ArrayLike = 1.0, *, normalize: bool = False)
         normalize: whether the gradient integrates to 1: its peak is then k instead of 1.
 
     Returns:
-        Array like u: 1 where u > 0, else 0.
+        Array like u, 1 where u > 0 and 0 elsewhere.
 
     Raises:
         ValueError: the slope is not positive.
@@ -159,7 +159,7 @@ def triangular(u: ArrayLike, slope: ArrayLike = 1.0, *, normalize: bool = False)
 def piecewise_exponential(
     u: ArrayLike, slope: ArrayLike = 1.0, *, normalize: bool = False
 ) -> jax.Array:
-    """A spike whose gradient falls off exponentially: exp(-k |u|), arXiv:1810.08646.
+    """A spike whose gradient falls off exponentially: exp(-k abs(u)), arXiv:1810.08646.
 
     Args:
         u: membrane potential minus threshold; array of any shape.
@@ -167,7 +167,7 @@ def piecewise_exponential(
         normalize: whether the gradient integrates to 1: its peak is then k / 2 instead of 1.
 
     Returns:
-        Array like u: 1 where u > 0, else 0.
+        Array like u, 1 where u > 0 and 0 elsewhere.
 
     Raises:
         ValueError: the slope is not positive.
@@ -197,7 +197,7 @@ _BOXCAR = Step("boxcar", heaviside, _box, _inside)
 
 
 def boxcar(u: ArrayLike, slope: ArrayLike = 1.0, *, normalize: bool = False) -> jax.Array:
-    """A spike whose gradient is a box: 1 where k |u| <= 1, bounds included, and 0 elsewhere.
+    """A spike whose gradient is a box: 1 where k abs(u) <= 1, bounds included, else 0.
 
     Normalized it is the rectangle of arXiv:1706.02609; as it is, the straight-through estimator of
     arXiv:1602.02830 for a unit step.
@@ -208,7 +208,7 @@ def boxcar(u: ArrayLike, slope: ArrayLike = 1.0, *, normalize: bool = False) -> 
         normalize: whether the gradient integrates to 1: its height is then k / 2 instead of 1.
 
     Returns:
-        Array like u: 1 where u > 0, else 0.
+        Array like u, 1 where u > 0 and 0 elsewhere.
 
     Raises:
         ValueError: the slope is not positive.
