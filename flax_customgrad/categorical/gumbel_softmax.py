@@ -8,8 +8,8 @@
     backward  dlogits = J(p) g / tau,  J(p) g = p (g - sum p g)
               dtau    = -sum (J(p) g) z / tau^2
               exact for the soft sample, straight-through for the hard one
-    kept      the logits, the temperature and the key, which the caller holds: G and p are computed
-              again
+    kept      p, of which the soft sample is made: `relaxation` gets both from it. To draw G again
+              from the key would keep the logits instead, and cost the noise twice.
     at a tie  the lower index is taken
 
 The hard forward holds zeros and ones; y_soft + stop_gradient(y_hard - y_soft), as it is often
@@ -22,36 +22,36 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_customgrad.categorical.logits import Noise, checked, perturbed
+from flax_customgrad.categorical.logits import checked, gumbel, perturbed
 from flax_customgrad.categorical.relaxation import Residuals, relaxed, relaxed_gradient
 from flax_customgrad.categorical.sampler import Rngs, Sampler
 from flax_customgrad.categorical.top_k import top_k
 from flax_customgrad.contract import custom_vjp
-from flax_customgrad.sums import accumulator
 
 
 @custom_vjp
-def soft_sample(logits: jax.Array, temperature: Any, noise: Noise, axis: int) -> jax.Array:
+def soft_sample(
+    logits: jax.Array, temperature: Any, noise: jax.Array | None, axis: int
+) -> jax.Array:
     """The softmax of perturbed logits.
 
     Args:
         logits: array of any shape, float.
         temperature: a number, or a floating array that broadcasts against a row.
-        noise: what is added to the logits first.
+        noise: array like logits, which is added to them first; None for none. It has no gradient.
         axis: the axis of the classes.
 
     Returns:
         Array like logits.
     """
-    z = perturbed(logits, noise, accumulator(logits, temperature))
-    return relaxed(z, temperature, axis).astype(logits.dtype)
+    return relaxed(perturbed(logits, noise), temperature, axis).astype(logits.dtype)
 
 
 def _fwd(
-    logits: jax.Array, temperature: Any, noise: Noise, axis: int
+    logits: jax.Array, temperature: Any, noise: jax.Array | None, axis: int
 ) -> tuple[jax.Array, Residuals]:
-    y = soft_sample(logits, temperature, noise, axis)
-    return y, Residuals(logits, temperature, noise, axis)
+    p = soft_sample(logits, temperature, noise, axis)
+    return p, Residuals(p, temperature, axis)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
@@ -102,9 +102,10 @@ def gumbel_softmax(
         [0.1, 0.2, 0.7]
     """
     logits, temperature = checked("gumbel_softmax", logits, temperature, axis)
+    g = gumbel(key, logits)
     if hard:
-        return top_k(logits, temperature, key, 1, axis)
-    return soft_sample(logits, temperature, key, axis)
+        return top_k(logits, temperature, g, 1, axis)
+    return soft_sample(logits, temperature, g, axis)
 
 
 class GumbelSoftmax(Sampler):

@@ -14,29 +14,34 @@ import jax.numpy as jnp
 
 from flax_customgrad.arithmetic import explicit_sharding
 from flax_customgrad.arrays import as_array, in_dtype, is_number
-
-Noise = jax.Array | None
-"""A key to draw noise with, the noise itself in the shape of the logits, or None for no noise."""
+from flax_customgrad.sums import accumulator
 
 
-def perturbed(logits: jax.Array, noise: Noise, dtype: Any) -> jax.Array:
-    """Logits with noise added.
+def gumbel(key: jax.Array | None, logits: jax.Array) -> jax.Array | None:
+    """Standard Gumbel noise.
+
+    Args:
+        key: where it comes from.
+        logits: the array that it is for.
+
+    Returns:
+        Array of the shape of the logits, float32; None without a key.
+    """
+    if key is None:
+        return None
+    sharding = explicit_sharding(jax.typeof(logits))
+    return jax.random.gumbel(key, logits.shape, jnp.float32, out_sharding=sharding)
+
+
+def perturbed(logits: jax.Array, noise: jax.Array | None) -> jax.Array:
+    """Logits with noise added, in float32 or wider.
 
     Args:
         logits: array of any shape, float.
-        noise: where the noise comes from.
-        dtype: dtype of the sum, float32 or wider.
-
-    Returns:
-        Array like logits, in that dtype.
+        noise: an array like logits, or None for no noise.
     """
-    z = logits.astype(dtype)
-    if noise is None:
-        return z
-    if not jnp.issubdtype(noise.dtype, jnp.floating):
-        sharding = explicit_sharding(jax.typeof(logits))
-        noise = jax.random.gumbel(noise, logits.shape, jnp.float32, out_sharding=sharding)
-    return z + noise.astype(dtype)
+    z = logits.astype(accumulator(logits))
+    return z if noise is None else z + noise.astype(z.dtype)
 
 
 def checked(

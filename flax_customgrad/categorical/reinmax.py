@@ -19,7 +19,7 @@ import jax
 from flax import nnx
 
 from flax_customgrad.categorical.k_hot import k_hot, largest, marked
-from flax_customgrad.categorical.logits import Noise, checked, perturbed
+from flax_customgrad.categorical.logits import checked, gumbel, perturbed
 from flax_customgrad.categorical.relaxation import relaxed, through_softmax
 from flax_customgrad.categorical.sampler import Rngs, Sampler
 from flax_customgrad.contract import custom_vjp
@@ -36,24 +36,25 @@ class Residuals(NamedTuple):
 
 
 @custom_vjp(surrogate=True)
-def one_hot_sample(logits: jax.Array, temperature: Any, noise: Noise, axis: int) -> jax.Array:
+def one_hot_sample(
+    logits: jax.Array, temperature: Any, noise: jax.Array | None, axis: int
+) -> jax.Array:
     """The largest of perturbed logits.
 
     Args:
         logits: array of any shape, float.
         temperature: of the backward; a number, or a floating array that broadcasts against a row.
-        noise: what is added to the logits first.
+        noise: array like logits, which is added to them first; None for none.
         axis: the axis of the classes.
 
     Returns:
         Array like logits, of zeros and ones.
     """
-    z = perturbed(logits, noise, accumulator(logits))
-    return k_hot(z, 1, axis).astype(logits.dtype)
+    return k_hot(perturbed(logits, noise), 1, axis).astype(logits.dtype)
 
 
 def _fwd(
-    logits: jax.Array, temperature: Any, noise: Noise, axis: int
+    logits: jax.Array, temperature: Any, noise: jax.Array | None, axis: int
 ) -> tuple[jax.Array, Residuals]:
     y = one_hot_sample(logits, temperature, noise, axis)
     return y, Residuals(logits, temperature, largest(y, axis), axis)
@@ -105,7 +106,7 @@ def reinmax(
         Array([-0.125, -0.125,  0.25 ], dtype=float32)
     """
     logits, temperature = checked("reinmax", logits, temperature, axis)
-    return one_hot_sample(logits, temperature, key, axis)
+    return one_hot_sample(logits, temperature, gumbel(key, logits), axis)
 
 
 class ReinMax(Sampler):

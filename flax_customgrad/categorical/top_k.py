@@ -2,10 +2,9 @@
 
     forward   y = 1 for the k largest of z = logits + G along an axis, 0 elsewhere
               G standard Gumbel noise where there is a key, 0 where there is none
-    backward  dlogits = J(p) g / tau,  p = softmax(z / tau)      (`relaxation`)
+    backward  dlogits = J(p) g / tau,  p = softmax(z / tau),  J(p) g = p (g - sum p g)
               dtau    = -sum (J(p) g) z / tau^2
-    kept      the logits, the temperature and the key, which the caller holds: G and p are computed
-              again
+    kept      p, from which `relaxation` gets both
     at a tie  the lower index is taken first: there are exactly k ones
 
 With noise that is a sample of k classes without replacement (arXiv:1903.06059), and with k = 1 the
@@ -19,36 +18,36 @@ import jax
 from flax import nnx
 
 from flax_customgrad.categorical.k_hot import k_hot
-from flax_customgrad.categorical.logits import Noise, checked, perturbed
-from flax_customgrad.categorical.relaxation import Residuals, relaxed_gradient
+from flax_customgrad.categorical.logits import checked, gumbel, perturbed
+from flax_customgrad.categorical.relaxation import Residuals, relaxed, relaxed_gradient
 from flax_customgrad.categorical.sampler import Rngs, Sampler
 from flax_customgrad.contract import custom_vjp
-from flax_customgrad.sums import accumulator
 
 
 @custom_vjp(surrogate=True)
-def top_k(logits: jax.Array, temperature: Any, noise: Noise, k: int, axis: int) -> jax.Array:
+def top_k(
+    logits: jax.Array, temperature: Any, noise: jax.Array | None, k: int, axis: int
+) -> jax.Array:
     """Marks the k largest of each row.
 
     Args:
         logits: array of any shape, float.
         temperature: of the backward; a number, or a floating array that broadcasts against a row.
-        noise: what is added to the logits first.
+        noise: array like logits, which is added to them first; None for none. It has no gradient.
         k: how many are marked.
         axis: the axis of the classes.
 
     Returns:
         Array like logits, of zeros and ones.
     """
-    z = perturbed(logits, noise, accumulator(logits))
-    return k_hot(z, k, axis).astype(logits.dtype)
+    return k_hot(perturbed(logits, noise), k, axis).astype(logits.dtype)
 
 
 def _fwd(
-    logits: jax.Array, temperature: Any, noise: Noise, k: int, axis: int
+    logits: jax.Array, temperature: Any, noise: jax.Array | None, k: int, axis: int
 ) -> tuple[jax.Array, Residuals]:
-    y = top_k(logits, temperature, noise, k, axis)
-    return y, Residuals(logits, temperature, noise, axis)
+    p = relaxed(perturbed(logits, noise), temperature, axis).astype(logits.dtype)
+    return top_k(logits, temperature, noise, k, axis), Residuals(p, temperature, axis)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
@@ -96,7 +95,7 @@ def top_k_st(
         Array([ 0.082, -0.06 , -0.022], dtype=float32)
     """
     logits, temperature = checked("top_k_st", logits, temperature, axis, k)
-    return top_k(logits, temperature, key, k, axis)
+    return top_k(logits, temperature, gumbel(key, logits), k, axis)
 
 
 class TopKST(Sampler):
