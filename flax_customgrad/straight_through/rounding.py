@@ -90,7 +90,7 @@ def trunc_ste(x: ArrayLike) -> jax.Array:
 
 
 def _up_where_below(x: jax.Array, noise: jax.Array) -> jax.Array:
-    # Not floor(x + noise): for large x that sum is rounded, and may end above the next integer.
+    # Not floor(x + noise): for large x that sum is rounded, and ends above too often.
     below = jnp.floor(x)
     return below + (noise < x - below)
 

@@ -110,11 +110,11 @@ def test_stochastic_rounding_of_what_is_whole_or_no_number(dtype):
     assert np.isnan(fcg.stochastic_round(jnp.asarray(np.nan, dtype), jax.random.key(1)))
 
 
-def test_stochastic_rounding_of_the_largest_fraction_never_skips_an_integer():
-    # floor(x + u) would: in float32 the sum is rounded up to the integer after the next.
+def test_stochastic_rounding_of_large_values_is_right_in_the_mean():
+    # floor(x + u) is not: the sum is a multiple of 1/2, and ends above in 3 of 4 cases.
     x = jnp.full(4096, 2.0**22 + 0.5)
-    y = fcg.stochastic_round(x, jax.random.key(2))
-    assert set(np.unique(y)) == {2.0**22, 2.0**22 + 1}
+    up = fcg.stochastic_round(x, jax.random.key(2)) > x
+    np.testing.assert_allclose(up.mean(), 0.5, atol=0.05)
 
 
 def test_the_layer_draws_anew_at_each_call():
