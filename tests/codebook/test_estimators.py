@@ -63,7 +63,7 @@ def tolerance(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("features", [1, 2, 5, 64])
+@pytest.mark.parametrize("features", [1, 6])
 def test_the_gradient_is_lambda_times_as_long(dtype, features):
     z, q, g = (random(100, features, seed=i, dtype=dtype) for i in range(3))
     ratio = norm(rotated(z, q, g)) * norm(z) / norm(q) / norm(g)

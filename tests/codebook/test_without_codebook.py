@@ -16,22 +16,33 @@ def random(*shape, seed=0, dtype=jnp.float32):
 
 
 def pulled(layer, z, g, dloss=0.0):
-    def outputs(z):
-        out = layer(z)
-        return out.values, out.loss
+    @jax.jit
+    def pull(z, g):
+        def outputs(z):
+            out = layer(z)
+            return out.values, out.loss
 
-    out, pull = jax.vjp(outputs, z)
-    return pull((g, jnp.asarray(dloss, out[1].dtype)))[0]
+        out, pull = jax.vjp(outputs, z)
+        return pull((g, jnp.asarray(dloss, out[1].dtype)))[0]
+
+    return pull(z, g)
 
 
-ALL_LEVELS = (2, 3, 4, 5, 8, 500, 501, 1000, 1001, 4001)
+def stated(layer, z, g, dloss=0.0):
+    def formula(z, g):
+        return find(type(layer).__name__).formula(layer, z, Quantized(g, None, dloss, None, None))
+
+    return jax.jit(formula)(z, g)[1]
+
+
+ALL_LEVELS = (2, 3, 8, 500, 501, 1001, 4001)
 
 
 @pytest.mark.parametrize("levels", ALL_LEVELS)
 def test_all_levels_are_reached_and_no_more(levels):
     with jax.enable_x64(True):
         z = jnp.concatenate([jnp.linspace(-9, 9, 20001), jnp.array([-1e30, 1e30])])
-        out = fcg.FSQ((levels,))(z[:, None])
+        out = jax.jit(fcg.FSQ((levels,)))(z[:, None])
         numbers = np.unique(out.indices)
         assert (numbers.min(), numbers.max()) == (0, levels - 1)
         if levels < 1000:
@@ -61,7 +72,7 @@ def test_fsq_gradient_is_its_formula():
     with jax.enable_x64(True):
         layer = fcg.FSQ((8, 5, 5, 2))
         z, g = random(100, 4, dtype=jnp.float64), random(100, 4, seed=1, dtype=jnp.float64)
-        _, expected = find("FSQ").formula(layer, z, Quantized(g, None, 0.0, None, None))
+        expected = stated(layer, z, g)
         np.testing.assert_allclose(pulled(layer, z, g), expected, rtol=1e-12, atol=1e-14)
 
 
@@ -117,12 +128,12 @@ def test_nan(layer):
     assert out.indices[1] < layer.num_codes
 
 
-@pytest.mark.parametrize("bits", [1, 2, 5, 6])
+@pytest.mark.parametrize("bits", [1, 5])
 def test_lfq_gradient_is_its_formula(bits):
     with jax.enable_x64(True):
         layer = fcg.LFQ(bits, temperature=1.5, diversity=0.6, scale=0.7)
         z, g = (random(6, 5, bits, seed=i, dtype=jnp.float64) for i in range(2))
-        _, expected = find("LFQ").formula(layer, z, Quantized(g, None, 1.3, None, None))
+        expected = stated(layer, z, g, 1.3)
         np.testing.assert_allclose(pulled(layer, z, g, 1.3), expected, rtol=1e-12, atol=1e-13)
 
 
@@ -138,7 +149,7 @@ def brute_force_entropies(z, sharpness):
     return entropy(each).mean(), entropy(each.mean(0))
 
 
-@pytest.mark.parametrize("bits", [1, 2, 7])
+@pytest.mark.parametrize("bits", [1, 7])
 def test_code_entropy_is_that_of_all_codes(bits):
     with jax.enable_x64(True):
         z = random(4, 3, bits, dtype=jnp.float64)
