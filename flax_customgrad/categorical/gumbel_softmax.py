@@ -12,7 +12,7 @@
               from the key would keep the logits instead, and cost the noise twice.
     at a tie  the lower index is taken
 
-The hard forward holds zeros and ones; y_soft + stop_gradient(y_hard - y_soft), as it is often
+The hard forward holds zeros and ones; y_hard + y_soft - stop_gradient(y_soft), as it is also
 written, does not after rounding. It is `top_k` with k = 1. Half precision is computed in float32.
 Source: Jang, Gu and Poole 2016, arXiv:1611.01144.
 """

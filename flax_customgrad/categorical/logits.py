@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from flax_customgrad.arithmetic import explicit_sharding
 from flax_customgrad.arrays import as_array, in_dtype, is_number
+from flax_customgrad.positive import positive
 from flax_customgrad.sums import accumulator
 
 
@@ -84,31 +85,10 @@ def checked(
     return logits, _checked_temperature(name, temperature, logits.shape, axis)
 
 
-def positive(name: str, temperature: Any) -> Any:
-    """A temperature, once it is known to be positive and finite, or traced.
-
-    Args:
-        name: the estimator, for messages.
-        temperature: a number or an array.
-
-    Raises:
-        ValueError: a number in it is not positive and finite.
-    """
-    if isinstance(temperature, jax.core.Tracer):
-        return temperature
-    if is_number(temperature):
-        fine = 0 < temperature < float("inf")
-    else:
-        fine = bool(jnp.all((temperature > 0) & (temperature < jnp.inf)))
-    if not fine:
-        raise ValueError(f"{name}: temperature={temperature!r} must be positive and finite")
-    return temperature
-
-
 def _checked_temperature(name: str, temperature: Any, shape: tuple[int, ...], axis: int) -> Any:
     if is_number(temperature):
-        return positive(name, temperature)
-    temperature = positive(name, jnp.asarray(as_array(temperature)))
+        return positive(name, "temperature", temperature)
+    temperature = positive(name, "temperature", jnp.asarray(as_array(temperature)))
     rows = tuple(1 if i == axis % len(shape) else n for i, n in enumerate(shape))
     try:
         fits = jnp.broadcast_shapes(temperature.shape, rows) == rows

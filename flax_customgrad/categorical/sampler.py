@@ -7,7 +7,7 @@ from flax import nnx
 from flax.nnx.module import first_from
 
 from flax_customgrad.arrays import as_array
-from flax_customgrad.categorical.logits import positive
+from flax_customgrad.positive import positive
 
 Rngs = nnx.Rngs | nnx.RngStream | jax.Array | None
 """Where a key comes from: streams, one stream, or the key itself."""
@@ -32,7 +32,7 @@ class Sampler(nnx.Module):
         rng_collection: str,
         rngs: nnx.Rngs | nnx.RngStream | None,
     ):
-        positive(type(self).__name__, as_array(temperature))
+        positive(type(self).__name__, "temperature", as_array(temperature))
         self.temperature = temperature
         self.axis = axis
         self.deterministic = deterministic

@@ -17,10 +17,10 @@ from flax import nnx
 from jax.core import Tracer
 
 from flax_customgrad.arrays import as_array, is_taken
+from flax_customgrad.positive import positive
 from flax_customgrad.spiking import surrogate
 from flax_customgrad.spiking.fire import Reset, fire
 from flax_customgrad.spiking.leak import leak
-from flax_customgrad.straight_through.positive import positive
 from flax_customgrad.straight_through.rounding import clip_ste
 
 Spike = Callable[[jax.Array], jax.Array]

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flax_customgrad.positive import positive
 from flax_customgrad.spiking.cell import SpikingCell
-from flax_customgrad.straight_through.positive import positive
 
 Carry = tuple[jax.Array, jax.Array]
 """The synaptic current and the membrane potential."""

@@ -32,8 +32,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from flax_customgrad.arrays import widened
+from flax_customgrad.positive import positive
 from flax_customgrad.straight_through.heaviside import heaviside
-from flax_customgrad.straight_through.positive import positive
 from flax_customgrad.straight_through.step import Step, masked
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.straight_through.positive import bound
+from flax_customgrad.positive import bound
 from flax_customgrad.straight_through.sign import within
 from flax_customgrad.straight_through.step import Step, masked, nothing, passed
 

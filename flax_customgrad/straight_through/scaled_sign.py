@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_customgrad.straight_through.positive import positive
+from flax_customgrad.positive import positive
 from flax_customgrad.straight_through.sign import sign
 from flax_customgrad.straight_through.step import Step
 from flax_customgrad.sums import accumulator

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.straight_through.positive import bound, positive
+from flax_customgrad.positive import bound, positive
 from flax_customgrad.straight_through.step import Step, masked, nothing, passed
 
 

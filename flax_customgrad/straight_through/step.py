@@ -6,8 +6,9 @@
 
 A step is flat wherever it has a derivative, so the true gradient is zero and nothing below it
 learns (arXiv:1308.3432). The forward is the step itself, to the bit; the usual
-`x + stop_gradient(f(x) - x)` is rounded twice, and makes the sign of 1e8 zero. Parameters (a slope, a bound, noise) have no
-gradient. In half precision the backward is computed in float32 and rounded once.
+`x + stop_gradient(f(x) - x)` is rounded twice, and makes the sign of 1e8 zero. Parameters (a slope,
+a bound, noise) have no gradient. In half precision the backward is computed in float32 and rounded
+once.
 """
 
 from collections.abc import Callable

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_customgrad.straight_through.positive import bound
+from flax_customgrad.positive import bound
 from flax_customgrad.straight_through.sign import sign
 from flax_customgrad.straight_through.step import Step, masked, nothing, passed
 from flax_customgrad.sums import accumulator
