@@ -94,8 +94,8 @@ from flax_customgrad.shaping.scale import GradientScale as GradientScale
 from flax_customgrad.shaping.scale import gradient_scale as gradient_scale
 from flax_customgrad.shaping.stop import StopGradient as StopGradient
 from flax_customgrad.shaping.stop import stop_gradient as stop_gradient
-from flax_customgrad.sparse.n_m import NMSparseLinear as NMSparseLinear
 from flax_customgrad.sparse.n_m import n_m_sparsify as n_m_sparsify
+from flax_customgrad.sparse.n_m_linear import NMSparseLinear as NMSparseLinear
 from flax_customgrad.spiking import surrogate as surrogate
 from flax_customgrad.spiking.leaky import Leaky as Leaky
 from flax_customgrad.spiking.lif import LIF as LIF

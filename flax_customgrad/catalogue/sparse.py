@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_customgrad.catalogue.entry import Curve, Entry, applied, made, normal
-from flax_customgrad.sparse.n_m import NMSparseLinear, n_m_sparsify
+from flax_customgrad.sparse.n_m import n_m_sparsify
+from flax_customgrad.sparse.n_m_linear import NMSparseLinear
 
 
 def _kept(w: jax.Array, n: int, m: int, axis: int) -> jax.Array:

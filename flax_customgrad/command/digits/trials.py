@@ -31,7 +31,8 @@ from flax_customgrad.command.digits.spikes import Spiking, over_time
 from flax_customgrad.feedback.direct_feedback import DirectFeedback
 from flax_customgrad.feedback.feedback_conv import FeedbackConv
 from flax_customgrad.feedback.feedback_linear import FeedbackLinear
-from flax_customgrad.sparse.n_m import NMSparseLinear, n_m_sparsify
+from flax_customgrad.sparse.n_m import n_m_sparsify
+from flax_customgrad.sparse.n_m_linear import NMSparseLinear
 from flax_customgrad.spiking import surrogate
 from flax_customgrad.spiking.leaky import Leaky
 from flax_customgrad.spiking.lif import LIF
