@@ -181,8 +181,9 @@ CODEBOOK = (
         formula=_vector_quantizer,
         examples={
             "loss": made(16, 4, **_INPUTS),
-            "rotation, ema": made(16, 4, gradient="rotation", learning="ema", **_SETTLED),
-            "rotation, loss": made(16, 4, gradient="rotation", commitment=0.5, **_INPUTS),
+            "rotation, ema": made(
+                16, 4, gradient="rotation", learning="ema", commitment=0.5, **_SETTLED
+            ),
         },
         workloads={"8192 codes, 16384x64": _of_values(8192, 64)},
     ),
@@ -214,7 +215,6 @@ CODEBOOK = (
         formula=_sim_vq,
         examples={
             "rotation": made(16, 4, **_INPUTS),
-            "straight through": made(16, 4, gradient="straight_through", **_INPUTS),
         },
         workloads={"8192 codes, 16384x64": _of_values(8192, 64)},
     ),
@@ -249,10 +249,7 @@ CODEBOOK = (
         formula=_lfq,
         curves={"scale 1": Curve(lambda x: LFQ(1)(x[..., None]).values[..., 0])},
         examples={
-            "4 bits": _without_rngs(4, temperature=1.0, inputs=_few),
-            "5 bits": _without_rngs(
-                5, scale=0.5, temperature=2.0, diversity=0.7, inputs=lambda: normal(8, 5)
-            ),
+            "4 bits": _without_rngs(4, temperature=1.0, diversity=0.7, inputs=_few),
         },
         workloads={"14 bits, 16384": lambda cls: (_values, cls(14), _many()[:, :14])},
     ),

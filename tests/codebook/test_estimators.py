@@ -118,6 +118,12 @@ def test_never_nan(dtype, of_z, of_q):
     assert not (jnp.isnan(dz) & finite.all()).any()
 
 
+def test_no_gradient_stays_none_however_far_it_is_stretched():
+    z, q = random(50, 4, dtype=jnp.float32), random(50, 4, seed=1, dtype=jnp.float32)
+    dz = rotated(z * 1e-30, q * 1e30, jnp.zeros_like(z))
+    np.testing.assert_array_equal(dz, jnp.zeros_like(z))
+
+
 def test_nan_stays_nan():
     z, q, g = random(3, 4), random(3, 4, seed=1), random(3, 4, seed=2)
     assert jnp.isnan(rotated(z.at[1, 1].set(jnp.nan), q, g)[1]).all()
