@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec
 
 from flax_customgrad.arrays import widened
 from flax_customgrad.codebook.by_code import by_compiler, spec
-from flax_customgrad.codebook.magnitude import magnitude
+from flax_customgrad.magnitude import magnitude
 
 _PRODUCTS = 2**22
 """About as many products as there are at a time: 17 MB of float32."""

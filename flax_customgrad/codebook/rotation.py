@@ -27,8 +27,8 @@ import jax
 import jax.numpy as jnp
 
 from flax_customgrad.arrays import widened
-from flax_customgrad.codebook.magnitude import magnitude
 from flax_customgrad.contract import custom_vjp
+from flax_customgrad.magnitude import magnitude
 
 
 class Residuals(NamedTuple):

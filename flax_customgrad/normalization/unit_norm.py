@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_customgrad.magnitude import magnitude
 from flax_customgrad.sums import accumulator
 
 _SMALL = 1e-6
@@ -39,10 +40,10 @@ def inverse_norm(w: jax.Array, axes: Sequence[int], epsilon: float) -> jax.Array
     of_zeros = max(epsilon, float(jnp.finfo(w.dtype).tiny)) ** -0.5
     w = w.astype(accumulator(w))
     # The result does not depend on what w is divided by, so neither do its derivatives.
-    largest = lax.stop_gradient(jnp.max(jnp.abs(w), axes, keepdims=True, initial=0))
-    zeros = largest == 0
-    power = jnp.where(zeros, 1, jnp.ldexp(jnp.ones_like(largest), jnp.frexp(largest)[1] - 1))
-    squares = jnp.where(zeros, 1, jnp.sum((w / power) ** 2, axes, keepdims=True))
+    power = magnitude(w, axes)
+    squares = jnp.sum((w / power) ** 2, axes, keepdims=True)
+    zeros = squares == 0
+    squares = jnp.where(zeros, 1, squares)
     added = jnp.minimum(epsilon / power / power, epsilon / _SMALL * squares)
     return jnp.where(zeros, of_zeros, lax.rsqrt(squares + added) / power)
 

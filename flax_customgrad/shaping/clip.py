@@ -22,9 +22,9 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from flax_customgrad.contract import custom_vjp
+from flax_customgrad.magnitude import magnitude
 from flax_customgrad.shaping.amount import Amount, Schedule, at_step, broadcasts, checked
 from flax_customgrad.sums import accumulator
 
@@ -86,12 +86,9 @@ def _fwd_by_norm(x: jax.Array, limit: Amount, axes: tuple[int, ...]) -> tuple[ja
 def _bwd_by_norm(res: ByNorm, g: jax.Array) -> tuple[jax.Array, None, None]:
     g = g.astype(accumulator(g))
     # The result does not depend on what g is divided by, so neither do its derivatives.
-    largest = lax.stop_gradient(jnp.max(jnp.abs(g), res.axes, keepdims=True, initial=0))
-    # XLA multiplies by the inverse, which has to be a normal number too.
-    small = 4 * float(jnp.finfo(g.dtype).tiny)
-    unit = jnp.clip(largest, small, 1 / small)
+    unit = magnitude(g, res.axes)
     squares = jnp.sum((g / unit) ** 2, res.axes, keepdims=True)
-    has_norm = (largest > 0) & jnp.isfinite(largest)
+    has_norm = (squares > 0) & jnp.isfinite(squares)
     norm = jnp.sqrt(jnp.where(has_norm, squares, 1))
     beyond = has_norm & (norm > res.limit / unit)
     dx = jnp.where(beyond, g / unit * (res.limit / norm), g)

@@ -65,7 +65,7 @@ def test_the_norm_neither_overflows_nor_vanishes(dtype, scale):
     for limit in (1e-3, 1.0):
         expected = exact * min(1, limit / np.linalg.norm(exact))
         got = np.asarray(clipped(g, max_norm=limit), np.float64)
-        np.testing.assert_allclose(got, expected, rtol=2 * float(jnp.finfo(dtype).eps))
+        np.testing.assert_allclose(got, expected, rtol=4 * float(jnp.finfo(dtype).eps))
 
 
 def test_one_norm_of_few_and_many():
