@@ -142,6 +142,16 @@ def _of_values(*args: Any, **kwargs: Any) -> Example:
     return made(*args, inputs=(_many,), call=_values, **kwargs)
 
 
+def _to_numbers(estimator: Callable[[jax.Array, jax.Array], jax.Array], low: float = -2.0) -> Curve:
+    """Numbers as vectors of one feature, and the nearest of -1.5, -0.5, 0.5 and 1.5."""
+
+    def function(x: jax.Array) -> jax.Array:
+        nearest = jnp.clip(jnp.floor(x), -2, 1) + 0.5
+        return estimator(x[:, None], nearest[:, None])[:, 0]
+
+    return Curve(function, low)
+
+
 CODEBOOK = (
     Entry(
         "straight_through_estimator",
@@ -153,6 +163,7 @@ CODEBOOK = (
         gain="the value is q to the bit",
         source="arXiv:1308.3432",
         formula=_through,
+        curves={"": _to_numbers(straight_through_estimator)},
         examples={"alone": applied(_few, _near)},
         workloads={"16384x64": applied(_many, lambda: _many()[::-1])},
     ),
@@ -166,6 +177,7 @@ CODEBOOK = (
         gain="as long as it should be for opposite vectors; norms of 1e-30 and 1e30",
         source="arXiv:2410.06424",
         formula=_rotated,
+        curves={"": _to_numbers(rotation_trick, low=0.1)},
         examples={"alone": applied(_few, _near)},
         workloads={"16384x64": applied(_many, lambda: _many()[::-1])},
     ),

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_customgrad.catalogue.entry import Entry, Example, applied, normal
+from flax_customgrad.catalogue.entry import Curve, Entry, Example, applied, normal
 from flax_customgrad.shaping import clip, reversal, scale, stop
 
 
@@ -73,6 +73,7 @@ SHAPING = (
             "number": applied(_few, 0.7),
             "array": applied(_few, lambda: jnp.array([0.5, 1.0, 2.0])),
         },
+        curves={"strength 1": Curve(reversal.gradient_reversal)},
         workloads={"4096x1024": applied(_many, 0.7)},
     ),
     Entry(
@@ -101,6 +102,7 @@ SHAPING = (
             "number": applied(_few, 0.3),
             "array": applied(_few, lambda: jnp.array([0.5, 1.0, 2.0])),
         },
+        curves={"0.3": Curve(lambda x: scale.gradient_scale(x, 0.3))},
         workloads={"4096x1024": applied(_many, 0.3)},
     ),
     Entry(
@@ -125,6 +127,7 @@ SHAPING = (
         gain="a bound on what passes through one place of a model, by value, norm or example",
         source="arXiv:1211.5063",
         formula=_clip_formula,
+        curves={"1, before x^2 / 2": Curve(lambda x: clip.gradient_clip(x, max_value=1) ** 2 / 2)},
         examples={name: applied(_few, **how) for name, how in _CLIP_EXAMPLES.items()},
         workloads={"4096x1024, by norm": applied(_many, max_norm=1.0)},
     ),
@@ -153,6 +156,7 @@ SHAPING = (
         keeps="where",
         gain="a gradient stopped in places, or when a traced boolean says so",
         formula=lambda x, where, g: (jnp.where(where, 0, g), None),
+        curves={"where x > 1": Curve(lambda x: stop.stop_gradient(x, x > 1))},
         examples={"in places": applied(_few, lambda: jnp.arange(24).reshape(8, 3) % 5 < 2)},
         workloads={"4096x1024": applied(_many, _positive)},
     ),
