@@ -1,6 +1,7 @@
 """The catalogue's entries of the categorical family."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -116,6 +117,10 @@ def _first_of_two(function: Callable[..., jax.Array]) -> Curve:
     return Curve(lambda x: function(jnp.stack([x, jnp.zeros_like(x)], -1))[..., 0], -4.0, 4.0)
 
 
+def _three_sampled(function: Any) -> tuple[Any, ...]:
+    return partial(function, key=jax.random.key(3)), _few(), 3, 0.7
+
+
 CATEGORICAL = (
     Entry(
         "gumbel_softmax",
@@ -207,7 +212,7 @@ CATEGORICAL = (
             "2 of 4, first axis, a temperature a row": applied(
                 _rows_first, 2, lambda: 1.5 + 0.1 * normal(8, 1, 3), axis=1
             ),
-            "3 of 5 sampled": applied(_few, 3, 0.7, key=jax.random.key(3)),
+            "3 of 5 sampled": _three_sampled,
         },
         workloads={"4096x1024": applied(_many, 32, 0.7)},
     ),

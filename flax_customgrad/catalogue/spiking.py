@@ -117,13 +117,13 @@ _SURROGATES = (
         surrogate.fast_sigmoid, 25.0, "falls off as 1 / u^2; SuperSpike", "arXiv:1705.11146"
     ),
     _surrogate(surrogate.atan, 2.0, "falls off as 1 / u^2; a density", "arXiv:2007.05785"),
-    _surrogate(surrogate.sigmoid, 4.0, "finite at any u; a density", "arXiv:1706.02609"),
+    _surrogate(surrogate.sigmoid, 4.0, "finite at any u; a density", "arXiv:1901.09948"),
     _surrogate(surrogate.triangular, 1.0, "0 beyond 1 / k", "arXiv:1603.08270"),
     _surrogate(
         surrogate.boxcar,
         1.0,
         "passes within 1 / k, 0 beyond",
-        "arXiv:1706.02609",
+        "arXiv:1602.02830",
         keeps="a mask",
     ),
     _surrogate(surrogate.piecewise_exponential, 1.0, "falls off as exp(-k u)", "arXiv:1810.08646"),

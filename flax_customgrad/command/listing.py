@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the table; returns the exit status, 0."""
     families = [args.family] if args.family else _families()
     table = Table(box=rich.box.SIMPLE_HEAD)
-    for column in ("layer", "stands in for", "gradient"):
+    for column in ("layer", "gradient"):
         table.add_column(column, no_wrap=True)
     table.add_column("its backward")
     for family in families:
@@ -37,12 +37,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _cells(entry: catalogue.Entry) -> tuple[str, str, str, Text]:
-    facts = {"keeps": entry.keeps, "gain": entry.gain, "source": _short(entry.source)}
+def _cells(entry: catalogue.Entry) -> tuple[str, str, Text]:
+    facts = {
+        "for": entry.stands_for,
+        "keeps": entry.keeps,
+        "gain": entry.gain,
+        "source": _short(entry.source),
+    }
     backward = Text("\n").join(
         Text.assemble((f"{label}: ", "dim"), fact) for label, fact in facts.items() if fact
     )
-    return f"  {entry.name}", entry.stands_for, entry.gradient, backward
+    return f"  {entry.name}", entry.gradient, backward
 
 
 def _short(source: str) -> str:

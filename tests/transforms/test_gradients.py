@@ -13,11 +13,11 @@ ACTIVATIONS = {"gelu", "relu", "leaky_relu", "PReLU", "swiglu", "SwiGLU", "glu"}
 ROWS = {"softmax", "log_softmax", "logsumexp"}
 CONVOLUTIONS = {"Conv", "ConvTranspose"}
 POOLS = {"max_pool", "avg_pool"}
-STEPS = {"clip_ste", "stochastic_round", "SteSign", "XNORSign"}
-CODEBOOKS = {"rotation_trick", "VectorQuantizer", "LFQ"}
-SAMPLES = {"gumbel_softmax", "reinmax", "top_k_st", "TopKST"}
-SPARSE = {"n_m_sparsify", "NMSparseLinear"}
-SPIKES = {"surrogate.fast_sigmoid", "Leaky", "LIF"}
+STEPS = {"clip_ste", "stochastic_round", "XNORSign"}
+CODEBOOKS = {"VectorQuantizer"}
+SAMPLES = {"gumbel_softmax", "reinmax"}
+SPARSE = {"NMSparseLinear"}
+SPIKES = {"LIF"}
 SHAPERS = {"gradient_scale", "gradient_clip", "stop_gradient"}
 FEEDBACK = {"FeedbackLinear", "FeedbackConv", "DirectFeedback"}
 THOROUGH = (
@@ -38,10 +38,8 @@ OF_THE_FORMULA = ("autodiff", "finite_differences", "second_order", "dtypes", "r
 
 
 def checks_of(entry, nth):
-    thorough = entry.name in THOROUGH and nth == 0
-    if not thorough and entry.family != "linear":
-        return OF_THE_FORMULA
-    return CHECKS
+    thorough = nth == 0 and (entry.name in THOROUGH or entry.family == "linear")
+    return CHECKS if thorough else OF_THE_FORMULA
 
 
 EXAMPLES = [
