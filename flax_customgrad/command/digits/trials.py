@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import einops
 import jax
@@ -74,6 +74,14 @@ def _step(
     return Trial(functools.partial(Activation, function, linear), chain)
 
 
+def _three_levels(
+    function: Callable[[jax.Array], jax.Array],
+    gradient: Literal["pass_through", "masked"] = "pass_through",
+) -> Trial:
+    """Rounding to -1, 0 and 1: of more levels, random features show the control too much."""
+    return _step(lambda x: rounding.clip_ste(function(x), -1, 1, gradient=gradient))
+
+
 def _weights(function: Callable[[jax.Array], jax.Array]) -> Trial:
     return Trial(functools.partial(Weights, function))
 
@@ -132,11 +140,11 @@ def _by_direct_feedback(*layers: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
 
 
 TRIALS: dict[str, Trial] = {
-    "round_ste": _step(rounding.round_ste),
-    "floor_ste": _step(rounding.floor_ste),
-    "ceil_ste": _step(rounding.ceil_ste),
-    "trunc_ste": _step(rounding.trunc_ste),
-    "clip_ste": _step(lambda x: rounding.clip_ste(rounding.round_ste(x), -1, 1)),
+    "round_ste": _three_levels(rounding.round_ste),
+    "floor_ste": _three_levels(rounding.floor_ste),
+    "ceil_ste": _three_levels(rounding.ceil_ste),
+    "trunc_ste": _three_levels(rounding.trunc_ste),
+    "clip_ste": _three_levels(rounding.round_ste, "masked"),
     "StochasticRound": _drawing(lambda rngs: rounding.StochasticRound(rngs=rngs)),
     "SteSign": _step(sign.SteSign()),
     "ApproxSign": _step(sign.ApproxSign()),
