@@ -1,9 +1,10 @@
 """A Sphinx extension: docstrings are read as they were meant.
 
 A shape such as (*batch, features) is no emphasis: reStructuredText reads a lone asterisk as the
-start of one and warns that it does not end. A sentence with a colon about a piece of data is no
-type with a description: napoleon takes what stands before the colon away. And the constructor of a
-Module is its `__init__`: the metaclass of NNX hides it from `inspect`.
+start of one and warns that it does not end. An absolute value |x| is no substitution. A sentence
+with a colon about a piece of data is no type with a description: napoleon takes what stands before
+the colon away. And the constructor of a Module is its `__init__`: the metaclass of NNX hides it
+from `inspect`.
 """
 
 import ast
@@ -20,20 +21,20 @@ _KEPT = r"`[^`]*`|\*\*(?=\w)[^*`]*\*\*(?!\w)|\*(?=\w)[^*`]*(?<=\w)\*(?!\w)|\\\*"
 
 
 def escaped(line: str) -> str:
-    """A line of a docstring with its lone asterisks escaped."""
+    """A line of a docstring with its lone asterisks and its vertical bars escaped."""
     if line.lstrip().startswith((">>>", "...")):
         return line
-    return re.sub(rf"({_KEPT})|\*(?=\S)", lambda match: match[1] or r"\*", line)
+    return re.sub(rf"({_KEPT})|\*(?=\S)|\|", lambda match: match[1] or rf"\{match[0]}", line)
 
 
 def constructor(cls: type[nnx.Module]) -> str:
     """The arguments that a Module is made with, as they stand in its source, without types."""
     for base in cls.__mro__:
-        if "__init__" not in vars(base):
+        if not inspect.isfunction(vars(base).get("__init__")):
             continue
         (function,) = ast.parse(textwrap.dedent(inspect.getsource(base.__init__))).body
         arguments = function.args
-        if arguments.vararg is not None:
+        if arguments.vararg is not None and arguments.kwarg is not None:
             continue  # it hands everything on to the next class
         arguments.args = arguments.args[1:]
         for argument in (*arguments.args, *arguments.kwonlyargs):
