@@ -170,7 +170,7 @@ SHAPING = (
         keeps="a boolean",
         gain="truncated backpropagation through time in a scan, and warming up without a new step",
         formula=lambda layer, x, g: (None, jnp.where(jnp.array([1, 0, 1]), g, 0)),
-        examples={"each its own step": _at_step(np.arange(3), 1, 3, every=2)},
+        examples={"each its own step": _at_step(np.arange(3, dtype=np.int32), 1, 3, every=2)},
         workloads={"4096x1024": _at_step(5, stop=10, inputs=_many)},
     ),
 )

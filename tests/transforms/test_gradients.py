@@ -35,15 +35,22 @@ THOROUGH = (
     | FEEDBACK
 )
 OF_THE_FORMULA = ("autodiff", "finite_differences", "second_order", "dtypes", "residuals")
+DTYPES = ("float32", "bfloat16", "float16")
+
+# Further examples of a layer differ in its arguments.
+OF_ARGUMENTS = ("autodiff", "finite_differences", "dtypes", "residuals")
 
 
 def checks_of(entry, nth):
-    thorough = nth == 0 and (entry.name in THOROUGH or entry.family == "linear")
-    return CHECKS if thorough else OF_THE_FORMULA
+    """The checks that an example goes through, and the dtypes."""
+    if nth:
+        return OF_ARGUMENTS, ("bfloat16",)
+    thorough = entry.name in THOROUGH or entry.family == "linear"
+    return CHECKS if thorough else OF_THE_FORMULA, DTYPES
 
 
 EXAMPLES = [
-    pytest.param(entry, make, checks_of(entry, nth), id=f"{entry.name}, {name}")
+    pytest.param(entry, make, *checks_of(entry, nth), id=f"{entry.name}, {name}")
     for entry in catalogue.entries()
     for nth, (name, make) in enumerate(entry.examples.items())
 ]
@@ -66,8 +73,8 @@ CANNOT = {
 }
 
 
-@pytest.mark.parametrize(("entry", "make", "checks"), EXAMPLES)
-def test_gradient(entry, make, checks):
+@pytest.mark.parametrize(("entry", "make", "checks", "dtypes"), EXAMPLES)
+def test_gradient(entry, make, checks, dtypes):
     example = make(entry.module)
     formula = entry.stated(example)
     left_out = set()
@@ -78,7 +85,7 @@ def test_gradient(entry, make, checks):
         # A step has no slope to find by differences.
         left_out.add("finite_differences")
     checks = tuple(c for c in checks if c not in left_out)
-    report = check_vjp(*example, formula=formula, checks=checks)
+    report = check_vjp(*example, formula=formula, checks=checks, dtypes=dtypes)
     assert {row.check for row in report.rows} == set(checks)
     skipped = {(entry.name, r.check, r.case) for r in report.rows if r.status == "skipped"}
     if formula is None:
