@@ -64,6 +64,12 @@ def widened(dtype: Any, *arrays: jax.Array) -> list[jax.Array]:
     return [in_dtype(a, wide) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in arrays]
 
 
+def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether an array of one shape broadcasts to another."""
+    lead = len(to) - len(shape)
+    return lead >= 0 and all(n in (1, m) for n, m in zip(shape, to[lead:], strict=True))
+
+
 def summed_to(g: jax.Array, shape: Sequence[int]) -> jax.Array:
     """What a broadcast array gets of a gradient: the sum over the axes along which it was repeated.
 

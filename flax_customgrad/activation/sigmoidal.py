@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from flax_customgrad.activation.pointwise import Pointwise, the_output
 from flax_customgrad.arrays import as_array, is_half
+from flax_customgrad.hyperbolic import sech_squared
 
 
 def _tanh_backward(g: jax.Array, y: jax.Array) -> jax.Array:
@@ -23,9 +24,7 @@ def _tanh_backward(g: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _tanh_backward_of_input(g: jax.Array, x: jax.Array) -> jax.Array:
-    square = jnp.exp(-2 * jnp.abs(x))
-    r = 1 / (1 + square)
-    return g * (4 * square * r * r)
+    return g * sech_squared(x)
 
 
 TANH = Pointwise(jnp.tanh, jnp.tanh, _tanh_backward, the_output)
@@ -50,9 +49,7 @@ def _sigmoid_backward(g: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _sigmoid_backward_of_input(g: jax.Array, x: jax.Array) -> jax.Array:
-    e = jnp.exp(-jnp.abs(x))
-    r = 1 / (1 + e)
-    return g * (e * r * r)
+    return g * (sech_squared(x / 2) / 4)
 
 
 SIGMOID = Pointwise(jax.nn.sigmoid, lax.logistic, _sigmoid_backward, the_output)

@@ -13,7 +13,7 @@ import jax.core
 import jax.numpy as jnp
 
 from flax_customgrad.arithmetic import explicit_sharding
-from flax_customgrad.arrays import as_array, in_dtype, is_number
+from flax_customgrad.arrays import as_array, broadcasts, in_dtype, is_number
 from flax_customgrad.positive import positive
 from flax_customgrad.sums import accumulator
 
@@ -90,11 +90,7 @@ def _checked_temperature(name: str, temperature: Any, shape: tuple[int, ...], ax
         return positive(name, "temperature", temperature)
     temperature = positive(name, "temperature", jnp.asarray(as_array(temperature)))
     rows = tuple(1 if i == axis % len(shape) else n for i, n in enumerate(shape))
-    try:
-        fits = jnp.broadcast_shapes(temperature.shape, rows) == rows
-    except ValueError:
-        fits = False
-    if not fits:
+    if not broadcasts(temperature.shape, rows):
         raise ValueError(
             f"{name}: temperature has shape {temperature.shape}; expected a number, or an array "
             f"that broadcasts to {rows}, one number for each row"

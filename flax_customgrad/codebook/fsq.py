@@ -27,6 +27,7 @@ from flax_customgrad.arrays import widened
 from flax_customgrad.codebook import check
 from flax_customgrad.codebook.usage import Quantized, use
 from flax_customgrad.contract import custom_vjp
+from flax_customgrad.hyperbolic import sech_squared
 
 Levels = tuple[int, ...]
 
@@ -59,7 +60,7 @@ def _fwd(z: jax.Array, levels: Levels) -> tuple[jax.Array, Residuals]:
 def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, None]:
     g, z = widened(jnp.result_type(g, res.z), g, res.z)
     h, _, shift = _bounds(res.levels, z.dtype)
-    return g * h * _one_minus_tanh_squared(z + shift) / _half(res.levels), None
+    return g * h * sech_squared(z + shift) / _half(res.levels), None
 
 
 finite_scalar.defvjp(_fwd, _bwd)
@@ -82,11 +83,6 @@ def _bounds(levels: Levels, dtype: jnp.dtype) -> tuple[np.ndarray, np.ndarray, n
 
 def _half(levels: Levels) -> np.ndarray:
     return np.array(levels, np.int32) // 2
-
-
-def _one_minus_tanh_squared(x: jax.Array) -> jax.Array:
-    e = jnp.exp(-2 * jnp.abs(x))
-    return 4 * e / (1 + e) ** 2
 
 
 class FSQ(nnx.Module):

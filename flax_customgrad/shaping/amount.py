@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_customgrad.arrays import as_array, is_number
+from flax_customgrad.arrays import as_array, broadcasts, is_number
 
 Amount = float | jax.Array
 """A number, which is static, or an array, which may be traced."""
@@ -57,7 +57,7 @@ def at_step(name: str, amount: Amount | Schedule, step: Any) -> Any:
     return amount(as_array(step))
 
 
-def broadcasts(name: str, amount: Any, x: jax.Array) -> None:
+def check_broadcasts(name: str, amount: Any, x: jax.Array) -> None:
     """Checks that an amount has a value for each element of an array, and no more.
 
     Args:
@@ -69,8 +69,7 @@ def broadcasts(name: str, amount: Any, x: jax.Array) -> None:
         ValueError: the amount does not broadcast to the shape of x.
     """
     shape = jnp.shape(amount)
-    lead = x.ndim - len(shape)
-    if lead < 0 or any(n not in (1, m) for n, m in zip(shape, x.shape[lead:], strict=True)):
+    if not broadcasts(shape, x.shape):
         raise ValueError(
             f"{name} has shape {shape}, which does not broadcast to the shape {x.shape} of x"
         )

@@ -9,7 +9,7 @@ It clips the gradient of one activation where it passes, and with it of all that
 `optax.clip` clips that of parameters afterwards. A g of exactly the limit passes as it is.
 
 The norm is that of the whole gradient, or of each example: the sum runs over all axes but the batch
-axes. It is computed in float32 of g divided by its largest element, so that elements of 1e30 do not
+axes. It is computed in float32 of g divided by a power of two, so that elements of 1e30 do not
 overflow, those of 1e-30 do not vanish, and zeros stay zeros. A gradient with an element that is not
 finite has no norm to clip to and passes as it is; by value infinity becomes c, and NaN stays.
 arXiv:1211.5063.
@@ -25,7 +25,7 @@ from flax import nnx
 
 from flax_customgrad.contract import custom_vjp
 from flax_customgrad.magnitude import magnitude
-from flax_customgrad.shaping.amount import Amount, Schedule, at_step, broadcasts, checked
+from flax_customgrad.shaping.amount import Amount, Schedule, at_step, check_broadcasts, checked
 from flax_customgrad.sums import accumulator
 
 
@@ -141,7 +141,7 @@ def gradient_clip(
     inexact = jnp.issubdtype(x.dtype, jnp.inexact)
     if max_value is not None:
         limit = checked("gradient_clip: max_value", max_value, positive=True)
-        broadcasts("gradient_clip: max_value", limit, x)
+        check_broadcasts("gradient_clip: max_value", limit, x)
         return clipped_by_value(x, limit) if inexact else x
     limit = checked("gradient_clip: max_norm", max_norm, positive=True)
     if jnp.ndim(limit):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.shaping.amount import Amount, Schedule, at_step, broadcasts, checked
+from flax_customgrad.shaping.amount import Amount, Schedule, at_step, check_broadcasts, checked
 from flax_customgrad.shaping.scale import scaled
 
 
@@ -41,7 +41,7 @@ def gradient_reversal(x: Any, strength: Amount = 1.0) -> jax.Array:
         Array(-3., dtype=float32)
     """
     x, strength = jnp.asarray(x), checked("gradient_reversal: strength", strength)
-    broadcasts("gradient_reversal: strength", strength, x)
+    check_broadcasts("gradient_reversal: strength", strength, x)
     return scaled(x, -strength) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_customgrad.contract import custom_vjp
-from flax_customgrad.shaping.amount import Amount, Schedule, at_step, broadcasts, checked
+from flax_customgrad.shaping.amount import Amount, Schedule, at_step, check_broadcasts, checked
 from flax_customgrad.sums import accumulator
 
 
@@ -74,7 +74,7 @@ def gradient_scale(x: Any, scale: Amount) -> jax.Array:
         Array(0.6, dtype=float32)
     """
     x, scale = jnp.asarray(x), checked("gradient_scale: scale", scale)
-    broadcasts("gradient_scale: scale", scale, x)
+    check_broadcasts("gradient_scale: scale", scale, x)
     return scaled(x, scale) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 

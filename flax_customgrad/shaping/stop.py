@@ -20,7 +20,7 @@ from jax import lax
 
 from flax_customgrad.arrays import as_array
 from flax_customgrad.contract import custom_vjp
-from flax_customgrad.shaping.amount import broadcasts
+from flax_customgrad.shaping.amount import check_broadcasts
 
 
 class Residuals(NamedTuple):
@@ -81,7 +81,7 @@ def stop_gradient(x: Any, where: Any = True) -> jax.Array:
     if not isinstance(where, jax.Array) or where.dtype != bool:
         came = where.dtype if isinstance(where, jax.Array) else repr(where)
         raise TypeError(f"stop_gradient: where is {came}; write a boolean or an array of them")
-    broadcasts("stop_gradient: where", where, x)
+    check_broadcasts("stop_gradient: where", where, x)
     return stopped(x, where) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 

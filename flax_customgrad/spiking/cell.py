@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from flax_customgrad.arrays import as_array, is_taken
+from flax_customgrad.arrays import as_array, broadcasts, is_taken
 from flax_customgrad.positive import positive
 from flax_customgrad.spiking import surrogate
 from flax_customgrad.spiking.fire import Reset, fire
@@ -134,7 +134,7 @@ class SpikingCell(nnx.RNNCellBase):
 
     def _variable(self, name: str, value: Any, learned: bool) -> nnx.Variable:
         value = jnp.asarray(value, self.param_dtype)
-        if not _broadcasts(value.shape, self.features):
+        if not broadcasts(value.shape, self.features):
             raise ValueError(
                 f"{type(self).__name__}: {name} of shape {value.shape} does not broadcast to the "
                 f"neurons, {self.features}"
@@ -148,11 +148,6 @@ class SpikingCell(nnx.RNNCellBase):
                 f"{self.features}"
             )
         return shape
-
-
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    pairs = zip(reversed(shape), reversed(to), strict=False)
-    return len(shape) <= len(to) and all(n in (1, m) for n, m in pairs)
 
 
 def _shape(layer: str, features: int | Sequence[int]) -> tuple[int, ...]:

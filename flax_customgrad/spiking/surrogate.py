@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from flax_customgrad.arrays import widened
+from flax_customgrad.hyperbolic import sech_squared
 from flax_customgrad.positive import positive
 from flax_customgrad.straight_through.heaviside import heaviside
 from flax_customgrad.straight_through.step import Step, masked
@@ -46,15 +47,9 @@ def _spike(name: str, shape: Callable[[jax.Array], jax.Array]) -> Step:
     return Step(name, heaviside, backward)
 
 
-def _bell(v: jax.Array) -> jax.Array:
-    """4 s(v) (1 - s(v)), s the sigmoid."""
-    e = jnp.exp(-v)
-    return 4 * e / jnp.square(1 + e)
-
-
 _FAST_SIGMOID = _spike("fast_sigmoid", lambda v: jnp.square(1 / (1 + v)))
 _ATAN = _spike("atan", lambda v: 1 / (1 + jnp.square(jnp.pi / 2 * v)))
-_SIGMOID = _spike("sigmoid", _bell)
+_SIGMOID = _spike("sigmoid", lambda v: sech_squared(v / 2))  # 4 s(v) (1 - s(v))
 _TRIANGULAR = _spike("triangular", lambda v: jnp.maximum(1 - v, 0))
 _EXPONENTIAL = _spike("piecewise_exponential", lambda v: jnp.exp(-v))
 

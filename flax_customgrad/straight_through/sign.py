@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flax_customgrad.hyperbolic import sech_squared
 from flax_customgrad.positive import bound, positive
 from flax_customgrad.straight_through.step import Step, masked, nothing, passed
 
@@ -104,8 +105,7 @@ class ApproxSign(nnx.Module):
 def _bell(g: jax.Array, x: jax.Array, beta: jax.Array) -> jax.Array:
     # Beyond 400 every factor is 0 in every dtype, and at infinity 0 times infinity would be NaN.
     t = jnp.minimum(jnp.abs(beta * x) / 2, 400)
-    e = jnp.exp(-2 * t)
-    return g * beta * (1 - t * jnp.tanh(t)) * 4 * e / jnp.square(1 + e)
+    return g * beta * (1 - t * jnp.tanh(t)) * sech_squared(t)
 
 
 _SWISH_SIGN = Step("SwishSign", sign_of, _bell)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flax_customgrad.arrays import as_array, in_dtype, is_taken, widened
+from flax_customgrad.arrays import as_array, broadcasts, in_dtype, is_taken, widened
 from flax_customgrad.contract import custom_vjp
 
 
@@ -74,7 +74,7 @@ class Step:
         """
         x = jnp.asarray(as_array(x))
         for parameter in parameters:
-            if not _broadcasts(jnp.shape(parameter), x.shape):
+            if not broadcasts(jnp.shape(parameter), x.shape):
                 raise ValueError(
                     f"{self.name}: a parameter of shape {jnp.shape(parameter)} does not broadcast "
                     f"to x, which has shape {x.shape}"
@@ -121,9 +121,3 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, None, None]:
 
 
 step.defvjp(_fwd, _bwd)
-
-
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    """Whether an array of one shape broadcasts to another."""
-    aligned = to[len(to) - len(shape) :]
-    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(shape, aligned, strict=True))
