@@ -1,0 +1,68 @@
+"""Codes of a few bits, several to a byte.
+
+    pack    byte[..., j] = sum_k code[..., j n + k] 2^(bits k),  n = 8 / bits codes to a byte
+    unpack  code[..., j n + k] = byte[..., j] 2^-(bits k)  modulo 2^bits
+
+The first code is in the lowest bits. The last byte of an axis is filled up with zeros.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def width(bits: int) -> int:
+    """How many bits a code takes: the next of 1, 2, 4 and 8.
+
+    Args:
+        bits: from 1 to 8.
+
+    Raises:
+        ValueError: bits out of range.
+    """
+    for width in (1, 2, 4, 8):
+        if 1 <= bits <= width:
+            return width
+    raise ValueError(f"a code has 1 to 8 bits, got bits={bits!r}")
+
+
+def pack(codes: jax.Array, bits: int) -> jax.Array:
+    """Puts codes of a few bits side by side, along the last axis.
+
+    Args:
+        codes: integers in [0, 2^bits), of shape (..., n).
+        bits: 1, 2, 4 or 8.
+
+    Returns:
+        uint8 array of shape (..., ceil(n bits / 8)).
+    """
+    per_byte = 8 // bits
+    codes = codes.astype(jnp.uint8)
+    if per_byte == 1:
+        return codes
+    n = codes.shape[-1]
+    if n % per_byte:
+        codes = jnp.pad(codes, [*[(0, 0)] * (codes.ndim - 1), (0, -n % per_byte)])
+    places = codes.reshape(*codes.shape[:-1], codes.shape[-1] // per_byte, per_byte)
+    packed = places[..., 0]
+    for k in range(1, per_byte):
+        packed |= places[..., k] << (bits * k)
+    return packed
+
+
+def unpack(packed: jax.Array, bits: int, n: int) -> jax.Array:
+    """The codes again.
+
+    Args:
+        packed: uint8 array of shape (..., ceil(n bits / 8)).
+        bits: 1, 2, 4 or 8.
+        n: how many codes the last axis has.
+
+    Returns:
+        uint8 array of shape (..., n).
+    """
+    per_byte = 8 // bits
+    if per_byte == 1:
+        return packed
+    shifts = jnp.arange(per_byte, dtype=jnp.uint8) * jnp.uint8(bits)
+    codes = (packed[..., None] >> shifts) & jnp.uint8(2**bits - 1)
+    return codes.reshape(*packed.shape[:-1], packed.shape[-1] * per_byte)[..., :n]
