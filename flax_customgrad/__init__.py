@@ -83,6 +83,10 @@ from flax_customgrad.normalization.weight_norm import WeightNorm as WeightNorm
 from flax_customgrad.normalization.weight_standardization import (
     WeightStandardization as WeightStandardization,
 )
+from flax_customgrad.quantized.fake_quant import FakeQuant as FakeQuant
+from flax_customgrad.quantized.fake_quant import QuantStat as QuantStat
+from flax_customgrad.quantized.quant_linear import QuantLinear as QuantLinear
+from flax_customgrad.quantized.quantizer import Quantizer as Quantizer
 from flax_customgrad.residuals import Residual as Residual
 from flax_customgrad.residuals import residual_bytes as residual_bytes
 from flax_customgrad.residuals import residuals as residuals

@@ -41,7 +41,7 @@ def keep(array: jax.Array) -> Kept:
         # Outside of a trace there is no XLA to drop the second copy.
         and isinstance(array, jax.core.Tracer)
         and jax.default_backend() == "cpu"
-        and not getattr(_state, "as_they_are", False)
+        and not looked_at()
     )
     return Kept(array, lax.bitcast_convert_type(array, jnp.uint16) if pays else None)
 
@@ -52,7 +52,30 @@ def kept(kept: Kept) -> jax.Array:
     Args:
         kept: what `keep` returned.
     """
-    return kept.array if kept.bits is None else _from_bits(kept.bits, kept.array)
+    if kept.bits is None:
+        return kept.array
+    return standing_for(lax.bitcast_convert_type(kept.bits, kept.array.dtype), kept.array)
+
+
+@jax.custom_jvp
+def standing_for(decoded: jax.Array, array: jax.Array) -> jax.Array:
+    """What was decoded from integers, with the derivative of the array that they stand for.
+
+    Args:
+        decoded: float array.
+        array: array of the same values, which only a derivative of the result reads.
+    """
+    return decoded
+
+
+@standing_for.defjvp
+def _standing_for_jvp(primals, tangents):
+    return standing_for(*primals), tangents[1]
+
+
+def looked_at() -> bool:
+    """Whether residuals are looked at, inside `as_they_are`: what XLA would drop is not kept."""
+    return getattr(_state, "as_they_are", False)
 
 
 @contextlib.contextmanager
@@ -63,13 +86,3 @@ def as_they_are() -> Iterator[None]:
         yield
     finally:
         _state.as_they_are = before
-
-
-@jax.custom_jvp
-def _from_bits(bits: jax.Array, array: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(bits, array.dtype)
-
-
-@_from_bits.defjvp
-def _from_bits_jvp(primals, tangents):
-    return _from_bits(*primals), tangents[1]

@@ -6,6 +6,8 @@
 The first code is in the lowest bits. The last byte of an axis is filled up with zeros.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -66,3 +68,35 @@ def unpack(packed: jax.Array, bits: int, n: int) -> jax.Array:
     shifts = jnp.arange(per_byte, dtype=jnp.uint8) * jnp.uint8(bits)
     codes = (packed[..., None] >> shifts) & jnp.uint8(2**bits - 1)
     return codes.reshape(*packed.shape[:-1], packed.shape[-1] * per_byte)[..., :n]
+
+
+def packs(shape: tuple[int, ...], sharding: Any = None) -> bool:
+    """Whether the last axis can be packed: there is one, and no mesh splits it.
+
+    Args:
+        shape: of the codes.
+        sharding: their sharding, as `jax.typeof` has it, or None.
+    """
+    spec: tuple[Any, ...] = tuple(getattr(sharding, "spec", ()))
+    return bool(shape) and not (len(spec) == len(shape) and spec[-1] is not None)
+
+
+def pack_mask(mask: jax.Array) -> jax.Array:
+    """Keeps a mask in a bit an element, or a byte where the last axis cannot be packed.
+
+    Args:
+        mask: booleans of any shape.
+    """
+    return pack(mask, 1) if packs(mask.shape, jax.typeof(mask).sharding) else mask
+
+
+def masked(g: jax.Array, mask: jax.Array) -> jax.Array:
+    """An array where a mask that `pack_mask` kept is true, and 0 elsewhere.
+
+    Args:
+        g: array of any shape.
+        mask: what was kept for a mask of that shape.
+    """
+    if mask.dtype != jnp.bool:
+        mask = unpack(mask, 1, g.shape[-1]).astype(jnp.bool)
+    return jnp.where(mask, g, 0)

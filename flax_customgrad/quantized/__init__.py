@@ -1,0 +1,1 @@
+"""Quantizers with the gradients of their papers, and the layers whose operands go through them."""

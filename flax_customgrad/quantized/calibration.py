@@ -1,0 +1,114 @@
+"""Calibration: the range that an array is quantized in, and its scale.
+
+    symmetric   s = a / high                        a = max |x|, or a percentile of |x|
+    affine      s = (b - a) / (high - low)          a = min(x, 0), b = max(x, 0), or percentiles
+                z = round(-a / s)                   the integer of 0, which has no error
+
+The range is of the whole array, of each channel, or of each block, in float32 or wider; it has no
+gradient. Where it is empty the scale is 1, so that zeros stay zeros. A NaN or an infinity makes the
+range, and with it all values that share it, non-finite.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_customgrad.sums import accumulator
+
+Axis = int | Sequence[int] | Literal["token"] | None
+
+
+class Range(NamedTuple):
+    """The smallest and the largest value; arrays that broadcast to x once they are spread."""
+
+    low: jax.Array
+    high: jax.Array
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Which elements share a range.
+
+    Attributes:
+        axis: the axes along which each index has a range of its own; "token" for all but the last
+            one; None for one range. With a block the one axis along which blocks lie.
+        block: how many neighbours along the axis share a range, each index of every other axis
+            apart; None for no blocks. The last block may be shorter.
+    """
+
+    axis: tuple[int, ...] | Literal["token"] | None
+    block: int | None = None
+
+    def grouped(self, x: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
+        """x, in blocks where there are any, and the axes that share a range."""
+        if self.block is not None:
+            assert isinstance(self.axis, tuple)
+            axis = self.axis[0] % x.ndim
+            n = x.shape[axis]
+            pads = [(0, -n % self.block if i == axis else 0) for i in range(x.ndim)]
+            shape = (*x.shape[:axis], -(-n // self.block), self.block, *x.shape[axis + 1 :])
+            return jnp.pad(x, pads).reshape(shape), (axis + 1,)
+        if self.axis is None:
+            return x, tuple(range(x.ndim))
+        if self.axis == "token":
+            return x, (x.ndim - 1,)
+        own = {axis % x.ndim for axis in self.axis}
+        return x, tuple(axis for axis in range(x.ndim) if axis not in own)
+
+    def shared(self, parameter: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        """A parameter of groups, without the axis that `grouped` put in for blocks."""
+        return parameter if self.block is None else lax.squeeze(parameter, axes)
+
+    def spread(self, parameter: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """A parameter of ranges, such that it broadcasts to an array of some shape."""
+        if self.block is None or not parameter.ndim:
+            return parameter
+        assert isinstance(self.axis, tuple)
+        axis = self.axis[0] % len(shape)
+        repeated = jnp.repeat(parameter, self.block, axis)
+        return lax.slice_in_dim(repeated, 0, shape[axis], axis=axis)
+
+
+def own_range(
+    x: jax.Array, sharing: Sharing, symmetric: bool, percentile: float | None = None
+) -> Range:
+    """The range of an array.
+
+    Args:
+        x: array of any shape, float.
+        sharing: which elements share a range.
+        symmetric: whether it lies around 0.
+        percentile: from 50 to 100, of the values that are within; None for all of them.
+    """
+    x, axes = sharing.grouped(lax.stop_gradient(x).astype(accumulator(x)))
+
+    def upper(a: jax.Array) -> jax.Array:
+        if percentile is None or not a.size:
+            return jnp.max(a, axes, keepdims=True, initial=0)
+        return jnp.maximum(jnp.percentile(a, jnp.float32(percentile), axes, keepdims=True), 0)
+
+    if symmetric:
+        high = upper(jnp.abs(x))
+        low = -high
+    else:
+        low, high = -upper(-x), upper(x)
+    return Range(sharing.shared(low, axes), sharing.shared(high, axes))
+
+
+def scale_of(found: Range, low: int, high: int, symmetric: bool) -> tuple[jax.Array, ...]:
+    """The scale of a range, and its zero point unless it is symmetric.
+
+    Args:
+        found: the range.
+        low: the smallest integer.
+        high: the largest integer.
+        symmetric: whether 0 is the integer 0.
+    """
+    width: Any = found.high if symmetric else found.high - found.low
+    scale = width / (high if symmetric else high - low)
+    scale = jnp.where(scale == 0, 1, scale)
+    return (scale,) if symmetric else (scale, low + jnp.round(-found.low / scale))

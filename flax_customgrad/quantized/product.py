@@ -1,0 +1,91 @@
+"""Products of quantized operands, which keep the codes of both and no float copy.
+
+forward   y  = f(W^, x^) + b      f linear in each: a product, einsum or convolution
+backward  those of f, at what is kept
+kept      'quantized': the codes of W^ and x^, decoded again    the derivative of the forward
+'original':  W and x as they came                     the convention of qwix and AQT
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from flax_customgrad.contract import custom_vjp
+from flax_customgrad.drop_in import Parameters
+from flax_customgrad.quantized.codes import Codes, KeptCodes, keep, restore
+
+
+@dataclass(frozen=True)
+class Map:
+    """A map of parameters and an input, with a backward of its own.
+
+    Attributes:
+        op: an operation of the library, called as `op({"kernel": W, "bias": b}, x, *statics)`.
+        statics: the choices that are not arrays.
+        name: what the kernel is called.
+    """
+
+    op: Callable[..., jax.Array]
+    statics: tuple[Any, ...]
+    name: str = "kernel"
+
+    def __call__(self, params: Parameters, x: jax.Array) -> jax.Array:
+        """Y."""
+        return self.op(params, x, *self.statics)
+
+
+class Residuals(NamedTuple):
+    """What the backward of `product` keeps: an operand that is an array the caller holds anyway."""
+
+    kernel: KeptCodes | jax.Array
+    x: KeptCodes | jax.Array
+    bias: jax.Array | None
+    of: Map
+
+
+@custom_vjp(surrogate=True)
+def product(
+    params: Parameters,
+    x: jax.Array,
+    kernel_kept: Codes | jax.Array,
+    x_kept: Codes | jax.Array,
+    of: Map,
+) -> jax.Array:
+    """Applies a map to quantized operands.
+
+    Args:
+        params: the kernel, quantized, and `bias` or no bias; float.
+        x: the input, quantized; float.
+        kernel_kept: what the backward takes for the kernel: its codes, or an array like it.
+        x_kept: what the backward takes for the input.
+        of: the map.
+
+    Returns:
+        What the map makes of kernel and input.
+    """
+    return of(params, x)
+
+
+def _fwd(
+    params: Parameters,
+    x: jax.Array,
+    kernel_kept: Codes | jax.Array,
+    x_kept: Codes | jax.Array,
+    of: Map,
+) -> tuple[jax.Array, Residuals]:
+    kernel, x_held = (keep(a) if isinstance(a, Codes) else a for a in (kernel_kept, x_kept))
+    return of(params, x), Residuals(kernel, x_held, params.get("bias"), of)
+
+
+def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
+    kernel, x = (restore(a) if isinstance(a, KeptCodes) else a for a in (res.kernel, res.x))
+    bias = {} if res.bias is None else {"bias": res.bias}
+    # Of the forward only its residuals are read, which are these operands: XLA drops the rest.
+    _, pull = jax.vjp(res.of, nnx.State({res.of.name: kernel, **bias}), x)
+    return *pull(g), None, None, None
+
+
+product.defvjp(_fwd, _bwd)

@@ -1,0 +1,112 @@
+"""Quantization: each element becomes an integer of few bits, and the value that it stands for.
+
+    forward   q  = encode(x, p...)              integers in [low, high]
+              y  = decode(q, p...)              such as q s, for a scale s
+    backward  dx, dp... as the scheme says, functions of g and of what it keeps
+    kept      what the scheme says: nothing, a bit an element, or x
+
+A scheme is flat wherever it has a derivative, so each states the gradient that it pretends to
+have: the straight-through estimator (arXiv:1308.3432), masked or not, and for what is learned, a
+scale or a bound, that of its paper. In half precision everything is computed in float32 and
+rounded once.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flax_customgrad.arrays import in_dtype, widened
+from flax_customgrad.contract import custom_vjp
+
+Arrays = tuple[jax.Array, ...]
+
+
+@dataclass(frozen=True)
+class Scheme(ABC):
+    """How an array is quantized, and how the gradient passes; parameters broadcast to x.
+
+    Attributes:
+        low: the smallest integer.
+        high: the largest integer, at most 255 above it.
+    """
+
+    low: int
+    high: int
+
+    @property
+    def bits(self) -> int:
+        """How many bits a code takes."""
+        return max((self.high - self.low).bit_length(), 1)
+
+    @abstractmethod
+    def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """The integers, as floats of float32 or wider; NaN where x is NaN."""
+
+    @abstractmethod
+    def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """The values that integers stand for."""
+
+    @abstractmethod
+    def keep(self, x: jax.Array, *parameters: jax.Array) -> Arrays:
+        """What is kept for the backward."""
+
+    @abstractmethod
+    def backward(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
+        """The gradient of x and of each parameter, None for zero, of g in float32 or wider."""
+
+
+@dataclass(frozen=True)
+class Uniform(Scheme):
+    """Integers at equal distances: x / s, rounded to the nearest (halves to the even one)."""
+
+    def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """The nearest integer to x / s in [low, high]."""
+        (scale,) = parameters
+        return jnp.clip(jnp.round(x / scale), self.low, self.high)
+
+    def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """The integers times s."""
+        (scale,) = parameters
+        return q * scale
+
+
+class Residuals(NamedTuple):
+    """What the backward of `quantize` keeps."""
+
+    kept: Arrays
+    scheme: Scheme
+
+
+@custom_vjp(surrogate=True)
+def quantize(x: jax.Array, parameters: Arrays, scheme: Scheme) -> tuple[jax.Array, jax.Array]:
+    """Quantizes an array.
+
+    Args:
+        x: array of any shape, float.
+        parameters: of the scheme, such as a scale; float, of shapes that fit x.
+        scheme: how.
+
+    Returns:
+        The values, like x, and their codes, the integers less the scheme's lowest: uint8 of the
+        shape of x.
+    """
+    wide, *p = widened(x.dtype, x, *parameters)
+    q = scheme.encode(wide, *p)
+    return in_dtype(scheme.decode(q, *p), x.dtype), (q - scheme.low).astype(jnp.uint8)
+
+
+def _fwd(
+    x: jax.Array, parameters: Arrays, scheme: Scheme
+) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
+    return quantize(x, parameters, scheme), Residuals(scheme.keep(x, *parameters), scheme)
+
+
+def _bwd(res: Residuals, g: tuple[jax.Array, Any]) -> tuple[Any, Any, None]:
+    dx, *dparameters = res.scheme.backward(*widened(g[0].dtype, g[0], *res.kept))
+    return dx, tuple(dparameters), None
+
+
+quantize.defvjp(_fwd, _bwd)
