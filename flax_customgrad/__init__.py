@@ -63,15 +63,27 @@ from flax_customgrad.feedback.direct_feedback import DirectFeedback as DirectFee
 from flax_customgrad.feedback.feedback_conv import FeedbackConv as FeedbackConv
 from flax_customgrad.feedback.feedback_linear import FeedbackLinear as FeedbackLinear
 from flax_customgrad.feedback.variable import Feedback as Feedback
+from flax_customgrad.frozen.int4_linear import Int4Linear as Int4Linear
+from flax_customgrad.frozen.nf4_linear import NF4Linear as NF4Linear
+from flax_customgrad.frozen.qlora_linear import QLoRALinear as QLoRALinear
+from flax_customgrad.frozen.variable import Frozen as Frozen
 from flax_customgrad.linear.einsum import Einsum as Einsum
 from flax_customgrad.linear.embed import Embed as Embed
 from flax_customgrad.linear.linear import Linear as Linear
 from flax_customgrad.linear.linear_general import LinearGeneral as LinearGeneral
 from flax_customgrad.linear.lora import LoRA as LoRA
 from flax_customgrad.linear.lora import LoRALinear as LoRALinear
+from flax_customgrad.model.calibrate import calibrate as calibrate
+from flax_customgrad.microscaling.mx_linear import MXLinear as MXLinear
+from flax_customgrad.microscaling.nvfp4_linear import NVFP4Linear as NVFP4Linear
 from flax_customgrad.model.convert import Rule as Rule
 from flax_customgrad.model.convert import convert as convert
 from flax_customgrad.model.convert import revert as revert
+from flax_customgrad.model.pack import pack as pack
+from flax_customgrad.model.pack import unpack as unpack
+from flax_customgrad.model.size import Size as Size
+from flax_customgrad.model.size import SizeReport as SizeReport
+from flax_customgrad.model.size import size_report as size_report
 from flax_customgrad.normalization.batch_norm import BatchNorm as BatchNorm
 from flax_customgrad.normalization.group_norm import GroupNorm as GroupNorm
 from flax_customgrad.normalization.instance_norm import InstanceNorm as InstanceNorm
@@ -85,6 +97,8 @@ from flax_customgrad.normalization.weight_standardization import (
 )
 from flax_customgrad.quantized.fake_quant import FakeQuant as FakeQuant
 from flax_customgrad.quantized.fake_quant import QuantStat as QuantStat
+from flax_customgrad.quantized.packed_kernel import Packed as Packed
+from flax_customgrad.quantized.packed_kernel import PackedKernel as PackedKernel
 from flax_customgrad.quantized.quant_linear import QuantLinear as QuantLinear
 from flax_customgrad.quantized.quantizer import Quantizer as Quantizer
 from flax_customgrad.residuals import Residual as Residual

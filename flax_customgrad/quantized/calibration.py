@@ -85,11 +85,13 @@ def own_range(
         percentile: from 50 to 100, of the values that are within; None for all of them.
     """
     x, axes = sharing.grouped(lax.stop_gradient(x).astype(accumulator(x)))
+    # One range is a number, so that a recorded one fits arrays of any rank.
+    apart = sharing.axis is not None
 
     def upper(a: jax.Array) -> jax.Array:
         if percentile is None or not a.size:
-            return jnp.max(a, axes, keepdims=True, initial=0)
-        return jnp.maximum(jnp.percentile(a, jnp.float32(percentile), axes, keepdims=True), 0)
+            return jnp.max(a, axes, keepdims=apart, initial=0)
+        return jnp.maximum(jnp.percentile(a, jnp.float32(percentile), axes, keepdims=apart), 0)
 
     if symmetric:
         high = upper(jnp.abs(x))

@@ -1,0 +1,99 @@
+"""`pack`: from a model that was trained with quantized weights to one that holds only their codes.
+
+Each layer whose kernel goes through a quantizer gets a `PackedKernel` for it: integer codes, of at
+most 4 bits several to a byte, and their scales. All else stays, so the outputs are those of the
+model in eval mode to the bit, and what NNX does to a model (split, jit, a checkpoint) works on.
+"""
+
+from typing import Any, TypeVar
+
+from flax import nnx
+
+from flax_customgrad.model.convert import layers
+from flax_customgrad.quantized.packed_kernel import PackedKernel
+from flax_customgrad.quantized.quantizer import Quantizer
+
+M = TypeVar("M")
+
+
+def pack(model: M) -> M:
+    """Makes the inference model of a quantized one: codes in the place of weights.
+
+    Args:
+        model: a Module, or a tree of them, with quantized layers such as `QuantLinear`. It stays
+            as it is.
+
+    Returns:
+        A copy in eval mode whose quantized weights are packed. Its outputs are the same, it has no
+        gradient for them, and `nnx.state` has their codes and scales.
+
+    Raises:
+        ValueError: no layer has a quantizer for its weights.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> from flax import nnx
+        >>> layer = fcg.QuantLinear(64, 32, weight=fcg.FakeQuant(4, axis=-1), rngs=nnx.Rngs(0))
+        >>> packed = fcg.pack(layer)
+        >>> packed.kernel.codes.shape, packed.kernel.codes.dtype
+        ((64, 16), dtype('uint8'))
+        >>> x = jnp.ones((2, 64))
+        >>> bool((packed(x) == layer(x)).all())
+        True
+    """
+    packed = nnx.clone(model)
+    found = [(a, name) for a, name in _quantized(packed) if isinstance(a.weight, Quantizer)]
+    if not found:
+        raise ValueError(
+            "pack: no layer of the model has a quantizer for its weights. Build one with "
+            "flax_customgrad.QuantLinear(..., weight=flax_customgrad.FakeQuant(8)), or turn layers "
+            "into one with flax_customgrad.convert(model, rules=...)"
+        )
+    for layer, name in found:
+        setattr(layer, name, PackedKernel(getattr(layer, name)[...], layer.weight))
+        layer.weight = nnx.data(None)
+    _switch(packed, "eval")
+    return packed
+
+
+def unpack(model: M) -> M:
+    """Makes a model that trains of a packed one.
+
+    Args:
+        model: what `pack` returned. It stays as it is.
+
+    Returns:
+        A copy in train mode, with Params that have the values of the codes and go through their
+        quantizers again. What the weights were before they were quantized is lost.
+
+    Raises:
+        ValueError: no layer is packed.
+    """
+    unpacked = nnx.clone(model)
+    found = [
+        (layer, name, packed)
+        for layer, name in _quantized(unpacked)
+        if isinstance(packed := getattr(layer, name), PackedKernel)
+    ]
+    if not found:
+        raise ValueError("unpack: no layer of the model is packed")
+    for layer, name, packed in found:
+        setattr(layer, name, nnx.Param(packed[...]))
+        layer.weight = packed.quantizer
+    _switch(unpacked, "train")
+    return unpacked
+
+
+def _quantized(model: Any) -> list[tuple[Any, str]]:
+    """The layers that may have a quantizer for their weights, and what these are called."""
+    return [
+        (layer, name)
+        for _, layer in layers(model)
+        for name in ("kernel", "embedding")
+        if hasattr(layer, "weight") and hasattr(layer, name)
+    ]
+
+
+def _switch(model: Any, mode: str) -> None:
+    for _, module in layers(model):
+        getattr(module, mode)()

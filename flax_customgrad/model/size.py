@@ -1,0 +1,111 @@
+"""`size_report`: what the layers of a model weigh, packed or not."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+
+from flax_customgrad.model.convert import layers
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one layer weighs, without the layers that it is made of.
+
+    Attributes:
+        path: where it is in the model; empty for the model itself.
+        layer: the name of its class.
+        bits: of a code of packed weights; None where nothing is packed.
+        nbytes: of its Variables.
+        unpacked_nbytes: of the same with packed weights in the dtype that they are decoded to.
+    """
+
+    path: str
+    layer: str
+    bits: int | None
+    nbytes: int
+    unpacked_nbytes: int
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """What the layers of a model weigh; printed, it is a table.
+
+    Attributes:
+        sizes: of each layer that holds Variables, by path.
+    """
+
+    sizes: tuple[Size, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole model."""
+        return sum(size.nbytes for size in self.sizes)
+
+    @property
+    def unpacked_nbytes(self) -> int:
+        """Of the whole model, were nothing packed."""
+        return sum(size.unpacked_nbytes for size in self.sizes)
+
+    def __str__(self) -> str:
+        """A row per layer."""
+        rows = [("path", "layer", "bits", "bytes", "unpacked")]
+        for s in self.sizes:
+            bits = "" if s.bits is None else str(s.bits)
+            path = s.path or "(the model)"
+            rows.append((path, s.layer, bits, f"{s.nbytes:,}", f"{s.unpacked_nbytes:,}"))
+        rows.append(("total", "", "", f"{self.nbytes:,}", f"{self.unpacked_nbytes:,}"))
+        path, layer, bits, nbytes, unpacked = (
+            max(map(len, column)) for column in zip(*rows, strict=True)
+        )
+        return "\n".join(
+            f"{a:<{path}}  {b:<{layer}}  {c:>{bits}}  {d:>{nbytes}}  {e:>{unpacked}}"
+            for a, b, c, d, e in rows
+        )
+
+
+def size_report(model: Any) -> SizeReport:
+    """Lists what the layers of a model weigh.
+
+    Args:
+        model: a Module, or a tree of them.
+
+    Returns:
+        A report to print, or to read.
+
+    Raises:
+        TypeError: the model holds no Module.
+
+    Example:
+        >>> import flax_customgrad as fcg
+        >>> from flax import nnx
+        >>> layer = fcg.QuantLinear(64, 32, weight=fcg.FakeQuant(4), rngs=nnx.Rngs(0))
+        >>> print(fcg.size_report(fcg.pack(layer)))
+        path         layer         bits  bytes  unpacked
+        (the model)  QuantLinear           128       128
+        kernel       PackedKernel     4  1,028     8,192
+        total                            1,156     8,320
+    """
+    sizes = []
+    for (path, *_), layer in layers(model):
+        nbytes = 0 if isinstance(layer, nnx.List) else sum(a.nbytes for a in _own(layer))
+        if nbytes:
+            # What is packed says what it would be otherwise.
+            unpacked = getattr(layer, "unpacked_nbytes", None)
+            bits = None if unpacked is None else getattr(layer, "bits", None)
+            name = type(layer).__name__
+            sizes.append(Size(path, name, bits, nbytes, nbytes if unpacked is None else unpacked))
+    return SizeReport(tuple(sorted(sizes, key=_by_path)))
+
+
+def _own(layer: nnx.Module) -> list[jax.Array]:
+    """The arrays that a layer holds itself, in lists too."""
+    held = vars(layer).values()
+    flat = [v for value in held for v in (value if isinstance(value, nnx.List) else (value,))]
+    return [a for v in flat if isinstance(v, nnx.Variable) for a in jax.tree.leaves(v[...])]
+
+
+def _by_path(size: Size) -> list[tuple[int, str]]:
+    """Layer 2 before layer 10."""
+    return [(int(p) if p.isdigit() else 0, p) for p in size.path.split("/")]

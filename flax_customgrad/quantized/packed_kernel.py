@@ -1,0 +1,58 @@
+"""`PackedKernel`: the quantized weights of a layer, in as few bytes as their codes take."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_customgrad.packing import pack, packs, width
+from flax_customgrad.quantized.codes import decode
+from flax_customgrad.quantized.quantizer import Quantizer
+
+
+class Packed(nnx.Variable):
+    """Codes, or what decodes them: weights that no optimizer moves."""
+
+
+class PackedKernel(nnx.Module):
+    """Stands in the place of a layer's kernel, and answers `kernel[...]` with its values.
+
+    They are those of the quantizer to the bit.
+
+    Attributes:
+        codes: uint8, codes of at most 4 bits several to a byte along the last axis.
+        parameters: what decodes them, such as a scale.
+        quantizer: what quantized the kernel, for `unpack`.
+        shape: of the kernel.
+        dtype: of the kernel.
+        bits: how many bits a code takes.
+    """
+
+    def __init__(self, kernel: jax.Array, quantizer: Quantizer):
+        """Quantizes and packs.
+
+        Args:
+            kernel: array of any shape, float.
+            quantizer: quantizes it.
+        """
+        values, codes, parameters, scheme = quantizer.quantize(kernel)
+        self.bits = width(scheme.bits) if packs(codes.shape) else 8
+        self.codes = Packed(pack(codes, self.bits))
+        self.parameters = nnx.List([Packed(p) for p in parameters])
+        self.quantizer = quantizer
+        self.shape = values.shape
+        self.dtype = values.dtype
+        self._scheme = scheme
+
+    @property
+    def unpacked_nbytes(self) -> int:
+        """How many bytes the values take, those of an array of the kernel's dtype."""
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+    def __getitem__(self, key: Any) -> jax.Array:
+        """The values, of which a key takes a part."""
+        like = jax.ShapeDtypeStruct(self.shape, self.dtype)
+        parameters = tuple(p[...] for p in self.parameters)
+        return decode(self.codes[...], parameters, self._scheme, self.bits, like)[key]

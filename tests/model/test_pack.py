@@ -1,0 +1,128 @@
+"""From a quantized model to its codes and back: the same outputs, few bytes, a checkpoint."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+import flax_customgrad as fcg
+
+
+class Network(nnx.Module):
+    def __init__(self, rngs, bits=4):
+        self.layers = nnx.List(
+            [
+                fcg.QuantLinear(
+                    6,
+                    9,
+                    weight=fcg.FakeQuant(bits, axis=-1),
+                    activation=fcg.FakeQuant(8, calibration="moving_average"),
+                    rngs=rngs,
+                ),
+                fcg.QuantLinear(
+                    9, 5, weight=fcg.FakeQuant(bits, symmetric=False, block=4, axis=0), rngs=rngs
+                ),
+            ]
+        )
+        self.head = nnx.Linear(5, 2, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = jax.nn.relu(layer(x))
+        return self.head(x)
+
+
+X = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
+
+
+def _trained(bits=4):
+    model = Network(nnx.Rngs(0), bits)
+    model(X)  # The moving average takes a range in.
+    return model
+
+
+@nnx.jit
+def _forward(model, x):
+    return model(x)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_outputs_are_the_same_to_the_bit(bits):
+    model = _trained(bits)
+    packed = fcg.pack(model)
+    model.eval()
+    np.testing.assert_array_equal(_forward(packed, X), _forward(model, X))
+    kernel = packed.layers[0].kernel
+    assert kernel.codes[...].dtype == jnp.uint8
+    assert kernel.codes[...].shape == (6, -(-9 * kernel.bits // 8))
+    assert isinstance(model.layers[0].kernel, nnx.Param)
+
+
+def test_what_is_packed_has_no_parameters_and_no_gradient():
+    packed = fcg.pack(_trained())
+    paths = {path[:-1] for path, _ in nnx.to_flat_state(nnx.state(packed, nnx.Param))}
+    assert paths == {("head",), ("layers", 0), ("layers", 1)}
+    assert len(nnx.to_flat_state(nnx.state(packed, nnx.Param))) == 4
+    assert nnx.grad(lambda m: m(X).sum())(packed).head.kernel[...].shape == (5, 2)
+    # The gradient of the input is that of the model in eval mode.
+    model = _trained()
+    model.eval()
+    dx, expected = (jax.grad(lambda x, m=m: m(x).sum())(X) for m in (packed, model))
+    np.testing.assert_array_equal(dx, expected)
+
+
+def test_unpacking_gives_what_the_codes_stand_for():
+    model = _trained()
+    packed = fcg.pack(model)
+    unpacked = fcg.unpack(packed)
+    layer = unpacked.layers[0]
+    np.testing.assert_array_equal(layer.kernel[...], model.layers[0].weight(model.layers[0].kernel))
+    assert isinstance(layer.weight, fcg.FakeQuant)
+    assert not layer.activation.use_running_average
+    unpacked.eval()
+    np.testing.assert_allclose(unpacked(X), packed(X), rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_restores_a_packed_model(tmp_path):
+    packed = fcg.pack(_trained())
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "packed", nnx.to_pure_dict(nnx.state(packed)))
+        checkpointer.wait_until_finished()
+        abstract = nnx.eval_shape(lambda: fcg.pack(Network(nnx.Rngs(1))))
+        graphdef, state = nnx.split(abstract)
+        restored = checkpointer.restore(tmp_path / "packed", nnx.to_pure_dict(state))
+    nnx.replace_by_pure_dict(state, restored)
+    np.testing.assert_array_equal(nnx.merge(graphdef, state)(X), packed(X))
+
+
+def test_an_embedding_is_packed():
+    if not hasattr(fcg, "QuantEmbed"):
+        pytest.skip("not yet")
+    layer = fcg.QuantEmbed(10, 6, weight=fcg.FakeQuant(4, axis=0), rngs=nnx.Rngs(0))
+    packed = fcg.pack(layer)
+    ids = jnp.array([[0, 3], [9, -1]])
+    np.testing.assert_array_equal(packed(ids), layer(ids))
+    np.testing.assert_array_equal(packed.attend(jnp.ones((2, 6))), layer.attend(jnp.ones((2, 6))))
+
+
+def test_the_report_counts_every_byte():
+    model = _trained()
+    packed = fcg.pack(model)
+    report = fcg.size_report(packed)
+    assert report.nbytes == sum(a.nbytes for a in jax.tree.leaves(nnx.state(packed)))
+    assert [s.path for s in report.sizes if s.bits] == ["layers/0/kernel", "layers/1/kernel"]
+    assert "PackedKernel" in str(report)
+    assert f"{report.nbytes:,}" in str(report)
+    plain = fcg.size_report(model)
+    assert plain.nbytes == plain.unpacked_nbytes > report.nbytes
+
+
+def test_what_cannot_be_packed_is_said():
+    with pytest.raises(ValueError, match=r"no layer of the model has a quantizer for its weights"):
+        fcg.pack(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="no layer of the model is packed"):
+        fcg.unpack(_trained())
+    with pytest.raises(TypeError, match="expected a Module"):
+        fcg.pack([1, 2])
