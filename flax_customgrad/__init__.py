@@ -73,9 +73,9 @@ from flax_customgrad.linear.linear import Linear as Linear
 from flax_customgrad.linear.linear_general import LinearGeneral as LinearGeneral
 from flax_customgrad.linear.lora import LoRA as LoRA
 from flax_customgrad.linear.lora import LoRALinear as LoRALinear
-from flax_customgrad.model.calibrate import calibrate as calibrate
 from flax_customgrad.microscaling.mx_linear import MXLinear as MXLinear
 from flax_customgrad.microscaling.nvfp4_linear import NVFP4Linear as NVFP4Linear
+from flax_customgrad.model.calibrate import calibrate as calibrate
 from flax_customgrad.model.convert import Rule as Rule
 from flax_customgrad.model.convert import convert as convert
 from flax_customgrad.model.convert import revert as revert
@@ -95,12 +95,17 @@ from flax_customgrad.normalization.weight_norm import WeightNorm as WeightNorm
 from flax_customgrad.normalization.weight_standardization import (
     WeightStandardization as WeightStandardization,
 )
+from flax_customgrad.quantized.binary import BinaryActivation as BinaryActivation
+from flax_customgrad.quantized.binary import BinaryWeight as BinaryWeight
 from flax_customgrad.quantized.fake_quant import FakeQuant as FakeQuant
 from flax_customgrad.quantized.fake_quant import QuantStat as QuantStat
 from flax_customgrad.quantized.packed_kernel import Packed as Packed
 from flax_customgrad.quantized.packed_kernel import PackedKernel as PackedKernel
 from flax_customgrad.quantized.quant_linear import QuantLinear as QuantLinear
 from flax_customgrad.quantized.quantizer import Quantizer as Quantizer
+from flax_customgrad.quantized.ternary import TWN as TWN
+from flax_customgrad.quantized.ternary import AbsMean as AbsMean
+from flax_customgrad.quantized.ttq import TTQ as TTQ
 from flax_customgrad.residuals import Residual as Residual
 from flax_customgrad.residuals import residual_bytes as residual_bytes
 from flax_customgrad.residuals import residuals as residuals

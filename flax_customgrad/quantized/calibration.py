@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_customgrad.magnitude import magnitude
 from flax_customgrad.sums import accumulator
 
 Axis = int | Sequence[int] | Literal["token"] | None
@@ -73,6 +74,32 @@ class Sharing:
         return lax.slice_in_dim(repeated, 0, shape[axis], axis=axis)
 
 
+def sharing(layer: str, axis: Axis, block: int | None = None) -> Sharing:
+    """Which elements share a range, from the arguments of a quantizer.
+
+    Args:
+        layer: the name of the quantizer, for the errors.
+        axis: the axes along which each index has a range of its own; "token"; or None.
+        block: how many neighbours along the one axis share a range, or None.
+
+    Raises:
+        ValueError: the block is no positive integer, or has not one axis.
+    """
+    if isinstance(axis, int):
+        axis = (axis,)
+    elif axis is not None and axis != "token":
+        axis = tuple(axis)
+    if block is not None:
+        if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+            raise ValueError(f"{layer}: block={block!r} must be a positive integer, or None")
+        if not isinstance(axis, tuple) or len(axis) != 1:
+            raise ValueError(
+                f"{layer}: block={block} needs the one axis along which blocks lie, such as "
+                f"axis=0; got axis={axis!r}"
+            )
+    return Sharing(axis, block)  # type: ignore[arg-type]
+
+
 def own_range(
     x: jax.Array, sharing: Sharing, symmetric: bool, percentile: float | None = None
 ) -> Range:
@@ -99,6 +126,31 @@ def own_range(
     else:
         low, high = -upper(-x), upper(x)
     return Range(sharing.shared(low, axes), sharing.shared(high, axes))
+
+
+def mean_magnitude(x: jax.Array, sharing: Sharing) -> jax.Array:
+    """The mean of |x| over the elements that share it, a constant to every derivative; 0 of none.
+
+    Args:
+        x: array of any shape, float.
+        sharing: which elements share a mean.
+    """
+    wide = lax.stop_gradient(x).astype(accumulator(x))
+    return mean_where(jnp.abs(wide), jnp.ones_like(wide, jnp.bool), sharing)
+
+
+def mean_where(x: jax.Array, where: jax.Array, sharing: Sharing) -> jax.Array:
+    """The mean of some of the elements that share it; 0 of none.
+
+    Args:
+        x: array of any shape, float32 or wider.
+        where: which elements; booleans of that shape.
+        sharing: which elements share a mean; without blocks.
+    """
+    x, axes = sharing.grouped(jnp.where(where, x, 0))
+    power = magnitude(x, axes)
+    n = jnp.sum(where, axes, dtype=x.dtype, keepdims=True)
+    return jnp.sum(x / power, axes, keepdims=True) / jnp.maximum(n, 1) * power
 
 
 def scale_of(found: Range, low: int, high: int, symmetric: bool) -> tuple[jax.Array, ...]:

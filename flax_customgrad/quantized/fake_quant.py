@@ -11,7 +11,6 @@ the range are inside of it. The largest magnitude is 127 steps of 8 bits; qwix a
 which clips half a step of it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +19,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_customgrad.packing import masked, pack_mask
-from flax_customgrad.quantized.calibration import Axis, Range, Sharing, own_range, scale_of
+from flax_customgrad.quantized.calibration import (
+    Axis,
+    Range,
+    Sharing,
+    own_range,
+    scale_of,
+    sharing,
+)
 from flax_customgrad.quantized.codes import Codes, coded
 from flax_customgrad.quantized.quantizer import Quantizer
 from flax_customgrad.quantized.scheme import Scheme
@@ -60,8 +66,7 @@ class InRange(Scheme):
 
     def backward(self, g: jax.Array, *inside: jax.Array) -> tuple[Any, ...]:
         """G where the range holds x."""
-        parameters = (None,) * (1 if self.low < 0 else 2)
-        return (masked(g, *inside) if inside else g, *parameters)
+        return (masked(g, *inside) if inside else g,)
 
     def _spread(self, x: jax.Array, parameters: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         scale, *zero = (self.sharing.spread(p, x.shape) for p in parameters)
@@ -134,7 +139,7 @@ class FakeQuant(Quantizer):
             )
         self.bits = bits
         self.symmetric = symmetric
-        self.sharing = _sharing(axis, block)
+        self.sharing = sharing("FakeQuant", axis, block)
         self.calibration = calibration
         self.percentile = percentile
         self.momentum = momentum
@@ -221,17 +226,3 @@ class FakeQuant(Quantizer):
         found = Range(self.low[...], self.high[...])
         # A moving average that nothing has set: the range of x itself.
         return jax.tree.map(lambda a, own: jnp.where(jnp.isnan(a), own, a), found, self._own(x))
-
-
-def _sharing(axis: Axis, block: int | None) -> Sharing:
-    if axis is not None and axis != "token":
-        axis = (axis,) if isinstance(axis, int) else tuple(axis)  # type: ignore[arg-type]
-    if block is not None:
-        if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-            raise ValueError(f"FakeQuant: block={block!r} must be a positive integer, or None")
-        if not isinstance(axis, Sequence) or axis == "token" or len(axis) != 1:
-            raise ValueError(
-                f"FakeQuant: block={block} needs the one axis along which blocks lie, such as "
-                f"axis=0; got axis={axis!r}"
-            )
-    return Sharing(axis, block)  # type: ignore[arg-type]

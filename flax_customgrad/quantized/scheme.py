@@ -8,7 +8,10 @@
 A scheme is flat wherever it has a derivative, so each states the gradient that it pretends to
 have: the straight-through estimator (arXiv:1308.3432), masked or not, and for what is learned, a
 scale or a bound, that of its paper. In half precision everything is computed in float32 and
-rounded once.
+rounded once. An infinity or NaN has no integer and stays what it is.
+
+Values come from codes alone, and the same ones in every program: no decoding adds to a product,
+which XLA rounds once where it fuses the two and twice where it does not.
 """
 
 from abc import ABC, abstractmethod
@@ -20,6 +23,7 @@ import jax.numpy as jnp
 
 from flax_customgrad.arrays import in_dtype, widened
 from flax_customgrad.contract import custom_vjp
+from flax_customgrad.packing import masked, pack_mask
 
 Arrays = tuple[jax.Array, ...]
 
@@ -43,7 +47,7 @@ class Scheme(ABC):
 
     @abstractmethod
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
-        """The integers, as floats of float32 or wider; NaN where x is NaN."""
+        """The integers, as floats of float32 or wider; anything where x is not finite."""
 
     @abstractmethod
     def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
@@ -51,11 +55,11 @@ class Scheme(ABC):
 
     @abstractmethod
     def keep(self, x: jax.Array, *parameters: jax.Array) -> Arrays:
-        """What is kept for the backward."""
+        """What is kept for the backward; x itself is kept in its own dtype."""
 
     @abstractmethod
     def backward(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
-        """The gradient of x and of each parameter, None for zero, of g in float32 or wider."""
+        """The gradient of x, and where parameters have any theirs, of g in float32 or wider."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,25 @@ class Uniform(Scheme):
         """The integers times s."""
         (scale,) = parameters
         return q * scale
+
+
+@dataclass(frozen=True)
+class Bounded(Scheme):
+    """A scheme whose gradient passes near 0, or everywhere; parameters have none.
+
+    Attributes:
+        clip_value: it passes where |x| <= clip_value; None for everywhere.
+    """
+
+    clip_value: float | None
+
+    def keep(self, x: jax.Array, *parameters: jax.Array) -> Arrays:
+        """Which elements lie within the bound."""
+        return () if self.clip_value is None else (pack_mask(jnp.abs(x) <= self.clip_value),)
+
+    def backward(self, g: jax.Array, *mask: jax.Array) -> tuple[Any, ...]:
+        """The gradient within the bound."""
+        return (masked(g, *mask) if mask else g,)
 
 
 class Residuals(NamedTuple):
@@ -95,18 +118,21 @@ def quantize(x: jax.Array, parameters: Arrays, scheme: Scheme) -> tuple[jax.Arra
     """
     wide, *p = widened(x.dtype, x, *parameters)
     q = scheme.encode(wide, *p)
-    return in_dtype(scheme.decode(q, *p), x.dtype), (q - scheme.low).astype(jnp.uint8)
+    y = jnp.where(jnp.isfinite(wide), scheme.decode(q, *p), wide)
+    return in_dtype(y, x.dtype), (q - scheme.low).astype(jnp.uint8)
 
 
 def _fwd(
     x: jax.Array, parameters: Arrays, scheme: Scheme
 ) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
-    return quantize(x, parameters, scheme), Residuals(scheme.keep(x, *parameters), scheme)
+    wide, *p = widened(x.dtype, x, *parameters)
+    kept = tuple(x if a is wide else a for a in scheme.keep(wide, *p))
+    return quantize(x, parameters, scheme), Residuals(kept, scheme)
 
 
 def _bwd(res: Residuals, g: tuple[jax.Array, Any]) -> tuple[Any, Any, None]:
     dx, *dparameters = res.scheme.backward(*widened(g[0].dtype, g[0], *res.kept))
-    return dx, tuple(dparameters), None
+    return dx, tuple(dparameters) or None, None
 
 
 quantize.defvjp(_fwd, _bwd)
