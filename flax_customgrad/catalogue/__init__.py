@@ -16,7 +16,10 @@ from flax_customgrad.catalogue.entry import Curve as Curve
 from flax_customgrad.catalogue.entry import Entry as Entry
 from flax_customgrad.catalogue.entry import Example as Example
 from flax_customgrad.catalogue.feedback import FEEDBACK
+from flax_customgrad.catalogue.frozen import FROZEN
+from flax_customgrad.catalogue.int8 import INT8
 from flax_customgrad.catalogue.linear import LINEAR
+from flax_customgrad.catalogue.microscaling import MICROSCALING
 from flax_customgrad.catalogue.normalization import NORMALIZATION
 from flax_customgrad.catalogue.pooling import POOLING
 from flax_customgrad.catalogue.shaping import SHAPING
@@ -39,6 +42,9 @@ def entries() -> tuple[Entry, ...]:
         *CATEGORICAL,
         *CODEBOOK,
         *SPARSE,
+        *FROZEN,
+        *MICROSCALING,
+        *INT8,
         *SPIKING,
         *SHAPING,
         *FEEDBACK,

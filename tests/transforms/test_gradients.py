@@ -17,9 +17,12 @@ STEPS = {"clip_ste", "stochastic_round", "XNORSign"}
 CODEBOOKS = {"VectorQuantizer"}
 SAMPLES = {"gumbel_softmax", "reinmax"}
 SPARSE = {"NMSparseLinear"}
+MICROSCALED = {"MXLinear", "NVFP4Linear"}
+INT8 = {"Int8Linear"}
 SPIKES = {"LIF"}
 SHAPERS = {"gradient_scale", "gradient_clip", "stop_gradient"}
 FEEDBACK = {"FeedbackLinear", "FeedbackConv", "DirectFeedback"}
+FROZEN = {"NF4Linear", "QLoRALinear"}
 THOROUGH = (
     NORMS
     | ACTIVATIONS
@@ -30,9 +33,12 @@ THOROUGH = (
     | SAMPLES
     | CODEBOOKS
     | SPARSE
+    | MICROSCALED
+    | INT8
     | SPIKES
     | SHAPERS
     | FEEDBACK
+    | FROZEN
 )
 OF_THE_FORMULA = ("autodiff", "finite_differences", "second_order", "dtypes", "residuals")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -70,6 +76,13 @@ CANNOT = {
     ("BatchNorm", "modes", "nnx.vmap, graph and updates"),
     ("BatchNorm", "modes", "nnx.vmap, graph"),
     ("BatchNorm", "modes", "nnx.vmap, tree"),
+    # In these modes nnx.grad takes the whole Module, and codes are integers: split it first.
+    *(
+        (name, "modes", f"nnx.{transform}, {mode}")
+        for name in FROZEN
+        for transform in ("jit", "remat", "vmap", "scan")
+        for mode in ("graph", "tree")
+    ),
 }
 
 
