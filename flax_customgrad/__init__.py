@@ -103,7 +103,16 @@ from flax_customgrad.quantized.fake_quant import FakeQuant as FakeQuant
 from flax_customgrad.quantized.fake_quant import QuantStat as QuantStat
 from flax_customgrad.quantized.packed_kernel import Packed as Packed
 from flax_customgrad.quantized.packed_kernel import PackedKernel as PackedKernel
+from flax_customgrad.quantized.quant_conv import QuantConv as QuantConv
+from flax_customgrad.quantized.quant_conv_transpose import (
+    QuantConvTranspose as QuantConvTranspose,
+)
+from flax_customgrad.quantized.quant_einsum import QuantEinsum as QuantEinsum
+from flax_customgrad.quantized.quant_embed import QuantEmbed as QuantEmbed
 from flax_customgrad.quantized.quant_linear import QuantLinear as QuantLinear
+from flax_customgrad.quantized.quant_linear_general import (
+    QuantLinearGeneral as QuantLinearGeneral,
+)
 from flax_customgrad.quantized.quantizer import Quantizer as Quantizer
 from flax_customgrad.quantized.ternary import TWN as TWN
 from flax_customgrad.quantized.ternary import AbsMean as AbsMean

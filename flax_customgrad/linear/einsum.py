@@ -193,18 +193,25 @@ class Einsum(nnx.Einsum):
         Raises:
             ValueError: there is no equation, or it does not fit inputs and kernel.
         """
-        given = self.einsum_str if einsum_str is None else einsum_str
         injected = (
             self.einsum_op is not jnp.einsum or self.promote_dtype is not dtypes.promote_dtype
         )
         params = parameters(self, "kernel", "bias")
-        # nnx says what is wrong with a missing equation.
-        if injected or given is None or not applies(inputs, params):
+        if injected or not applies(inputs, params):
             return super().__call__(inputs, einsum_str, out_sharding)
-        text = given.replace(" ", "")
-        self._einsum_str_check(text)
-        equation = Equation.parse(text, inputs.ndim, params["kernel"].ndim)
-        if not equation.is_regular(inputs.shape, params["kernel"].shape):
+        equation = self._equation(einsum_str, inputs, params["kernel"])
+        # nnx says what is wrong with a missing equation.
+        if equation is None:
             return super().__call__(inputs, einsum_str, out_sharding)
         how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         return einsum(params, inputs, equation, how)
+
+    def _equation(self, einsum_str: str | None, x: jax.Array, kernel: jax.Array) -> Equation | None:
+        """The equation, where there is one and it is regular."""
+        given = self.einsum_str if einsum_str is None else einsum_str
+        if given is None:
+            return None
+        text = given.replace(" ", "")
+        self._einsum_str_check(text)
+        equation = Equation.parse(text, x.ndim, kernel.ndim)
+        return equation if equation.is_regular(x.shape, kernel.shape) else None

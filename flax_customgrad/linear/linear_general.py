@@ -160,8 +160,11 @@ class LinearGeneral(nnx.LinearGeneral):
         params = parameters(self, "kernel", "bias")
         if injected or not applies(inputs, params):
             return super().__call__(inputs, out_sharding)
+        how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        return linear_general(params, inputs, self._axes(inputs), how)
+
+    def _axes(self, inputs: jax.Array) -> Axes:
         contracted = tuple(sorted(axis % inputs.ndim for axis in self.axis))
         batch = tuple(sorted(int(axis) % inputs.ndim for axis in self.batch_axis))
         free = tuple(a for a in range(inputs.ndim) if a not in (*contracted, *batch))
-        how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
-        return linear_general(params, inputs, Axes(contracted, batch, free), how)
+        return Axes(contracted, batch, free)

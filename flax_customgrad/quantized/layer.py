@@ -1,7 +1,9 @@
 """What the quantized layers share: their quantizers, and how operands go through them."""
 
-from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,62 +33,147 @@ Shaper = Callable[[jax.Array], jax.Array]
 """A layer that changes nothing but the gradient."""
 
 
-def set_quantizers(
-    layer: Any,
-    weight: Quantizer | None,
-    activation: Quantizer | None,
-    gradient: Shaper | None,
-    residuals: Keeping,
-    kernel: str = "kernel",
-) -> None:
-    """Gives a layer its quantizers; that of the weights observes them.
+class Quantized:
+    """Mixed into a layer with a kernel, which, and its input, then go through quantizers.
+
+    It comes after the layer among the bases: only then can a layer of nnx become one of these.
+
+    Attributes:
+        weight: the quantizer of the kernel, or None.
+        activation: the quantizer of the input, or None.
+        gradient: the layer that the output goes through for the sake of its gradient, or None.
+        residuals: what is kept between the passes, "quantized" or "original".
+    """
+
+    __slots__ = ()
+    weight: Quantizer | None
+    activation: Quantizer | None
+    gradient: Shaper | None
+    residuals: Keeping
+
+    _kernel: ClassVar[str] = "kernel"
+    """What the kernel is called."""
+    _defaults: ClassVar[Mapping[str, Callable[[], Quantizer]]] = {}
+    """What makes the quantizers that are not given, by argument."""
+
+    @classmethod
+    def from_layer(
+        cls,
+        layer: nnx.Module,
+        *,
+        weight: Quantizer | None = None,
+        activation: Quantizer | None = None,
+        gradient: Shaper | None = None,
+        residuals: Keeping = "quantized",
+    ) -> Self:
+        """Turns a layer of nnx, or a drop-in, into a quantized one, in place.
+
+        Args:
+            layer: of the class of nnx that this one subclasses.
+            weight: as for the constructor.
+            activation: as for the constructor.
+            gradient: as for the constructor.
+            residuals: as for the constructor.
+
+        Raises:
+            TypeError: it is another layer, or a quantizer is none.
+            ValueError: an operation is injected, or `residuals` is another word.
+        """
+        quantized: Any = adopt(cls, layer, _of_nnx(cls))  # type: ignore[type-var]
+        quantized._set_quantizers(weight, activation, gradient, residuals)
+        return quantized
+
+    def _set_quantizers(
+        self,
+        weight: Quantizer | None,
+        activation: Quantizer | None,
+        gradient: Shaper | None,
+        residuals: Keeping,
+    ) -> None:
+        """Gives the layer its quantizers; that of the weights observes them."""
+        name = type(self).__name__
+        given = {"weight": weight, "activation": activation}
+        for argument, quantizer in given.items():
+            if quantizer is None and argument in self._defaults:
+                given[argument] = self._defaults[argument]()
+            elif quantizer is not None and not isinstance(quantizer, Quantizer):
+                raise TypeError(
+                    f"{name}: {argument}={quantizer!r} must be a quantizer, such as "
+                    "flax_customgrad.FakeQuant(bits=8), or None"
+                )
+        if gradient is not None and not callable(gradient):
+            raise TypeError(f"{name}: gradient={gradient!r} must be a layer to call, or None")
+        if residuals not in ("quantized", "original"):
+            raise ValueError(f'{name}: residuals={residuals!r} must be "quantized" or "original"')
+        self.weight = nnx.data(given["weight"])
+        self.activation = nnx.data(given["activation"])
+        self.gradient = nnx.data(None) if gradient is None else gradient
+        self.residuals = residuals
+        if self.weight is not None:
+            self.weight.observe(self._parameters()[self._kernel])
+
+    def _parameters(self) -> Parameters:
+        """The parameters of the product."""
+        return parameters(self, self._kernel, "bias")  # type: ignore[arg-type]
+
+    def _operands(self, x: Any) -> tuple[Parameters, jax.Array]:
+        """The parameters and the input, as they go into the product."""
+        return checked(self, self._parameters(), x)
+
+    def _product(
+        self, params: Parameters, x: jax.Array, op: Callable[..., jax.Array], *statics: Any
+    ) -> jax.Array:
+        """The output: an operation of quantized operands.
+
+        Args:
+            params: the parameters.
+            x: the input.
+            op: the operation, called as `op(params, x, *statics)`.
+            *statics: its choices that are not arrays.
+        """
+        kernel = params[self._kernel]
+        quantized = [_quantized(self.weight, kernel), _quantized(self.activation, x)]
+        values = [a.values if isinstance(a, Codes) else a for a in quantized]
+        kept = quantized if self.residuals == "quantized" else [kernel, x]
+        params = nnx.State({**params, self._kernel: values[0]})
+        return self._shaped(product(params, values[1], *kept, Map(op, statics, self._kernel)))
+
+    def _shaped(self, y: jax.Array) -> jax.Array:
+        """The output, with a gradient of another shape."""
+        return y if self.gradient is None else self.gradient(y)
+
+
+def quantizing(init: Callable[..., None]) -> Callable[..., None]:
+    """The constructor of a layer of nnx, with quantizers beside its arguments.
 
     Args:
-        layer: a layer with a Param of the kernel's name.
-        weight: quantizes the kernel, or None.
-        activation: quantizes the input, or None.
-        gradient: a layer applied to the output, which changes its gradient, or None.
-        residuals: what is kept between the passes.
-        kernel: what the kernel is called.
+        init: the constructor.
 
-    Raises:
-        TypeError: a quantizer is none.
-        ValueError: residuals is another word.
+    Returns:
+        A constructor of the same signature and four keywords more. It raises a TypeError where a
+        quantizer is none, and a ValueError where `residuals` is another word or an operation is
+        injected.
     """
-    name = type(layer).__name__
-    for argument, quantizer in {"weight": weight, "activation": activation}.items():
-        if quantizer is not None and not isinstance(quantizer, Quantizer):
-            raise TypeError(
-                f"{name}: {argument}={quantizer!r} must be a quantizer, such as "
-                "flax_customgrad.FakeQuant(bits=8), or None"
-            )
-    if gradient is not None and not callable(gradient):
-        raise TypeError(f"{name}: gradient={gradient!r} must be a layer to call, or None")
-    if residuals not in ("quantized", "original"):
-        raise ValueError(f'{name}: residuals={residuals!r} must be "quantized" or "original"')
-    layer.weight = nnx.data(weight)
-    layer.activation = nnx.data(activation)
-    layer.gradient = gradient if isinstance(gradient, nnx.Module) or gradient else nnx.data(None)
-    layer.residuals = residuals
-    if weight is not None:
-        weight.observe(getattr(layer, kernel)[...])
 
+    def with_quantizers(
+        self: Quantized,
+        *args: Any,
+        weight: Quantizer | None = None,
+        activation: Quantizer | None = None,
+        gradient: Shaper | None = None,
+        residuals: Keeping = "quantized",
+        **kwargs: Any,
+    ) -> None:
+        init(self, *args, **kwargs)
+        refuse_injected(type(self).__name__, self)
+        self._set_quantizers(weight, activation, gradient, residuals)
 
-def quantized_product(layer: Any, params: Parameters, x: jax.Array, of: Map) -> jax.Array:
-    """The output of a layer whose operands go through its quantizers.
-
-    Args:
-        layer: what `set_quantizers` was called on.
-        params: the layer's parameters.
-        x: its input.
-        of: its map.
-    """
-    kernel = params[of.name]
-    quantized = [_quantized(layer.weight, kernel), _quantized(layer.activation, x)]
-    values = [a.values if isinstance(a, Codes) else a for a in quantized]
-    kept = quantized if layer.residuals == "quantized" else [kernel, x]
-    y = product(nnx.State({**params, of.name: values[0]}), values[1], *kept, of)
-    return y if layer.gradient is None else layer.gradient(y)
+    added = inspect.signature(with_quantizers).parameters.values()
+    parameters = inspect.signature(init).parameters.values()
+    signature = inspect.Signature([*parameters, *(p for p in added if p.kind is p.KEYWORD_ONLY)])
+    functools.update_wrapper(with_quantizers, init)
+    with_quantizers.__signature__ = signature  # type: ignore[attr-defined]
+    return with_quantizers
 
 
 def operands(layer: nnx.Module, x: Any, *names: str) -> tuple[Parameters, jax.Array]:
@@ -100,7 +187,21 @@ def operands(layer: nnx.Module, x: Any, *names: str) -> tuple[Parameters, jax.Ar
     Raises:
         TypeError: the input or a parameter is no real floating array.
     """
-    params, x = parameters(layer, *names), as_array(x)
+    return checked(layer, parameters(layer, *names), x)
+
+
+def checked(layer: Any, params: Parameters, x: Any) -> tuple[Parameters, jax.Array]:
+    """Operands that a quantizer can take.
+
+    Args:
+        layer: whose they are, for the error.
+        params: its parameters.
+        x: its input; an array of NumPy is taken too.
+
+    Raises:
+        TypeError: the input or a parameter is no real floating array.
+    """
+    x = as_array(x)
     for name, array in {"its input": x, **params}.items():
         if not is_taken(array):
             raise TypeError(
@@ -147,6 +248,11 @@ def refuse_injected(name: str, layer: Any) -> None:
             raise ValueError(
                 f"{name} computes its product itself and cannot call `{attribute}`: leave it out"
             )
+
+
+def _of_nnx(cls: type) -> type:
+    """The class of nnx that a class subclasses."""
+    return next(base for base in cls.__mro__ if getattr(nnx, base.__name__, None) is base)
 
 
 def _quantized(quantizer: Quantizer | None, a: jax.Array) -> Codes | jax.Array:

@@ -1,9 +1,11 @@
 """Products of quantized operands, which keep the codes of both and no float copy.
 
-forward   y  = f(W^, x^) + b      f linear in each: a product, einsum or convolution
-backward  those of f, at what is kept
-kept      'quantized': the codes of W^ and x^, decoded again    the derivative of the forward
-'original':  W and x as they came                     the convention of qwix and AQT
+    forward   y  = f(W^, x^) + b      f linear in each: a product, einsum or convolution
+    backward  those of f, at what is kept
+    kept      "quantized": the codes of W^ and x^, decoded again    the derivative of the forward
+              "original":  W and x as they came                     the convention of qwix and AQT
+
+What else f has for parameters, such as b, is kept as it came.
 """
 
 from collections.abc import Callable
@@ -23,7 +25,8 @@ class Map:
     """A map of parameters and an input, with a backward of its own.
 
     Attributes:
-        op: an operation of the library, called as `op({"kernel": W, "bias": b}, x, *statics)`.
+        op: an operation, linear in kernel and input, called as `op({"kernel": W, "bias": b}, x,
+            *statics)`.
         statics: the choices that are not arrays.
         name: what the kernel is called.
     """
@@ -42,7 +45,7 @@ class Residuals(NamedTuple):
 
     kernel: KeptCodes | jax.Array
     x: KeptCodes | jax.Array
-    bias: jax.Array | None
+    others: Parameters
     of: Map
 
 
@@ -57,7 +60,7 @@ def product(
     """Applies a map to quantized operands.
 
     Args:
-        params: the kernel, quantized, and `bias` or no bias; float.
+        params: the kernel, quantized, and others such as `bias`; float.
         x: the input, quantized; float.
         kernel_kept: what the backward takes for the kernel: its codes, or an array like it.
         x_kept: what the backward takes for the input.
@@ -77,14 +80,14 @@ def _fwd(
     of: Map,
 ) -> tuple[jax.Array, Residuals]:
     kernel, x_held = (keep(a) if isinstance(a, Codes) else a for a in (kernel_kept, x_kept))
-    return of(params, x), Residuals(kernel, x_held, params.get("bias"), of)
+    others = nnx.State({name: p for name, p in params.items() if name != of.name})
+    return of(params, x), Residuals(kernel, x_held, others, of)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
     kernel, x = (restore(a) if isinstance(a, KeptCodes) else a for a in (res.kernel, res.x))
-    bias = {} if res.bias is None else {"bias": res.bias}
     # Of the forward only its residuals are read, which are these operands: XLA drops the rest.
-    _, pull = jax.vjp(res.of, nnx.State({res.of.name: kernel, **bias}), x)
+    _, pull = jax.vjp(res.of, nnx.State({**res.others, res.of.name: kernel}), x)
     return *pull(g), None, None, None
 
 
