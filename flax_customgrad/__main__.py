@@ -1,15 +1,16 @@
-"""The command line: `python -m flax_customgrad train | estimators | codebooks | list | check`."""
+"""The command line: `python -m flax_customgrad` and one of the commands below."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from flax_customgrad.command import check, codebooks, estimators, listing, train
+from flax_customgrad.command import check, codebooks, estimators, listing, quantized, train
 
 _COMMANDS = {
     "train": train,
     "estimators": estimators,
+    "quantized": quantized,
     "codebooks": codebooks,
     "list": listing,
     "check": check,

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     behind, start = [], time.perf_counter()
     for name in names:
         with console.status(f"training with {name}"):
-            found = probe.probe(*trials.TRIALS[name], args.seeds, args.steps)
+            found = probe.probe(trials.TRIALS[name].build, args.seeds, args.steps)
         if found.gain < _AHEAD:
             behind.append(name)
         rows.add(name, _values(found), fine=found.gain >= _AHEAD)

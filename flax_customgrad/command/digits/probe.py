@@ -1,8 +1,7 @@
-"""A network that learns as much as a step lets through, and how accurate it becomes.
+"""A network that learns as much as its blocks let through, and how accurate it becomes.
 
-Two hidden blocks, each with the step in it, and a linear layer that reads them. Its control is the
-same network with the gradient through the step set to zero: only the reading layer learns, from
-what the random blocks below happen to show.
+Its control is the same network with the gradient through the blocks set to zero: only the layer
+that reads them learns, from what the random blocks happen to show.
 """
 
 from collections.abc import Callable
@@ -26,7 +25,8 @@ WIDTH = 48
 CLASSES = 10
 """How many digits there are."""
 
-_PIXELS = 64
+PIXELS = 64
+"""How many pixels an image has."""
 
 
 class Switch(nnx.Variable):
@@ -118,13 +118,8 @@ Make = Callable[[int, int, nnx.Rngs], Block]
 """Makes a block from how many features come in and go out."""
 
 
-Chain = Callable[..., nnx.Module]
-"""Makes one Module of layers, and `rngs`, which calls them one after another."""
-
-
-def in_sequence(*layers: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
-    """The plain chain."""
-    return nnx.Sequential(*layers)
+Build = Callable[[nnx.Rngs], nnx.Module]
+"""Makes a network of pixels with blocks in it, which returns a number for each class."""
 
 
 class Outcome(NamedTuple):
@@ -144,12 +139,11 @@ class Outcome(NamedTuple):
         return float(100 * (self.accuracy.mean() - self.control.mean()))
 
 
-def probe(make: Make, chain: Chain, seeds: int, steps: int) -> Outcome:
+def probe(build: Build, seeds: int, steps: int) -> Outcome:
     """Trains a network and its control, for some seeds, all at once.
 
     Args:
-        make: makes the hidden blocks.
-        chain: puts the layers one after another.
+        build: makes the network.
         seeds: how many seeds; each splits the data anew.
         steps: how many steps of 64 images.
     """
@@ -157,17 +151,14 @@ def probe(make: Make, chain: Chain, seeds: int, steps: int) -> Outcome:
     both = jnp.array([1.0, 0.0])
 
     def of_seed(seed: jax.Array, train: data.Batch, test: data.Batch) -> jax.Array:
-        return jax.vmap(lambda passes: _accuracy(make, chain, seed, passes, steps, train, test))(
-            both
-        )
+        return jax.vmap(lambda passes: _accuracy(build, seed, passes, steps, train, test))(both)
 
     accuracy = np.asarray(jax.jit(jax.vmap(of_seed))(jnp.arange(seeds), train, test))
     return Outcome(accuracy[:, 0], accuracy[:, 1])
 
 
 def _accuracy(
-    make: Make,
-    chain: Chain,
+    build: Build,
     seed: jax.Array,
     passes: jax.Array,
     steps: int,
@@ -176,12 +167,7 @@ def _accuracy(
 ) -> jax.Array:
     """Trains one network; all but the shapes may be traced."""
     rngs = nnx.Rngs(jax.random.key(seed))
-    network = chain(
-        make(_PIXELS, WIDTH, rngs),
-        make(WIDTH, WIDTH, rngs),
-        nnx.Linear(WIDTH, CLASSES, rngs=rngs),
-        rngs=rngs,
-    )
+    network = build(rngs)
     _fill(network, Switch, passes)
 
     def loss(network: nnx.Module, batch: data.Batch) -> jax.Array:

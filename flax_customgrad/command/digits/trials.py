@@ -19,13 +19,12 @@ from flax_customgrad.codebook.usage import Quantized
 from flax_customgrad.codebook.vector_quantizer import VectorQuantizer
 from flax_customgrad.command.digits.probe import (
     CLASSES,
+    PIXELS,
     WIDTH,
     Activation,
     Block,
-    Chain,
     Make,
     Weights,
-    in_sequence,
 )
 from flax_customgrad.command.digits.spikes import Spiking, over_time
 from flax_customgrad.feedback.direct_feedback import DirectFeedback
@@ -47,8 +46,17 @@ _CHOICES = 8
 Linear = Callable[..., nnx.Module]
 
 
+Chain = Callable[..., nnx.Module]
+"""Makes one Module of layers, and `rngs`, which calls them one after another."""
+
+
+def in_sequence(*layers: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
+    """The plain chain."""
+    return nnx.Sequential(*layers)
+
+
 class Trial(NamedTuple):
-    """A network to try an estimator in.
+    """A network to try an estimator in: two hidden blocks with it, and a layer that reads them.
 
     Attributes:
         block: makes a hidden block.
@@ -57,6 +65,15 @@ class Trial(NamedTuple):
 
     block: Make
     chain: Chain = in_sequence
+
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Makes the network."""
+        return self.chain(
+            self.block(PIXELS, WIDTH, rngs),
+            self.block(WIDTH, WIDTH, rngs),
+            nnx.Linear(WIDTH, CLASSES, rngs=rngs),
+            rngs=rngs,
+        )
 
 
 def _drawing(step: Callable[[nnx.Rngs], Callable[..., Any]]) -> Trial:
