@@ -34,6 +34,11 @@ from flax_customgrad.activation.softmax import log_softmax as log_softmax
 from flax_customgrad.activation.softmax import logsumexp as logsumexp
 from flax_customgrad.activation.softmax import softmax as softmax
 from flax_customgrad.autodiff import use_autodiff as use_autodiff
+from flax_customgrad.backward_state import BackwardState as BackwardState
+from flax_customgrad.backward_state import BackwardStateError as BackwardStateError
+from flax_customgrad.backward_state import backward_state as backward_state
+from flax_customgrad.backward_state import load_backward_state as load_backward_state
+from flax_customgrad.backward_state import reset_backward_state as reset_backward_state
 from flax_customgrad.categorical.gumbel_softmax import GumbelSoftmax as GumbelSoftmax
 from flax_customgrad.categorical.gumbel_softmax import gumbel_softmax as gumbel_softmax
 from flax_customgrad.categorical.reinmax import ReinMax as ReinMax
@@ -63,6 +68,10 @@ from flax_customgrad.feedback.direct_feedback import DirectFeedback as DirectFee
 from flax_customgrad.feedback.feedback_conv import FeedbackConv as FeedbackConv
 from flax_customgrad.feedback.feedback_linear import FeedbackLinear as FeedbackLinear
 from flax_customgrad.feedback.variable import Feedback as Feedback
+from flax_customgrad.fp8.delayed import DelayedScaling as DelayedScaling
+from flax_customgrad.fp8.delayed import begin_step as begin_step
+from flax_customgrad.fp8.fp8_einsum import Fp8Einsum as Fp8Einsum
+from flax_customgrad.fp8.fp8_linear import Fp8Linear as Fp8Linear
 from flax_customgrad.frozen.int4_linear import Int4Linear as Int4Linear
 from flax_customgrad.frozen.nf4_linear import NF4Linear as NF4Linear
 from flax_customgrad.frozen.qlora_linear import QLoRALinear as QLoRALinear
@@ -99,8 +108,12 @@ from flax_customgrad.normalization.weight_standardization import (
 )
 from flax_customgrad.quantized.binary import BinaryActivation as BinaryActivation
 from flax_customgrad.quantized.binary import BinaryWeight as BinaryWeight
+from flax_customgrad.quantized.binary_layers import BinaryConv as BinaryConv
+from flax_customgrad.quantized.binary_layers import BinaryLinear as BinaryLinear
+from flax_customgrad.quantized.bit_linear import BitLinear as BitLinear
 from flax_customgrad.quantized.fake_quant import FakeQuant as FakeQuant
 from flax_customgrad.quantized.fake_quant import QuantStat as QuantStat
+from flax_customgrad.quantized.lsq import LSQ as LSQ
 from flax_customgrad.quantized.packed_kernel import Packed as Packed
 from flax_customgrad.quantized.packed_kernel import PackedKernel as PackedKernel
 from flax_customgrad.quantized.quant_conv import QuantConv as QuantConv
@@ -116,6 +129,8 @@ from flax_customgrad.quantized.quant_linear_general import (
 from flax_customgrad.quantized.quantizer import Quantizer as Quantizer
 from flax_customgrad.quantized.ternary import TWN as TWN
 from flax_customgrad.quantized.ternary import AbsMean as AbsMean
+from flax_customgrad.quantized.ternary_layers import TernaryConv as TernaryConv
+from flax_customgrad.quantized.ternary_layers import TernaryLinear as TernaryLinear
 from flax_customgrad.quantized.ttq import TTQ as TTQ
 from flax_customgrad.residuals import Residual as Residual
 from flax_customgrad.residuals import residual_bytes as residual_bytes

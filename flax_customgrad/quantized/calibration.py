@@ -7,11 +7,15 @@
 The range is of the whole array, of each channel, or of each block, in float32 or wider; it has no
 gradient. Where it is empty the scale is 1, so that zeros stay zeros. A NaN or an infinity makes the
 range, and with it all values that share it, non-finite.
+
+Where a divisor is a constant, its inverse is a factor: XLA replaces such a division in some
+programs and not in others, and codes would depend on what is compiled with them.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +50,9 @@ class Sharing:
 
     def grouped(self, x: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
         """x, in blocks where there are any, and the axes that share a range."""
+        own = (-1,) if self.axis == "token" else self.axis or ()
+        if not all(-x.ndim <= axis < x.ndim for axis in own):
+            raise ValueError(f"a quantizer's axis={own} is none of an array of shape {x.shape}")
         if self.block is not None:
             assert isinstance(self.axis, tuple)
             axis = self.axis[0] % x.ndim
@@ -57,7 +64,7 @@ class Sharing:
             return x, tuple(range(x.ndim))
         if self.axis == "token":
             return x, (x.ndim - 1,)
-        own = {axis % x.ndim for axis in self.axis}
+        own = [axis % x.ndim for axis in self.axis]
         return x, tuple(axis for axis in range(x.ndim) if axis not in own)
 
     def shared(self, parameter: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -133,10 +140,12 @@ def mean_magnitude(x: jax.Array, sharing: Sharing) -> jax.Array:
 
     Args:
         x: array of any shape, float.
-        sharing: which elements share a mean.
+        sharing: which elements share a mean; without blocks.
     """
-    wide = lax.stop_gradient(x).astype(accumulator(x))
-    return mean_where(jnp.abs(wide), jnp.ones_like(wide, jnp.bool), sharing)
+    size, axes = sharing.grouped(jnp.abs(lax.stop_gradient(x).astype(accumulator(x))))
+    n = math.prod(size.shape[axis] for axis in axes)
+    power = magnitude(size, axes)
+    return jnp.sum(size / power, axes, keepdims=True) * (1 / max(n, 1)) * power
 
 
 def mean_where(x: jax.Array, where: jax.Array, sharing: Sharing) -> jax.Array:
@@ -148,8 +157,8 @@ def mean_where(x: jax.Array, where: jax.Array, sharing: Sharing) -> jax.Array:
         sharing: which elements share a mean; without blocks.
     """
     x, axes = sharing.grouped(jnp.where(where, x, 0))
-    power = magnitude(x, axes)
     n = jnp.sum(where, axes, dtype=x.dtype, keepdims=True)
+    power = magnitude(x, axes)
     return jnp.sum(x / power, axes, keepdims=True) / jnp.maximum(n, 1) * power
 
 
@@ -162,7 +171,10 @@ def scale_of(found: Range, low: int, high: int, symmetric: bool) -> tuple[jax.Ar
         high: the largest integer.
         symmetric: whether 0 is the integer 0.
     """
-    width: Any = found.high if symmetric else found.high - found.low
-    scale = width / (high if symmetric else high - low)
+    if symmetric:
+        scale = found.high * (1 / high)
+    else:
+        # Halves, whose difference does not overflow.
+        scale = (found.high / 2 - found.low / 2) * (2 / (high - low))
     scale = jnp.where(scale == 0, 1, scale)
     return (scale,) if symmetric else (scale, low + jnp.round(-found.low / scale))
