@@ -45,10 +45,11 @@ class Int4Linear(FrozenLinear):
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
         >>> from flax import nnx
-        >>> kernel = jnp.array([[-1.0], [0.0], [0.4], [0.98]])
-        >>> linear = nnx.Linear(4, 1, kernel_init=lambda *_: kernel, rngs=nnx.Rngs(0))
-        >>> fcg.Int4Linear.from_layer(linear).kernel.round(2).ravel()
-        Array([-1.  ,  0.  ,  0.43,  1.  ], dtype=float32)
+        >>> layer = fcg.Int4Linear(256, 64, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 256))).shape
+        (2, 64)
+        >>> layer.codes.nbytes, layer.scales.nbytes, layer.kernel.nbytes
+        (8192, 512, 65536)
     """
 
     def __init__(
