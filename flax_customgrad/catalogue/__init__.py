@@ -22,6 +22,7 @@ from flax_customgrad.catalogue.linear import LINEAR
 from flax_customgrad.catalogue.microscaling import MICROSCALING
 from flax_customgrad.catalogue.normalization import NORMALIZATION
 from flax_customgrad.catalogue.pooling import POOLING
+from flax_customgrad.catalogue.quantized import QUANTIZED
 from flax_customgrad.catalogue.shaping import SHAPING
 from flax_customgrad.catalogue.sparse import SPARSE
 from flax_customgrad.catalogue.spiking import SPIKING
@@ -42,6 +43,7 @@ def entries() -> tuple[Entry, ...]:
         *CATEGORICAL,
         *CODEBOOK,
         *SPARSE,
+        *QUANTIZED,
         *FROZEN,
         *MICROSCALING,
         *INT8,

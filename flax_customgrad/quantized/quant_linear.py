@@ -47,7 +47,7 @@ class QuantLinear(Linear, Quantized):
         >>> layer(x).shape
         (8, 3)
         >>> fcg.residual_bytes(layer, x), x.nbytes
-        (104, 512)
+        (124, 512)
     """
 
     __init__ = quantizing(nnx.Linear.__init__)
