@@ -32,13 +32,14 @@ from flax_customgrad.quantized.scheme import Scheme
 from flax_customgrad.sums import accumulator
 
 
-def size(parameter: jax.Array) -> jax.Array:
-    """The magnitude of a learned size, at least the least normal number.
+def size(parameter: jax.Array, least: float = 2.0**-126) -> jax.Array:
+    """The magnitude of a learned size, and not less than the least one.
 
     Args:
         parameter: array of any shape, float32 or wider.
+        least: the least size, by default the least normal number of float32.
     """
-    return jnp.maximum(jnp.abs(parameter), jnp.finfo(parameter.dtype).tiny)
+    return jnp.maximum(jnp.abs(parameter), least)
 
 
 def side(parameter: jax.Array) -> jax.Array:
@@ -175,9 +176,7 @@ class LSQ(Quantizer):
             ValueError: there are no scales yet, or they do not fit x.
         """
         x = jnp.asarray(x)
-        grad_scale = None if isinstance(self.grad_scale, str) else self.grad_scale
-        scheme = LearnedScale(*self.integers, grad_scale, self.features)
-        return coded(x, (learned(self, "scale", x),), scheme)
+        return coded(x, (learned(self, "scale", x),), self._scheme(LearnedScale))
 
     def observe(self, x: jax.Array) -> None:
         """Sets the scale to 2 mean |x| / sqrt(high), 1 for zeros; what is not finite is left out.
@@ -189,6 +188,10 @@ class LSQ(Quantizer):
         mean = mean_where(size, jnp.isfinite(size), self.sharing)
         scale = mean * (2 / math.sqrt(self.integers[1]))
         set_learned(self, "scale", jnp.where(scale > 0, scale, 1))
+
+    def _scheme(self, kind: type[LearnedScale]) -> LearnedScale:
+        grad_scale = None if isinstance(self.grad_scale, str) else self.grad_scale
+        return kind(*self.integers, grad_scale, self.features)
 
 
 def checked_bits(name: str, bits: int, least: int = 2) -> int:

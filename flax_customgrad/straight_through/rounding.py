@@ -89,13 +89,14 @@ def trunc_ste(x: ArrayLike) -> jax.Array:
 # stochastic_round, whose noise is uniform in [0, 1).
 
 
-def _up_where_below(x: jax.Array, noise: jax.Array) -> jax.Array:
+def up_where_below(x: jax.Array, noise: jax.Array) -> jax.Array:
+    """The integer above x where the noise is below its fraction, else the one below."""
     # Not floor(x + noise): for large x that sum is rounded, and ends above too often.
     below = jnp.floor(x)
     return below + (noise < x - below)
 
 
-_STOCHASTIC = Step("stochastic_round", _up_where_below, passed, nothing)
+_STOCHASTIC = Step("stochastic_round", up_where_below, passed, nothing)
 
 
 def stochastic_round(x: ArrayLike, key: jax.Array) -> jax.Array:
