@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from flax_customgrad.backward_state import BackwardState, put, states_of
+
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
@@ -24,11 +26,15 @@ class Static:
 
 @dataclass(frozen=True)
 class _Split:
-    """A Module taken apart: its `size` arrays are traced, its graph and tree definitions stay."""
+    """A Module taken apart: its `size` arrays are traced, its graph and tree definitions stay.
+
+    Behind its arrays come the Refs of its `BackwardState`s, which are found at `written`.
+    """
 
     graphdef: nnx.GraphDef
     state: Any
     size: int
+    written: tuple[tuple[tuple[Any, ...], BackwardState], ...]
 
 
 class Position(int):
@@ -45,7 +51,8 @@ class Packed:
 
     Attributes:
         treedef: structure of the tree, in which a Module counts as one leaf.
-        leaves: per leaf the static value, a split Module, or a mark where an array goes.
+        leaves: per leaf the static value, a split Module, a `BackwardState`, or a mark where an
+            array goes.
         size: number of arrays that `unpack` takes.
     """
 
@@ -55,18 +62,27 @@ class Packed:
 
     def unpack(self, arrays: Sequence[Any]) -> Any:
         """Puts the arrays back and returns the tree."""
-        return self._fill(arrays, lambda split, state: nnx.merge(split.graphdef, state))
+        return self._fill(arrays, _merge, BackwardState.bound)
 
     def positions(self) -> Any:
         """The tree with a `Position` in place of each array and a State in place of a Module."""
-        return self._fill(map(Position, range(self.size)), lambda split, state: state)
+        return self._fill(
+            map(Position, range(self.size)),
+            lambda split, state, refs: state,
+            lambda state, position: position,
+        )
 
     @property
     def has_modules(self) -> bool:
         """Whether the tree holds a Module."""
         return any(isinstance(leaf, _Split) for leaf in self.leaves)
 
-    def _fill(self, arrays: Iterable[Any], restore: Callable[[_Split, nnx.State], Any]) -> Any:
+    def _fill(
+        self,
+        arrays: Iterable[Any],
+        restore: Callable[[_Split, Any, list[Any]], Any],
+        bind: Callable[[BackwardState, Any], Any],
+    ) -> Any:
         rest = iter(arrays)
         leaves = []
         for leaf in self.leaves:
@@ -74,7 +90,9 @@ class Packed:
                 leaf = next(rest)
             elif isinstance(leaf, _Split):
                 state = leaf.state.unflatten([next(rest) for _ in range(leaf.size)])
-                leaf = restore(leaf, state)
+                leaf = restore(leaf, state, [next(rest) for _ in leaf.written])
+            elif isinstance(leaf, BackwardState):
+                leaf = bind(leaf, next(rest))
             leaves.append(leaf)
         return self.treedef.unflatten(leaves)
 
@@ -83,7 +101,8 @@ def pack(tree: Any, what: str) -> tuple[list[Any], Packed]:
     """Splits a tree into its arrays and everything else.
 
     Args:
-        tree: modules, States, dicts, tuples, arrays, `jax.Ref`s, None and hashable values.
+        tree: modules, States, dicts, tuples, arrays, `jax.Ref`s, `BackwardState`s, None and
+            hashable values.
         what: the name of the tree in an error message.
 
     Returns:
@@ -102,8 +121,13 @@ def pack(tree: Any, what: str) -> tuple[list[Any], Packed]:
         elif _is_module(leaf):
             graphdef, state = nnx.split(leaf, graph=True)
             values, structure = jax.tree.flatten(state)
+            written = tuple(states_of(leaf))
             arrays.extend(values)
-            leaves.append(_Split(graphdef, structure, len(values)))
+            arrays.extend(state.ref for _, state in written)
+            leaves.append(_Split(graphdef, structure, len(values), written))
+        elif isinstance(leaf, BackwardState):
+            arrays.append(leaf.ref)
+            leaves.append(leaf)
         else:
             leaves.append(_hashable(leaf, what))
     return arrays, Packed(treedef, tuple(leaves), len(arrays))
@@ -112,6 +136,11 @@ def pack(tree: Any, what: str) -> tuple[list[Any], Packed]:
 def is_array(value: Any) -> bool:
     """Whether JAX traces this value: an array of JAX or NumPy, or a `jax.Ref`."""
     return isinstance(value, jax.Array | np.ndarray | np.generic | jax.Ref)
+
+
+def is_reference(aval: Any) -> bool:
+    """Whether a type, as `jax.typeof` gives it, is that of a `jax.Ref`."""
+    return hasattr(aval, "inner_aval")
 
 
 def is_parameters(argument: Any) -> bool:
@@ -131,6 +160,13 @@ def by_path(parameters: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
 def value_of(leaf: Any) -> Any:
     """What a leaf of a State holds: the value of a Variable, or the leaf itself."""
     return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
+def _merge(split: _Split, state: Any, refs: list[Any]) -> Any:
+    module = nnx.merge(split.graphdef, state)
+    for (path, held), ref in zip(split.written, refs, strict=True):
+        put(module, path, held.bound(ref))
+    return module
 
 
 def _is_module(value: Any) -> bool:

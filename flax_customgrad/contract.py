@@ -24,7 +24,9 @@ from collections.abc import Callable
 from typing import Any, overload
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from flax_customgrad import autodiff, cotangents, writes
 from flax_customgrad.arguments import Packed, Static, pack
@@ -124,7 +126,8 @@ class CustomVJP:
                 other Variables; for an array the array; None for zero and for a static value.
                 A cotangent has the shape of what it belongs to. One in a wider dtype is cast
                 once, a narrower one is an error. Under `shard_map` a gradient that varies over
-                the devices is summed for an argument that does not.
+                the devices is summed for an argument that does not. A `BackwardState` among the
+                residuals it may write; its cotangent is None.
 
         Raises:
             TypeError: `fwd` or `bwd` is not callable.
@@ -190,7 +193,7 @@ class CustomVJP:
     # What follows is called by jax.custom_vjp, with `call` as its static first argument.
 
     def _primal(self, call: Static, *arrays: Any) -> tuple[Any, Any]:
-        args = call.value.unpack(arrays)
+        args = call.value.unpack(_read(arrays))
         snapshots = _snapshots(call.value, args)
         out = self.fun(*args)
         return out, [snapshot.updates(self._name) for snapshot in snapshots]
@@ -233,6 +236,27 @@ class CustomVJP:
             snapshot.forbid_updates(self._name)
         checked = cotangents.check(f"`{self._name}`", names, call.positions(), avals, cts)
         return (None, *checked)
+
+
+def _read(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arrays, of which one has waited for what the Refs among them hold.
+
+    A forward that is not differentiated need not read a Ref, and JAX does not compile a function
+    with a Ref in it that nothing reads.
+    """
+    held = [array[...] for array in arrays if isinstance(array, jax.Ref)]
+    if not held:
+        return arrays
+    floats = [
+        i
+        for i, array in enumerate(arrays)
+        if not isinstance(array, jax.Ref) and jnp.issubdtype(array.dtype, jnp.floating)
+    ]
+    if not floats:
+        return arrays
+    smallest = min(floats, key=lambda i: arrays[i].size)
+    waited, *_ = lax.optimization_barrier((arrays[smallest], *held))
+    return (*arrays[:smallest], waited, *arrays[smallest + 1 :])
 
 
 def _known(method: Callable[..., Any]) -> Callable[..., Any]:

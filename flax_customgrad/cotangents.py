@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.arguments import Position, by_path, is_parameters, value_of
+from flax_customgrad.arguments import Position, by_path, is_parameters, is_reference, value_of
 
 _ByPath = dict[tuple[Any, ...], Any]
 
@@ -81,6 +81,11 @@ class _Checker:
             self._check_tree(place, arg, ct)
 
     def _check_array(self, place: str, arg: Position, ct: Any) -> None:
+        if is_reference(self.avals[arg]):
+            raise CotangentError(
+                f"the cotangent of {place} is {describe(ct)}, but the argument is a state that the "
+                "backward may write: write it, state[...] = value, and return None"
+            )
         self.flat[arg] = _fit(place, ct, self.avals[arg])
 
     def _check_parameters(self, place: str, arg: Any, ct: Any) -> None:

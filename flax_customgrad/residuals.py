@@ -44,7 +44,7 @@ def residuals(fn: Callable[..., Any], *args: Any) -> list[Residual]:
     def trace(*args: Any) -> None:
         _, pull = jax.vjp(fn, *args)
         own = {id(leaf) for leaf in jax.tree.leaves(args)}
-        leaves = {id(leaf): leaf for leaf in jax.tree.leaves(pull)}
+        leaves = {id(leaf): leaf for leaf in jax.tree.leaves(pull) if not _is_state(leaf)}
         for key, leaf in leaves.items():
             nbytes = leaf.size * leaf.dtype.itemsize
             kept.append(Residual(leaf.shape, leaf.dtype, nbytes, key in own))
@@ -52,6 +52,11 @@ def residuals(fn: Callable[..., Any], *args: Any) -> list[Residual]:
     with as_they_are():
         jax.eval_shape(trace, *args)
     return kept
+
+
+def _is_state(leaf: Any) -> bool:
+    """Whether a leaf is the Ref of a `BackwardState`, which its layer holds anyway."""
+    return isinstance(leaf, jax.Ref)
 
 
 def residual_bytes(fn: Callable[..., Any], *args: Any) -> int:

@@ -53,9 +53,8 @@ class Snapshot:
             paths = ", ".join(".".join(map(str, path)) for path in static.value)
             raise TypeError(
                 f"the backward of `{name}` writes to {paths} of a {type(self._module).__name__}, "
-                "and the write would be lost: a backward runs on a copy. Hold the state in a "
-                "jax.Ref (module.history = nnx.data(jax.new_ref(...))) and pass it as an argument, "
-                "or return the new value as a cotangent"
+                "and the write would be lost: a backward runs on a copy. Hold what a backward "
+                "writes in a flax_customgrad.BackwardState, module.history = BackwardState(value)"
             )
 
 

@@ -16,6 +16,7 @@ from flax_customgrad.catalogue.entry import Curve as Curve
 from flax_customgrad.catalogue.entry import Entry as Entry
 from flax_customgrad.catalogue.entry import Example as Example
 from flax_customgrad.catalogue.feedback import FEEDBACK
+from flax_customgrad.catalogue.fp8 import FP8
 from flax_customgrad.catalogue.frozen import FROZEN
 from flax_customgrad.catalogue.int8 import INT8
 from flax_customgrad.catalogue.linear import LINEAR
@@ -43,6 +44,7 @@ def entries() -> tuple[Entry, ...]:
         *CATEGORICAL,
         *CODEBOOK,
         *SPARSE,
+        *FP8,
         *QUANTIZED,
         *FROZEN,
         *MICROSCALING,

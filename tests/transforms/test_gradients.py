@@ -17,6 +17,7 @@ STEPS = {"clip_ste", "XNORSign"}
 CODEBOOKS = {"VectorQuantizer"}
 SAMPLES = {"gumbel_softmax"}
 SPARSE = {"NMSparseLinear"}
+FP8 = {"Fp8Linear"}
 QUANTIZED = {"QuantLinear"}
 MICROSCALED = {"MXLinear", "NVFP4Linear"}
 INT8 = {"Int8Linear"}
@@ -34,6 +35,7 @@ THOROUGH = (
     | SAMPLES
     | CODEBOOKS
     | SPARSE
+    | FP8
     | QUANTIZED
     | MICROSCALED
     | INT8
