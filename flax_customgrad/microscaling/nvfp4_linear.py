@@ -103,7 +103,9 @@ class NVFP4Linear(Linear):
             hadamard: as for the constructor.
             residuals: as for the constructor.
             rng_collection: as for the constructor.
-            rngs: random numbers for the noise; by default `nnx.Rngs(0)`.
+            rngs: random numbers for the noise; by default `nnx.Rngs(0)`, and layers of one shape
+                then draw the same. For a whole model hand one over:
+                `rules={nnx.Linear: lambda layer: NVFP4Linear.from_layer(layer, rngs=rngs)}`.
 
         Raises:
             TypeError: it is another layer.

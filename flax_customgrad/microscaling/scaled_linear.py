@@ -110,7 +110,7 @@ def scaled_linear(
         Outputs of shape (..., out_features), in the dtype of the computation.
     """
     kernel, bias, last = params["kernel"], params.get("bias"), x.ndim - 1
-    x_, w = _wide(x, kernel)
+    x_, w = _wide(x.dtype, x, kernel)
     y = lax.dot_general(
         _quantized(x_, recipe.operands, (last,)),
         recipe.kernel(w, 0),
@@ -130,7 +130,7 @@ def _fwd(
     y, codes, held = scaled_linear(params, x, key, recipe, how), None, x
     # Outside of a trace there is no XLA to drop the input.
     if recipe.residuals == "quantized" and isinstance(x, jax.core.Tracer):
-        rows = recipe.rows(_wide(x, params["kernel"])[0])
+        rows = recipe.rows(_wide(params["kernel"].dtype, x)[0])
         codes = coded(lax.stop_gradient(rows), recipe.operands)
         held = None if kept.looked_at() else x
     return y, Residuals(params, held, codes, key, recipe, how, jax.typeof(x))
@@ -138,7 +138,7 @@ def _fwd(
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
     params, recipe, p, last = res.params, res.recipe, res.how.precision, g.ndim - 1
-    g_, w = _wide(g, params["kernel"])
+    g_, w = _wide(res.of.dtype, g, params["kernel"])
     dx = lax.dot_general(
         _quantized(g_, recipe.gradient, (last,), _noise(res.key, 0, g_)),
         recipe.kernel(w, 1),
@@ -185,15 +185,15 @@ def _quantized_rows(res: Residuals) -> jax.Array:
     if res.codes is not None and res.x is None:
         return decoded(res.codes, res.recipe.operands)
     assert res.x is not None
-    rows = res.recipe.rows(_wide(res.x, res.params["kernel"])[0])
+    rows = res.recipe.rows(_wide(res.params["kernel"].dtype, res.x)[0])
     if res.codes is None:
         return _quantized(rows, res.recipe.operands, (0,))
     return kept.standing_for(decoded(res.codes, res.recipe.operands), rows)
 
 
-def _wide(*arrays: jax.Array) -> list[jax.Array]:
-    """Arrays in float32, or wider where one of them is."""
-    return [a.astype(accumulator(*arrays)) for a in arrays]
+def _wide(dtype: Any, *arrays: jax.Array) -> list[jax.Array]:
+    """Arrays in float32, or wider where a dtype or one of them is."""
+    return [a.astype(accumulator(dtype, *arrays)) for a in arrays]
 
 
 def _noise(key: jax.Array | None, n: int, x: jax.Array) -> jax.Array | None:
