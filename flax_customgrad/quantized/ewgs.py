@@ -67,8 +67,9 @@ class Interval(Scheme):
         r = (x - low) / width
         inside = (r >= 0) & (r <= 1)
         q = jnp.round(self.high * jnp.clip(r, 0, 1))
-        k = (2 if self.signed else 1) * scale * g
-        k = k * (1 + self.delta * jnp.sign(k) * (r - q * (1 / self.high)))
+        k = (2 if self.signed else 1) * lax.stop_gradient(scale) * g
+        error = lax.stop_gradient(r - q * (1 / self.high))
+        k = k * (1 + self.delta * jnp.sign(k) * error)
         dx = jnp.where(inside, k, 0) / width
         turned = side(high - low)
         dlow, dhigh = dx * (turned * r - 1), dx * -turned * r

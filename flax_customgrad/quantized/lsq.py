@@ -89,7 +89,8 @@ class LearnedScale(Scheme):
         v = x / self.scale(p)
         outside = (v < self.low) | (v > self.high)
         slope = jnp.where(outside, jnp.clip(v, self.low, self.high), jnp.round(v) - v)
-        ds = self.gain(x.shape, p) * summed_to(g * slope, p.shape)
+        # Where round passes a gradient on, as here, the slope has no derivative.
+        ds = self.gain(x.shape, p) * summed_to(g * lax.stop_gradient(slope), p.shape)
         return jnp.where(outside, 0, g), self.slope(p) * ds
 
     def gain(self, shape: tuple[int, ...], p: jax.Array) -> float:

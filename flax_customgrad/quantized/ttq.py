@@ -52,7 +52,7 @@ class Trained(Scheme):
         if sides.shape != g.shape:
             sides = unpack(sides, 2, g.shape[-1])
         above, below = sides == 2, sides == 0
-        dw = g * jnp.where(above, p, jnp.where(below, n, 1))
+        dw = g * lax.stop_gradient(jnp.where(above, p, jnp.where(below, n, 1)))
         dp, dn = (jnp.where(above, g, 0), jnp.where(below, -g, 0))
         return dw, summed_to(dp, p.shape), summed_to(dn, n.shape), None
 
