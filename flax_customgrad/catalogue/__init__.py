@@ -24,6 +24,7 @@ from flax_customgrad.catalogue.microscaling import MICROSCALING
 from flax_customgrad.catalogue.normalization import NORMALIZATION
 from flax_customgrad.catalogue.pooling import POOLING
 from flax_customgrad.catalogue.quantized import QUANTIZED
+from flax_customgrad.catalogue.quantizers import QUANTIZERS
 from flax_customgrad.catalogue.shaping import SHAPING
 from flax_customgrad.catalogue.sparse import SPARSE
 from flax_customgrad.catalogue.spiking import SPIKING
@@ -45,6 +46,7 @@ def entries() -> tuple[Entry, ...]:
         *CODEBOOK,
         *SPARSE,
         *FP8,
+        *QUANTIZERS,
         *QUANTIZED,
         *FROZEN,
         *MICROSCALING,

@@ -268,8 +268,8 @@ QUANTIZERS = (
         "arXiv:1902.08153",
         _of(_lsq),
         examples={
-            "2 bits, channels": _made(2, axis=-1, observed=True),
             "3 bits, features": _made(3, features=1),
+            "2 bits, channels": _made(2, axis=-1, observed=True),
         },
         curves=_curve(LSQ, bits=2, grad_scale=1.0),
         bits=4,
