@@ -23,8 +23,13 @@ def gradients(layer, kernel, x, g):
     layer.kernel[...] = jnp.array(FROZEN[kernel])
     graphdef, state = nnx.split(layer, nnx.Param)
     x, g = jnp.array(FROZEN[x]), jnp.array(FROZEN[g])
-    y, pull = jax.vjp(lambda state, x: nnx.merge(graphdef, state)(x), state, x)
-    grads, dx = pull(g)
+
+    @jax.jit
+    def run(state, x, g):
+        y, pull = jax.vjp(lambda state, x: nnx.merge(graphdef, state)(x), state, x)
+        return y, *pull(g)
+
+    y, grads, dx = run(state, x, g)
     return {"y": y, "dx": dx, "dkernel": grads["kernel"][...]}
 
 
