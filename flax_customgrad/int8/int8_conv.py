@@ -105,9 +105,10 @@ class Int8Conv(Conv):
 
     Parameters, their names and initial values are those of `flax.nnx.Conv`; the kernel that is
     trained is float. Kernel and images are rounded to int8 in each call: no calibration, no state.
-    Strides, dilations, groups, paddings and masks are those of `Conv`. On a CPU grouped and
-    depthwise convolutions, those of less than 4 features, and the gradient of every kernel
-    multiply the codes as float32, which is faster and, up to 1040 products a sum, as exact.
+    Strides, dilations, groups, paddings and masks are those of `Conv`. Grouped and depthwise
+    convolutions, those of fewer than 4 features or of a spread input, the gradients of kernels, and
+    everything on a GPU multiply the codes as floats: that is faster and, up to 1040 products a sum,
+    as exact.
 
     Attributes:
         rounding: what is rounded, and with which scales.
