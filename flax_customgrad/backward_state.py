@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.core
 import jax.extend
 import jax.numpy as jnp
 import numpy as np

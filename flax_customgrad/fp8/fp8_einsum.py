@@ -41,7 +41,7 @@ class Fp8Einsum(Einsum):
 
     def __init__(
         self,
-        einsum_str: str | None,
+        einsum_str: str,
         kernel_shape: Shape,
         bias_shape: Shape | None = None,
         *,
@@ -54,7 +54,7 @@ class Fp8Einsum(Einsum):
         """Makes the layer.
 
         Args:
-            einsum_str: the equation, or None.
+            einsum_str: the equation.
             kernel_shape: shape of the kernel.
             bias_shape: shape of the bias; None for no bias.
             scaling: as for `Fp8Linear`.

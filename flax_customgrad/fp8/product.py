@@ -8,9 +8,9 @@ operand:
     kept      q(x), one byte an element, and scales; W, which the caller holds, and not q(W)
 
 Products of codes are exact in float32, in which they are summed and scaled, and rounded once. A CPU
-multiplies no float8, so the codes are widened first; XLA makes a float8 product of that where the
-hardware has one. Codes have no derivative: the second derivative is that of the operands which they
-stand for.
+multiplies no float8, so the codes are widened first; a GPU's XLA may turn that into a product of
+float8, which has not been tried. Codes have no derivative: the second derivative is that of the
+operands which they stand for.
 
 Current scaling takes each scale from the array itself, that of g in the backward. Delayed scaling
 takes all three from the last steps, and what the arrays would have asked for is remembered.
