@@ -7,9 +7,11 @@ model in eval mode to the bit, and what NNX does to a model (split, jit, a check
 
 from typing import Any, TypeVar
 
+import jax
 from flax import nnx
 
 from flax_customgrad.model.convert import layers
+from flax_customgrad.quantized.layer import Quantized
 from flax_customgrad.quantized.packed_kernel import PackedKernel
 from flax_customgrad.quantized.quantizer import Quantizer
 
@@ -50,7 +52,7 @@ def pack(model: M) -> M:
             "into one with flax_customgrad.convert(model, rules=...)"
         )
     for layer, name in found:
-        setattr(layer, name, PackedKernel(getattr(layer, name)[...], layer.weight))
+        setattr(layer, name, PackedKernel(_to_quantize(layer, name), layer.weight))
         layer.weight = nnx.data(None)
     _switch(packed, "eval")
     return packed
@@ -92,6 +94,10 @@ def _quantized(model: Any) -> list[tuple[Any, str]]:
         for name in ("kernel", "embedding")
         if hasattr(layer, "weight") and hasattr(layer, name)
     ]
+
+
+def _to_quantize(layer: Any, name: str) -> jax.Array:
+    return layer.to_quantize() if isinstance(layer, Quantized) else getattr(layer, name)[...]
 
 
 def _switch(model: Any, mode: str) -> None:

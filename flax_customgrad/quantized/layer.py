@@ -110,7 +110,11 @@ class Quantized:
         self.gradient = nnx.data(None) if gradient is None else gradient
         self.residuals = residuals
         if self.weight is not None:
-            self.weight.observe(self._parameters()[self._kernel])
+            self.weight.observe(self.to_quantize())
+
+    def to_quantize(self) -> jax.Array:
+        """What the quantizer of the weights is given: the kernel, times its mask."""
+        return self._parameters()[self._kernel]
 
     def _parameters(self) -> Parameters:
         """The parameters of the product."""

@@ -58,8 +58,8 @@ def masked_convolution(params: Parameters, x: jax.Array, how: How) -> jax.Array:
 class QuantConv(Conv, Quantized):
     """`Conv` with quantizers for its kernel, its input and the gradient of its output.
 
-    Takes what `flax.nnx.Conv` takes, groups, masks and paddings of any kind included, and `weight`,
-    `activation`, `gradient` and `residuals` of `QuantLinear`.
+    Takes what `flax.nnx.Conv` takes, groups, masks of 0 and 1 and paddings of any kind included,
+    and `weight`, `activation`, `gradient` and `residuals` of `QuantLinear`.
 
     Raises:
         TypeError: a quantizer is none.
