@@ -8,7 +8,8 @@
 The factor brings the scales into the range of E4M3, and the scales bring the elements into that of
 E2M1. x is divided by a power of two near a first, exactly; the quotients are rounded once, so that
 ties of data in half precision are ties here. An infinite or NaN element makes everything NaN, by
-way of the factor. A block whose largest element is below a 2^-18 comes out with few digits, or 0.
+way of the factor. Where a scale is rounded down, by up to 1/17, the largest elements of its block
+saturate. A block whose largest element is below a 2^-18 comes out with few digits, or 0.
 """
 
 from collections.abc import Sequence

@@ -152,6 +152,9 @@ def test_the_ends_of_nvfp4():
         np.testing.assert_allclose(
             values, [[a, a / 2, 0, -a / 3], [a * 2.0**-4, 0, 0, 0]], rtol=2e-6
         )
+    small = quantize(form, jnp.float32([[1, 0, 0, 0], [2.0**-17, 0, 0, 0], [2.0**-30, 0, 0, 0]]))
+    np.testing.assert_array_equal(small.scales.ravel(), [126, 2, 1])
+    np.testing.assert_array_equal(small.elements[:, 0, 0], [6, 6, 0])
     for bad in (np.inf, np.nan):
         assert np.isnan(form.rounded(jnp.float32([[1, bad, 0, 0], [1, 2, 3, 4]]), (1,))).all()
 
