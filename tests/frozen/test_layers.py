@@ -96,6 +96,23 @@ def test_the_gradient_of_qlora_by_its_formula():
         np.testing.assert_allclose(dx, g @ (w + 1.5 * a @ b).T, rtol=1e-12)
 
 
+def test_autodiff_agrees_in_half_precision_and_on_what_is_constant():
+    layer = made(fcg.Int4Linear, {"block": 4}, dtype=jnp.bfloat16)
+    graphdef, scales, rest = nnx.split(layer, nnx.PathContains("scales"), ...)
+
+    def gradient():
+        return jax.grad(lambda s, x: jnp.sum(nnx.merge(graphdef, s, rest)(x) ** 2), argnums=(0, 1))(
+            scales, normal(4, 7, dtype=jnp.bfloat16)
+        )
+
+    found, dx = gradient()
+    with fcg.use_autodiff():
+        expected, expected_dx = gradient()
+    np.testing.assert_array_equal(dx, expected_dx)
+    assert not found["scales"].any()
+    assert not expected["scales"].any()
+
+
 @each_layer
 def test_what_is_trained(cls, kwargs):
     def names(**linear):
