@@ -147,7 +147,9 @@ class EWGS(Quantizer):
         wide = lax.stop_gradient(x).astype(accumulator(x))
         wide = jnp.where(jnp.isfinite(wide), wide, 0)
         power = magnitude(wide, range(wide.ndim)).reshape(())
-        deviation = 3 * power * (jnp.std(wide / power) if wide.size else 0)
+        deviation = power * (jnp.std(wide / power) if wide.size else 0)
+        # The width of an interval of largest numbers would overflow.
+        deviation = 3 * jnp.minimum(deviation, jnp.finfo(wide.dtype).max / 16)
         if self.signed:
             low, high = -deviation, deviation
         else:

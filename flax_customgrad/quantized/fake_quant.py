@@ -17,6 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from flax_customgrad.packing import masked, pack_mask
 from flax_customgrad.quantized.calibration import (
@@ -172,7 +173,7 @@ class FakeQuant(Quantizer):
         """
         x = jnp.asarray(x)
         low, high = self.integers
-        found = self._range(x)
+        found = lax.stop_gradient(self._range(x))
         # Rounding a zero point can leave the ends of an affine range half a step outside, clipped
         # by no more than rounding does: the gradient passes there.
         scheme = InRange(low, high, self.sharing, not self.dynamic or self._is_percentile)

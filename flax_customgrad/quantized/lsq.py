@@ -87,11 +87,11 @@ class LearnedScale(Scheme):
         """The gradient of x inside of the range, and that of the scale."""
         x, p = kept
         v = x / self.scale(p)
-        outside = (v < self.low) | (v > self.high)
-        slope = jnp.where(outside, jnp.clip(v, self.low, self.high), jnp.round(v) - v)
+        inside = (v >= self.low) & (v <= self.high)
+        slope = jnp.where(inside, jnp.round(v) - v, jnp.clip(v, self.low, self.high))
         # Where round passes a gradient on, as here, the slope has no derivative.
         ds = self.gain(x.shape, p) * summed_to(g * lax.stop_gradient(slope), p.shape)
-        return jnp.where(outside, 0, g), self.slope(p) * ds
+        return jnp.where(inside, g, 0), self.slope(p) * ds
 
     def gain(self, shape: tuple[int, ...], p: jax.Array) -> float:
         """G for an array of some shape."""

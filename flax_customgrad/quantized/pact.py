@@ -1,13 +1,13 @@
 """PACT: an activation that is clipped at a learned bound, arXiv:1805.06085.
 
-    forward   y  = s round(clip(x, 0, a) / s),   s = a / high,   a = max(|p|, least)
+    forward   y  = s round(clip(x, 0, a) / s),   s = a / high,   a = |p|
     backward  dx = g where 0 <= x < a, else 0
               da = sum of g where x >= a,   dp = sign(p) da
     kept      two bits an element, and p
 
 The bound takes the place of the one that relu6 has, and is regularized like a weight. Driven to
-zero or below it is the magnitude of p, and at 0 the least normal number, with the gradient that p
-has from above.
+zero or below it is the magnitude of p, and a and s at least the least normal number, with the
+gradient that p has from above.
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class Clipped(Scheme):
         return masked(g, inside), side(p) * total(masked(g, beyond), range(g.ndim))
 
     def _scale(self, p: jax.Array) -> jax.Array:
-        return size(p) * (1 / self.high)
+        return size(p * (1 / self.high))
 
 
 class PACT(Quantizer):
