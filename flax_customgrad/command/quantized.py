@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     for name in names:
         recipe = recipes.RECIPES[name]
         with console.status(f"training {name}"):
-            found = probe.probe(recipe.build, args.seeds, args.steps)
+            found = probe.probe(recipe.build, args.seeds, args.steps, at_once=recipe.at_once)
         behind = 100 * float((float32.accuracy - found.accuracy).mean())
         fine = behind <= recipe.within and found.gain >= _AHEAD
         if not fine:

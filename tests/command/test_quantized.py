@@ -50,7 +50,7 @@ def test_recipes_cover_the_catalogue():
 def test_what_learns_less_than_float32_is_a_failure(capsys, monkeypatch, quantized, control):
     outcomes = iter([(0.95, 0.5), (quantized, control)])
 
-    def trained(*args):
+    def trained(*args, **kwargs):
         return probe.Outcome(*(np.full(2, share) for share in next(outcomes)))
 
     monkeypatch.setattr(probe, "probe", trained)

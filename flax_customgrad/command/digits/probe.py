@@ -139,46 +139,51 @@ class Outcome(NamedTuple):
         return float(100 * (self.accuracy.mean() - self.control.mean()))
 
 
-def probe(build: Build, seeds: int, steps: int) -> Outcome:
-    """Trains a network and its control, for some seeds, all at once.
+def probe(build: Build, seeds: int, steps: int, *, at_once: bool = True) -> Outcome:
+    """Trains a network and its control, for some seeds.
 
     Args:
         build: makes the network.
         seeds: how many seeds; each splits the data anew.
         steps: how many steps of 64 images.
+        at_once: whether all are trained in one program; one by one, a backward may write.
     """
     train, test = data.stacked(seeds)
     both = jnp.array([1.0, 0.0])
 
-    def of_seed(seed: jax.Array, train: data.Batch, test: data.Batch) -> jax.Array:
-        return jax.vmap(lambda passes: _accuracy(build, seed, passes, steps, train, test))(both)
+    def trained(seed: Any, passes: Any, train: data.Batch, test: data.Batch) -> jax.Array:
+        rngs = nnx.Rngs(jax.random.key(seed))
+        network = build(rngs)
+        _fill(network, Switch, passes)
 
-    accuracy = np.asarray(jax.jit(jax.vmap(of_seed))(jnp.arange(seeds), train, test))
+        def fitted(key: jax.Array) -> jax.Array:
+            return _accuracy(fit(network, _loss, train, steps, key), test)
+
+        return fitted(rngs()) if at_once else jax.jit(fitted)(rngs())
+
+    if at_once:
+        of_both = jax.vmap(trained, (None, 0, None, None))
+        accuracy = jax.jit(jax.vmap(of_both, (0, None, 0, 0)))(jnp.arange(seeds), both, train, test)
+    else:
+        splits = [jax.tree.map(lambda a, n=n: a[n], (train, test)) for n in range(seeds)]
+        accuracy = [
+            [trained(seed, passes, *split) for passes in both] for seed, split in enumerate(splits)
+        ]
+    accuracy = np.asarray(accuracy)
     return Outcome(accuracy[:, 0], accuracy[:, 1])
 
 
-def _accuracy(
-    build: Build,
-    seed: jax.Array,
-    passes: jax.Array,
-    steps: int,
-    train: data.Batch,
-    test: data.Batch,
-) -> jax.Array:
-    """Trains one network; all but the shapes may be traced."""
-    rngs = nnx.Rngs(jax.random.key(seed))
-    network = build(rngs)
-    _fill(network, Switch, passes)
+def _loss(network: nnx.Module, batch: data.Batch) -> jax.Array:
+    logits = network(data.flat(batch.images))  # type: ignore[operator]
+    extra = sum(v[...] for _, v in nnx.to_flat_state(nnx.state(network, Loss)))
+    errors = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    return errors.mean() + extra
 
-    def loss(network: nnx.Module, batch: data.Batch) -> jax.Array:
-        logits = network(data.flat(batch.images))  # type: ignore[operator]
-        extra = sum(v[...] for _, v in nnx.to_flat_state(nnx.state(network, Loss)))
-        errors = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        return errors.mean() + extra
 
-    network = fit(network, loss, train, steps, rngs())
+def _accuracy(network: nnx.Module, test: data.Batch) -> jax.Array:
+    """The share of images that a network classifies correctly."""
     network.eval()
-    return (network(data.flat(test.images)).argmax(-1) == test.labels).mean()
+    return (network(data.flat(test.images)).argmax(-1) == test.labels).mean()  # type: ignore[operator]
 
 
 def _fill(network: nnx.Module, kind: type[nnx.Variable], value: jax.Array) -> None:

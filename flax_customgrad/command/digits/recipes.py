@@ -13,9 +13,24 @@ import jax
 from flax import nnx
 
 from flax_customgrad.command.digits.probe import CLASSES, PIXELS, Activation
+from flax_customgrad.fp8.fp8_linear import Fp8Linear
+from flax_customgrad.int8.int8_linear import Int8Linear
+from flax_customgrad.microscaling.mx_linear import MXLinear
+from flax_customgrad.microscaling.nvfp4_linear import NVFP4Linear
 from flax_customgrad.normalization.batch_norm import BatchNorm
+from flax_customgrad.quantized.binary_layers import BinaryLinear
+from flax_customgrad.quantized.bit_linear import BitLinear
+from flax_customgrad.quantized.dorefa import DoReFaActivation, DoReFaWeight
+from flax_customgrad.quantized.ewgs import EWGS
 from flax_customgrad.quantized.fake_quant import FakeQuant
+from flax_customgrad.quantized.gradient_quant import DoReFaGradient, GradientQuant
+from flax_customgrad.quantized.lsq import LSQ
+from flax_customgrad.quantized.lsq_plus import LSQPlus
+from flax_customgrad.quantized.pact import PACT
 from flax_customgrad.quantized.quant_linear import QuantLinear
+from flax_customgrad.quantized.ternary_layers import TernaryLinear
+from flax_customgrad.quantized.tqt import TQT
+from flax_customgrad.quantized.ttq import TTQ
 
 _WIDTH = 64
 
@@ -28,11 +43,13 @@ class Recipe:
         linear: makes a hidden layer, as `nnx.Linear` is made.
         within: how many points it may be less accurate than the network in float32.
         activation: what stands between two layers.
+        at_once: whether networks of several seeds can be trained in one program.
     """
 
     linear: Callable[..., nnx.Module]
     within: float = 1.0
     activation: Callable[[jax.Array], jax.Array] = nnx.relu
+    at_once: bool = True
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """Makes the network."""
@@ -47,15 +64,42 @@ class Recipe:
         )
 
 
-def _quantized(weight: Callable[[], Any], activation: Callable[[], Any]) -> Recipe:
-    def linear(*features: int, **kwargs: Any) -> nnx.Module:
-        return QuantLinear(*features, weight=weight(), activation=activation(), **kwargs)
-
-    return Recipe(linear)
+def _as_it_is(x: jax.Array) -> jax.Array:
+    return x
 
 
-def _fake_quant(bits: int) -> Recipe:
-    return _quantized(lambda: FakeQuant(bits, axis=-1), lambda: FakeQuant(bits))
+def _quantized(
+    weight: Callable[[], Any] | None = None,
+    activation: Callable[[], Any] | None = None,
+    gradient: Callable[[nnx.Rngs], Any] | None = None,
+    *,
+    between: Callable[[jax.Array], jax.Array] = nnx.relu,
+) -> Recipe:
+    """Layers whose quantizers are made anew for each."""
+
+    def linear(*features: int, rngs: nnx.Rngs, **kwargs: Any) -> nnx.Module:
+        return QuantLinear(
+            *features,
+            weight=weight and weight(),
+            activation=activation and activation(),
+            gradient=gradient and gradient(rngs),
+            rngs=rngs,
+            **kwargs,
+        )
+
+    return Recipe(linear, activation=between)
+
+
+def _fake_quant(bits: int, gradient: Callable[[nnx.Rngs], Any] | None = None) -> Recipe:
+    return _quantized(lambda: FakeQuant(bits, axis=-1), lambda: FakeQuant(bits), gradient)
+
+
+def _lsq(bits: int, cls: type[LSQ] = LSQ) -> Recipe:
+    return _quantized(lambda: LSQ(bits), lambda: cls(bits, signed=False, features=1))
+
+
+def _signed_or_not(cls: Callable[..., Any], bits: int) -> Recipe:
+    return _quantized(lambda: cls(bits), lambda: cls(bits, signed=False))
 
 
 FLOAT32 = Recipe(nnx.Linear)
@@ -64,4 +108,33 @@ FLOAT32 = Recipe(nnx.Linear)
 RECIPES: dict[str, Recipe] = {
     "FakeQuant W8A8": _fake_quant(8),
     "FakeQuant W4A4": _fake_quant(4),
+    "FakeQuant W8A8, gradient of 8 bits": _fake_quant(8, lambda rngs: GradientQuant(8, rngs=rngs)),
+    "LSQ W8A8": _lsq(8),
+    "LSQ W4A4": _lsq(4),
+    "LSQ W2A2": _lsq(2),
+    "LSQ W4, LSQ+ A4": _lsq(4, LSQPlus),
+    "FakeQuant W4, PACT A4": _quantized(
+        lambda: FakeQuant(4, axis=-1), lambda: PACT(4), between=_as_it_is
+    ),
+    "DoReFa W4A4, gradient of 6 bits": _quantized(
+        lambda: DoReFaWeight(4),
+        lambda: DoReFaActivation(4),
+        lambda rngs: DoReFaGradient(6, rngs=rngs),
+    ),
+    "TQT W4A4": _signed_or_not(TQT, 4),
+    "EWGS W4A4": _signed_or_not(EWGS, 4),
+    "TTQ": _quantized(TTQ),
+    "TernaryLinear": Recipe(TernaryLinear),
+    "BitLinear": Recipe(BitLinear),
+    "BinaryLinear": Recipe(BinaryLinear, within=3.0, activation=_as_it_is),
+    "Int8Linear": Recipe(Int8Linear),
+    "Int8Linear, backward in int8": Recipe(
+        functools.partial(Int8Linear, backward="int8", stochastic_rounding=True)
+    ),
+    "Int8Linear, SwitchBack": Recipe(functools.partial(Int8Linear, backward="switchback")),
+    "Fp8Linear, current scaling": Recipe(functools.partial(Fp8Linear, scaling="current")),
+    "Fp8Linear, delayed scaling": Recipe(functools.partial(Fp8Linear, history=16), at_once=False),
+    "MXLinear, MXFP8": Recipe(MXLinear),
+    "MXLinear, MXFP4": Recipe(functools.partial(MXLinear, format="mxfp4")),
+    "NVFP4Linear": Recipe(NVFP4Linear),
 }
