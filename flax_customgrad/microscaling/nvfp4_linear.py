@@ -5,10 +5,10 @@ backward  dx = R(g) Q(W)^T,  dW = Q(H x)^T R(H g),  db = sum g
 kept      W, and the codes of Q(H x): 9/16 bytes an element
 
 Q rounds to the nearest, R at random, so that gradients are right on average, but for elements that
-saturate (`nvfp4`). Blocks of x and g are 16 elements along the axis that a product sums over; those of W are 16x16, so that forward and dx
-see the same weights. H is the random Hadamard transform of 16 rows, which spreads outliers and
-leaves the product as it is. `nvfp4` says how blocks are scaled, `scaled_linear` how they are
-multiplied.
+saturate (`nvfp4`). Blocks of x and g are 16 elements along the axis that a product sums over; those
+of W are 16x16, so that forward and dx see the same weights. H is the random Hadamard transform of
+16 rows, which spreads outliers and leaves the product as it is. `nvfp4` says how blocks are scaled,
+`scaled_linear` how they are multiplied.
 
 The paper keeps some layers of a model, its last ones, in higher precision: leave them out of
 `convert`.
