@@ -163,7 +163,7 @@ def test_sums_that_int32_does_not_hold():
 
 @pytest.mark.parametrize(
     ("dtype", "backward"),
-    [(jnp.bfloat16, "int8"), (jnp.bfloat16, "switchback"), (jnp.float16, "float")],
+    [(jnp.bfloat16, "switchback"), (jnp.float16, "int8")],
 )
 def test_half_precision(dtype, backward):
     layer = layer_of(dtype=dtype, backward=backward)
@@ -180,7 +180,7 @@ def test_half_precision(dtype, backward):
 
 @pytest.mark.parametrize(
     ("dtype", "backward"),
-    [(jnp.float32, "int8"), (jnp.bfloat16, "float"), (jnp.bfloat16, "int8"), (jnp.float16, "int8")],
+    [(jnp.float32, "int8"), (jnp.bfloat16, "int8"), (jnp.float16, "float")],
 )
 def test_extreme_values(dtype, backward):
     limits = jnp.finfo(dtype)
