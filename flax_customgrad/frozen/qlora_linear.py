@@ -208,7 +208,7 @@ class QLoRALinear(NF4Linear):
     def to_layer(self) -> Linear:
         """A `Linear` with both kernels in one, the dequantized W and (alpha / rank) A B."""
         layer, low_rank = super().to_layer(), self._factor * self.lora_a[...] @ self.lora_b[...]
-        layer.kernel[...] = layer.kernel[...] + low_rank.astype(layer.kernel.dtype)
+        layer.kernel.set_value(layer.kernel[...] + low_rank.astype(layer.kernel.dtype))
         return layer
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
