@@ -46,6 +46,8 @@ THOROUGH = (
     | FEEDBACK
     | FROZEN
 )
+# Other layers with quantizers that have entries of their own.
+COMPOSED = {"BinaryConv", "TernaryLinear", "TernaryConv", "QuantConvTranspose"}
 OF_THE_FORMULA = ("autodiff", "finite_differences", "second_order", "dtypes", "residuals")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -55,7 +57,7 @@ OF_ARGUMENTS = ("autodiff", "finite_differences", "residuals")
 
 def checks_of(entry, nth):
     """The checks that an example goes through, and the dtypes."""
-    if nth:
+    if nth or entry.name in COMPOSED:
         return OF_ARGUMENTS, ()
     if entry.name in THOROUGH or entry.family == "linear":
         return CHECKS, DTYPES
