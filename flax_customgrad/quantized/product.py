@@ -36,7 +36,7 @@ class Map:
     name: str = "kernel"
 
     def __call__(self, params: Parameters, x: jax.Array) -> jax.Array:
-        """Y."""
+        """The output, y."""
         return self.op(params, x, *self.statics)
 
 
