@@ -47,7 +47,14 @@ THOROUGH = (
     | FROZEN
 )
 # Other layers with quantizers that have entries of their own.
-COMPOSED = {"BinaryConv", "TernaryLinear", "TernaryConv", "QuantConvTranspose"}
+COMPOSED = {
+    "BinaryConv",
+    "QuantConvTranspose",
+    "QuantEinsum",
+    "QuantLinearGeneral",
+    "TernaryConv",
+    "TernaryLinear",
+}
 OF_THE_FORMULA = ("autodiff", "finite_differences", "second_order", "dtypes", "residuals")
 DTYPES = ("float32", "bfloat16", "float16")
 
