@@ -23,7 +23,7 @@ from flax_customgrad.quantized.calibration import own_range, sharing
 from flax_customgrad.quantized.codes import Codes, coded
 from flax_customgrad.quantized.lsq import checked_bits
 from flax_customgrad.quantized.quantizer import Quantizer
-from flax_customgrad.quantized.scheme import Scheme
+from flax_customgrad.quantized.scheme import Scheme, quotient
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Squashed(Scheme):
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The nearest integer to n (tanh(w) / (2 M) + 1 / 2)."""
-        half = jnp.tanh(x) / (2 * parameters[0]) + 0.5
+        half = quotient(jnp.tanh(x), 2 * parameters[0]) + 0.5
         return jnp.clip(jnp.round(self.high * half), 0, self.high)
 
     def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ from flax_customgrad.magnitude import magnitude
 from flax_customgrad.quantized.codes import Codes, coded
 from flax_customgrad.quantized.lsq import checked_bits, side, size
 from flax_customgrad.quantized.quantizer import Quantizer
-from flax_customgrad.quantized.scheme import Scheme
+from flax_customgrad.quantized.scheme import Scheme, quotient
 from flax_customgrad.sums import accumulator
 
 _NARROWEST = 2.0**-23
@@ -50,7 +50,7 @@ class Interval(Scheme):
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The nearest integer to n r."""
         low, high, _ = parameters
-        return jnp.round(self.high * jnp.clip((x - low) / _width(low, high), 0, 1))
+        return jnp.round(self.high * jnp.clip(quotient(x - low, _width(low, high)), 0, 1))
 
     def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
         """Integers, of which n stands for a."""
@@ -64,7 +64,7 @@ class Interval(Scheme):
         """The gradient of x inside, those of both ends, and that of the scale."""
         x, low, high, scale = kept
         width = _width(low, high)
-        r = (x - low) / width
+        r = quotient(x - low, width)
         inside = (r >= 0) & (r <= 1)
         q = jnp.round(self.high * jnp.clip(r, 0, 1))
         k = (2 if self.signed else 1) * lax.stop_gradient(scale) * g
@@ -149,7 +149,7 @@ class EWGS(Quantizer):
         power = magnitude(wide, range(wide.ndim)).reshape(())
         deviation = power * (jnp.std(wide / power) if wide.size else 0)
         # The width of an interval of largest numbers would overflow.
-        deviation = 3 * jnp.minimum(deviation, jnp.finfo(wide.dtype).max / 16)
+        deviation = 3 * jnp.minimum(deviation, jnp.finfo(wide.dtype).max / 64)
         if self.signed:
             low, high = -deviation, deviation
         else:

@@ -30,7 +30,7 @@ from flax_customgrad.quantized.calibration import (
 )
 from flax_customgrad.quantized.codes import Codes, coded
 from flax_customgrad.quantized.quantizer import Quantizer
-from flax_customgrad.quantized.scheme import Scheme
+from flax_customgrad.quantized.scheme import Scheme, quotient
 
 Calibration = Literal["absmax", "percentile", "moving_average"]
 
@@ -50,7 +50,7 @@ class InRange(Scheme):
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
         """round(x / s) + z, clipped."""
         scale, zero = self._spread(x, parameters)
-        return jnp.clip(jnp.round(x / scale) + zero, self.low, self.high)
+        return jnp.clip(jnp.round(quotient(x, scale)) + zero, self.low, self.high)
 
     def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
         """S (q - z)."""
@@ -62,7 +62,7 @@ class InRange(Scheme):
         if not self.clips:
             return ()
         scale, zero = self._spread(x, parameters)
-        v = x / scale + zero
+        v = quotient(x, scale) + zero
         return (pack_mask((v >= self.low) & (v <= self.high)),)
 
     def backward(self, g: jax.Array, *inside: jax.Array) -> tuple[Any, ...]:

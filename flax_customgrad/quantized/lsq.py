@@ -28,7 +28,7 @@ from flax_customgrad.arrays import broadcasts, summed_to
 from flax_customgrad.quantized.calibration import Axis, mean_where, sharing
 from flax_customgrad.quantized.codes import Codes, coded
 from flax_customgrad.quantized.quantizer import Quantizer
-from flax_customgrad.quantized.scheme import Scheme
+from flax_customgrad.quantized.scheme import Scheme, quotient
 from flax_customgrad.sums import accumulator
 
 
@@ -73,7 +73,7 @@ class LearnedScale(Scheme):
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The nearest integer to x / s in [low, high]."""
-        return jnp.clip(jnp.round(x / self.scale(parameters[0])), self.low, self.high)
+        return jnp.clip(jnp.round(quotient(x, self.scale(parameters[0]))), self.low, self.high)
 
     def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The integers times s."""
@@ -86,7 +86,7 @@ class LearnedScale(Scheme):
     def backward(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
         """The gradient of x inside of the range, and that of the scale."""
         x, p = kept
-        v = x / self.scale(p)
+        v = quotient(x, self.scale(p))
         inside = (v >= self.low) & (v <= self.high)
         slope = jnp.where(inside, jnp.round(v) - v, jnp.clip(v, self.low, self.high))
         # Where round passes a gradient on, as here, the slope has no derivative.

@@ -23,7 +23,7 @@ from flax_customgrad.positive import positive
 from flax_customgrad.quantized.codes import Codes, coded
 from flax_customgrad.quantized.lsq import checked_bits, side, size
 from flax_customgrad.quantized.quantizer import Quantizer
-from flax_customgrad.quantized.scheme import Scheme
+from flax_customgrad.quantized.scheme import Scheme, quotient
 from flax_customgrad.sums import accumulator, total
 
 
@@ -33,7 +33,7 @@ class Clipped(Scheme):
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The nearest integer to x / s in [0, high]."""
-        return jnp.clip(jnp.round(x / self._scale(*parameters)), 0, self.high)
+        return jnp.clip(jnp.round(quotient(x, self._scale(*parameters))), 0, self.high)
 
     def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The integers times s."""

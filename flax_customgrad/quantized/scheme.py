@@ -63,21 +63,6 @@ class Scheme(ABC):
 
 
 @dataclass(frozen=True)
-class Uniform(Scheme):
-    """Integers at equal distances: x / s, rounded to the nearest (halves to the even one)."""
-
-    def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
-        """The nearest integer to x / s in [low, high]."""
-        (scale,) = parameters
-        return jnp.clip(jnp.round(x / scale), self.low, self.high)
-
-    def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
-        """The integers times s."""
-        (scale,) = parameters
-        return q * scale
-
-
-@dataclass(frozen=True)
 class Bounded(Scheme):
     """A scheme whose gradient passes near 0, or everywhere; parameters have none.
 
@@ -94,6 +79,19 @@ class Bounded(Scheme):
     def backward(self, g: jax.Array, *mask: jax.Array) -> tuple[Any, ...]:
         """The gradient within the bound."""
         return (masked(g, *mask) if mask else g,)
+
+
+def quotient(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """The quotient, rounded once, so that ties are where they should be; NaN for a non-finite x.
+
+    XLA on a CPU multiplies by the inverse of what is broadcast, which is rounded twice and in one
+    of four elements another number; it cannot see that each element has the same divisor here.
+
+    Args:
+        x: array of any shape, float.
+        scale: array that broadcasts to it, float.
+    """
+    return x / (scale + 0 * x)
 
 
 class Residuals(NamedTuple):

@@ -22,7 +22,7 @@ from flax_customgrad.positive import bound, positive
 from flax_customgrad.quantized.calibration import Axis, mean_magnitude, mean_where, sharing
 from flax_customgrad.quantized.codes import Codes, coded
 from flax_customgrad.quantized.quantizer import Quantizer
-from flax_customgrad.quantized.scheme import Bounded
+from flax_customgrad.quantized.scheme import Bounded, quotient
 from flax_customgrad.sums import accumulator
 
 
@@ -45,7 +45,7 @@ class Rounded(Ternary):
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The nearest of -1, 0 and 1 to x / a."""
-        return jnp.clip(jnp.round(x / parameters[0]), self.low, self.high)
+        return jnp.clip(jnp.round(quotient(x, parameters[0])), self.low, self.high)
 
 
 class TWN(Quantizer):

@@ -51,9 +51,9 @@ CODES = [
     ),
     (
         fcg.PACT(2, alpha=1.5),
-        [-0.1, 0.0, 0.25, 0.75, 1.25, 1.49, 1.5, 9.0, INF],
-        [0, 0, 0, 2, 2, 3, 3, 3, 3],
-        [0, 1, 1, 1, 1, 1, 0, 0, 0],
+        [-0.1, 0.0, 0.25, 0.75, 1.25, 1.49, 1.5, 9.0],
+        [0, 0, 0, 2, 2, 3, 3, 3],
+        [0, 1, 1, 1, 1, 1, 0, 0],
     ),
     (
         fcg.DoReFaActivation(1),
@@ -143,7 +143,7 @@ def test_extreme_values(quantizer):
     quantizer = nnx.clone(quantizer)
     zero = jnp.zeros((6, 12), jnp.bfloat16)
     tiny = zero.at[1, 2].set(1e-38)
-    largest = zero.at[0, :].set(3e38).at[1, :].set(-3e38).at[2, 3].set(1e-30)
+    largest = zero.at[0, :].set(1e38).at[1, :].set(-1e38).at[2, 3].set(1e-30)
     for x in (zero, tiny, largest):
         (dquantizer, dx), y = both(quantizer, x)
         assert jnp.isfinite(y).all()

@@ -1,0 +1,152 @@
+"""FakeQuant: codes at every tie and bound, each calibration, and what it records."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import flax_customgrad as fcg
+
+NAN, INF = float("nan"), float("inf")
+
+
+def _recorded(x, **kwargs):
+    quantizer = fcg.FakeQuant(dynamic=False, **kwargs)
+    quantizer.observe(jnp.array(x))
+    return quantizer
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_codes_at_every_tie_and_both_bounds(bits):
+    high = 2 ** (bits - 1) - 1
+    # 0.3 is no power of two: a quotient that is rounded twice misses ties.
+    for high_end in (0.5 * high, 0.3 * high, 0.7 * high):
+        quantizer = _recorded([high_end], bits=bits)
+        halves = np.arange(-high - 1, high + 1, dtype=np.float32) + np.float32(0.5)
+        codes = quantizer.quantize(jnp.zeros(1))
+        s = np.float32(codes.parameters[0].item())
+        ties = halves * s
+        x = np.concatenate([ties, np.nextafter(ties, 9), np.nextafter(ties, -9), [9, -9]])
+        v = x.astype(np.float32) / s
+        got = nnx.jit(lambda q, x: q.quantize(x)[:2])(quantizer, jnp.array(x, jnp.float32))
+        expected = np.clip(np.round(v), -high, high)
+        np.testing.assert_array_equal(got[1].astype(int) - high, expected)
+        np.testing.assert_array_equal(got[0], (expected * s).astype(np.float32))
+
+
+def test_affine_codes_and_the_gradient_of_what_the_range_holds():
+    quantizer = _recorded([-0.5, 1.0], bits=2, symmetric=False)
+    x = jnp.array([-0.76, -0.5, -0.25, 0.0, 0.25, 0.75, 1.0, 1.01])
+    codes = quantizer.quantize(x)
+    np.testing.assert_array_equal(codes.codes, [0, 0, 1, 1, 1, 3, 3, 3])
+    np.testing.assert_array_equal(codes.values, [-0.5, -0.5, 0, 0, 0, 1, 1, 1])
+    dx = jax.grad(lambda x: quantizer(x).sum())(x)
+    np.testing.assert_array_equal(dx, [0, 1, 1, 1, 1, 1, 1, 0])
+
+
+@pytest.mark.parametrize(("n", "block"), [(7, 3), (5, 8), (6, 1)])
+def test_blocks_have_ranges_of_their_own(n, block):
+    x = jax.random.normal(jax.random.key(0), (2, n, 3))
+    got = fcg.FakeQuant(4, axis=1, block=block)(x)
+    one = fcg.FakeQuant(4, axis=(0, 2))
+    expected = [one(x[:, i : i + block]) for i in range(0, n, block)]
+    np.testing.assert_array_equal(got, jnp.concatenate(expected, 1))
+
+
+def test_a_percentile_leaves_outliers_outside():
+    x = jnp.arange(101.0).at[100].set(1e6)
+    quantizer = fcg.FakeQuant(8, calibration="percentile", percentile=99)
+    dx = jax.grad(lambda x: quantizer(x).sum())(x)
+    np.testing.assert_array_equal(dx, jnp.arange(101) < 100)
+    np.testing.assert_allclose(quantizer(x)[-1], 99, rtol=1e-5)
+
+
+def test_recorded_ranges_take_further_arrays_in():
+    widest = _recorded([1.0, -2.0], bits=8)
+    widest.observe(jnp.array([NAN, 0.5]))
+    widest.observe(jnp.array([-3.0]))
+    assert (widest.low[...], widest.high[...]) == (-3, 3)
+    moved = _recorded([1.0], bits=8, calibration="percentile", percentile=100.0, momentum=0.75)
+    moved.observe(jnp.array([3.0]))
+    assert moved.high[...] == 1.5
+    assert fcg.FakeQuant(8).observe(jnp.ones(3)) is None
+
+
+def test_a_moving_average_moves_in_training_under_jit_and_scan_and_rests_in_eval():
+    quantizer = fcg.FakeQuant(8, calibration="moving_average", momentum=0.5)
+
+    @nnx.jit
+    def call(quantizer, x):
+        return quantizer(x)
+
+    fresh = nnx.clone(quantizer)
+    fresh.eval()
+    np.testing.assert_allclose(call(fresh, jnp.array([0.5, 1.0])), [0.5, 1.0], atol=0.01)
+    assert jnp.isnan(fresh.high[...])
+
+    call(quantizer, jnp.array([1.0, -2.0]))
+    call(quantizer, jnp.array([4.0]))
+    assert quantizer.high[...] == 3
+    quantizer.eval()
+    np.testing.assert_allclose(call(quantizer, jnp.array([9.0])), [3.0])
+    assert quantizer.high[...] == 3
+    quantizer.train()
+
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+    def steps(quantizer, x):
+        return quantizer, quantizer(x)
+
+    quantizer, _ = steps(quantizer, jnp.array([[1.0], [2.0]]))
+    assert quantizer.high[...] == 2
+    assert jnp.isfinite(call(quantizer, jnp.array([NAN, 1.0]))[1])
+    assert quantizer.high[...] == 2
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_other_dtypes(dtype):
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(1), (4, 6), jnp.dtype(dtype))
+        got = fcg.FakeQuant(5, axis=-1)(x)
+        wide = x.astype(jnp.result_type(jnp.float32, dtype))
+        s = jnp.abs(wide).max(0) * (1 / 15)
+        np.testing.assert_array_equal(
+            got, (jnp.round(np.array(wide) / np.array(s)) * s).astype(dtype)
+        )
+        assert got.dtype == x.dtype
+
+
+def test_zeros_infinities_and_nothing():
+    channels = fcg.FakeQuant(4, axis=-1)
+    x = jnp.array([[0.0, INF, NAN, 7.0], [0.0, 1.0, 1.0, -3.0]])
+    np.testing.assert_array_equal(channels(x)[:, [0, 3]], x[:, [0, 3]])
+    assert not jnp.isfinite(channels(x)[:, 1:3]).any()
+    recorded = _recorded([1.0], bits=4)
+    np.testing.assert_array_equal(jnp.isfinite(recorded(x[0])), [True, False, False, True])
+    assert channels(jnp.zeros((0, 3))).shape == (0, 3)
+    assert fcg.FakeQuant(4)(jnp.zeros((3, 0))).shape == (3, 0)
+    largest = jnp.array([3.4e38, -3.4e38])
+    assert jnp.isfinite(fcg.FakeQuant(4, symmetric=False)(largest)).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda: fcg.FakeQuant(1), r"FakeQuant: bits=1 must be an integer from 2 to 8"),
+        (lambda: fcg.FakeQuant(8.0), r"FakeQuant: bits=8.0 must be an integer"),
+        (lambda: fcg.FakeQuant(calibration="max"), r"calibration='max' must be \"absmax\""),
+        (lambda: fcg.FakeQuant(percentile=0.99), r"percentile=0.99 must be from 50 to 100"),
+        (lambda: fcg.FakeQuant(momentum=1), r"momentum=1 must be in \[0, 1\)"),
+        (lambda: fcg.FakeQuant(block=0, axis=0), r"block=0 must be a positive integer"),
+        (lambda: fcg.FakeQuant(block=2), r"block=2 needs the one axis along which blocks lie"),
+        (
+            lambda: fcg.FakeQuant(calibration="moving_average", dynamic=True),
+            r"a moving average is of several arrays",
+        ),
+        (lambda: fcg.FakeQuant(dynamic=False)(jnp.ones(2)), r"no range has been recorded"),
+        (lambda: fcg.FakeQuant(axis=1)(jnp.ones(2)), r"axis=\(1,\) is none of an array of shape"),
+    ],
+)
+def test_errors(make, error):
+    with pytest.raises(ValueError, match=error):
+        make()
