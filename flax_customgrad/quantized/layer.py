@@ -206,7 +206,7 @@ def checked(layer: Any, params: Parameters, x: Any) -> tuple[Parameters, jax.Arr
         TypeError: the input or a parameter is no real floating array.
     """
     x = as_array(x)
-    for name, array in {"its input": x, **params}.items():
+    for name, array in {**params, "its input": x}.items():
         if not is_taken(array):
             raise TypeError(
                 f"{type(layer).__name__} quantizes float16, bfloat16, float32 and float64; {name} "
@@ -224,13 +224,18 @@ def adopt(cls: type[L], layer: Any, reference: type) -> L:
         reference: the class of nnx that the layer must be one of.
 
     Raises:
-        TypeError: the layer is another one.
+        TypeError: the layer is another one, or computes what this class would not.
         ValueError: it has an operation of the user's own.
     """
     if not isinstance(layer, reference):
         raise TypeError(
             f"{cls.__name__}.from_layer takes an nnx.{reference.__name__}, got a "
             f"{type(layer).__name__}"
+        )
+    if type(layer).__call__ not in {vars(base).get("__call__") for base in cls.__mro__}:
+        raise TypeError(
+            f"{cls.__name__}.from_layer: a {type(layer).__name__} has a `__call__` of its own, "
+            f"which would be lost; pass an nnx.{reference.__name__}"
         )
     refuse_injected(cls.__name__, layer)
     become(layer, cls)

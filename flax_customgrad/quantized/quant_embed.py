@@ -64,8 +64,9 @@ class QuantEmbed(Embed, Quantized):
         ids = jnp.asarray(inputs)
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(f"QuantEmbed: inputs of dtype {ids.dtype} must be integers")
-        table = self._parameters()["embedding"]
-        checked(self, nnx.State({}), table)
+        params = self._parameters()
+        table = params["embedding"]
+        checked(self, params, table)
         if self.weight is not None:
             table = self.weight(table)
         how = Arithmetic(self.dtype, out_sharding=out_sharding)

@@ -195,6 +195,15 @@ def test_a_layer_of_nnx_becomes_a_quantized_one_in_place(cls):
         cls.from_layer(nnx.LoRA(4, 2, 2, rngs=_rngs()))
 
 
+def test_a_layer_that_computes_otherwise_does_not_become_a_quantized_one():
+    with pytest.raises(TypeError, match=r"a BitLinear has a `__call__` of its own, which would be"):
+        fcg.QuantLinear.from_layer(fcg.BitLinear(4, 2, rngs=_rngs()))
+    with pytest.raises(TypeError, match=r"BinaryLinear.from_layer: a NMSparseLinear has a"):
+        fcg.BinaryLinear.from_layer(fcg.NMSparseLinear(4, 2, rngs=_rngs()))
+    binary = fcg.BinaryLinear(4, 2, rngs=_rngs())
+    assert fcg.QuantLinear.from_layer(binary).activation is None
+
+
 def test_converted_by_a_rule():
     model = nnx.Sequential(nnx.Linear(4, 2, rngs=_rngs()), nnx.Conv(4, 2, 3, rngs=_rngs()))
     model = fcg.convert(model, rules={nnx.Linear: fcg.BinaryLinear, nnx.Conv: fcg.TernaryConv})
