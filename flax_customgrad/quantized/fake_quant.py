@@ -63,7 +63,9 @@ class InRange(Scheme):
             return ()
         scale, zero = self._spread(x, parameters)
         v = quotient(x, scale) + zero
-        return (pack_mask((v >= self.low) & (v <= self.high)),)
+        # The ends are inside, whichever way the scale was rounded.
+        slack = 4 * jnp.finfo(v.dtype).eps * (self.high - self.low)
+        return (pack_mask((v >= self.low - slack) & (v <= self.high + slack)),)
 
     def backward(self, g: jax.Array, *inside: jax.Array) -> tuple[Any, ...]:
         """G where the range holds x."""
