@@ -109,8 +109,8 @@ class EWGS(Quantizer):
         >>> x = jnp.array([-4.0, -0.8, 1.2, 2.2])
         >>> quantizer(x)
         Array([-3., -1.,  1.,  3.], dtype=float32)
-        >>> jax.grad(lambda x: quantizer(x).sum())(x)
-        Array([0.        , 1.0166667 , 1.0166667 , 0.93333334], dtype=float32)
+        >>> jax.grad(lambda x: quantizer(x).sum())(x).round(2)
+        Array([0.  , 1.02, 1.02, 0.93], dtype=float32)
     """
 
     def __init__(self, bits: int = 8, *, signed: bool = True, delta: float = 1e-3):
