@@ -5,7 +5,8 @@ A drop-in subclasses the layer of nnx and holds nothing more, so that one can be
 and otherwise calls nnx's own.
 """
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,6 +27,18 @@ def parameters(layer: nnx.Module, *names: str) -> Parameters:
 def applies(inputs: Any, params: Parameters) -> bool:
     """Whether the hand-written backwards apply to an input and a layer's parameters."""
     return arrays.applies(arrays.as_array(inputs), *params.values())
+
+
+def shown(of: Callable[..., None], more: Callable[..., None]) -> inspect.Signature:
+    """The signature of a constructor of nnx, and behind it the keywords that another one adds.
+
+    Args:
+        of: the constructor of nnx.
+        more: a constructor of any arguments and some keywords.
+    """
+    signature = inspect.signature(of)
+    added = [p for p in inspect.signature(more).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return signature.replace(parameters=[*signature.parameters.values(), *added])
 
 
 def become(layer: nnx.Module, cls: type[nnx.Module]) -> None:

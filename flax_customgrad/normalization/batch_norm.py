@@ -119,7 +119,9 @@ class BatchNorm(nnx.BatchNorm, Norm):
         Array([ 1., 10.], dtype=float32)
     """
 
-    __init__ = choosing(nnx.BatchNorm.__init__)
+    @choosing(nnx.BatchNorm.__init__)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
 
     def __call__(
         self,

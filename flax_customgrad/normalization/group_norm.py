@@ -3,6 +3,8 @@
 The gradient is that of `normalize`, with statistics per group.
 """
 
+from typing import Any
+
 import jax
 from flax import nnx
 
@@ -29,7 +31,9 @@ class GroupNorm(nnx.GroupNorm, Norm):
         (2, 8, 8, 6)
     """
 
-    __init__ = choosing(nnx.GroupNorm.__init__)
+    @choosing(nnx.GroupNorm.__init__)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes an input.

@@ -3,6 +3,8 @@
 The gradient is that of `normalize`, with statistics over all axes but the first and the features.
 """
 
+from typing import Any
+
 import jax
 from flax import nnx
 
@@ -25,7 +27,9 @@ class InstanceNorm(nnx.InstanceNorm, Norm):
         (2, 8, 8, 3)
     """
 
-    __init__ = choosing(nnx.InstanceNorm.__init__)
+    @choosing(nnx.InstanceNorm.__init__)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes an input.

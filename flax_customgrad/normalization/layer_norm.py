@@ -3,6 +3,8 @@
 The gradient is that of `normalize`, with statistics over `reduction_axes`.
 """
 
+from typing import Any
+
 import jax
 from flax import nnx
 
@@ -26,7 +28,9 @@ class LayerNorm(nnx.LayerNorm, Norm):
         ['-1.342', '-0.447', '0.447', '1.342']
     """
 
-    __init__ = choosing(nnx.LayerNorm.__init__)
+    @choosing(nnx.LayerNorm.__init__)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes an input.

@@ -1,7 +1,6 @@
 """`Norm`: what the drop-ins for the normalizations of nnx share."""
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -9,7 +8,7 @@ import jax
 import jax.core
 from flax.nnx.nn import dtypes
 
-from flax_customgrad.drop_in import Parameters, applies, parameters
+from flax_customgrad.drop_in import Parameters, applies, parameters, shown
 from flax_customgrad.normalization.axes import Axes
 from flax_customgrad.normalization.moments import Devices
 from flax_customgrad.normalization.normalize import How, Statistics, normalize, reject_zeros
@@ -23,29 +22,30 @@ large and where the output is in half precision, and a scale of 0 is an error.
 """
 
 
-def choosing(init: Callable[..., None]) -> Callable[..., None]:
-    """The constructor of a layer of nnx, with `residual` beside its arguments.
+def choosing(of: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Puts `residual` beside the arguments of a constructor.
 
     Args:
-        init: the constructor.
+        of: the constructor of nnx, whose signature is shown.
 
     Returns:
-        A constructor of the same signature and a keyword more. It raises a ValueError where
+        A decorator, of a constructor that takes what that of nnx does. It raises a ValueError where
         `residual` is not one, and where it is "output" and a scale is 0.
     """
 
-    @functools.wraps(init)
-    def with_residual(
-        self: "Norm", *args: Any, residual: Residual = "input", **kwargs: Any
-    ) -> None:
-        init(self, *args, **kwargs)
-        self._keep(residual)
+    def decorate(init: Callable[..., None]) -> Callable[..., None]:
+        def with_residual(
+            self: "Norm", *args: Any, residual: Residual = "input", **kwargs: Any
+        ) -> None:
+            init(self, *args, **kwargs)
+            self._keep(residual)
 
-    signature = inspect.signature(init)
-    added = inspect.signature(with_residual, follow_wrapped=False).parameters["residual"]
-    parameters = [*signature.parameters.values(), added]
-    with_residual.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return with_residual
+        signature = shown(of, with_residual)
+        functools.update_wrapper(with_residual, of)
+        with_residual.__signature__ = signature  # type: ignore[attr-defined]
+        return with_residual
+
+    return decorate
 
 
 class Norm:

@@ -3,6 +3,8 @@
 The gradient is that of `normalize` without the terms of the mean.
 """
 
+from typing import Any
+
 import jax
 from flax import nnx
 
@@ -24,7 +26,9 @@ class RMSNorm(nnx.RMSNorm, Norm):
         ['0.849', '1.131']
     """
 
-    __init__ = choosing(nnx.RMSNorm.__init__)
+    @choosing(nnx.RMSNorm.__init__)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes an input.

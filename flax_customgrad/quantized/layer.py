@@ -1,7 +1,6 @@
 """What the quantized layers share: their quantizers, and how operands go through them."""
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
@@ -12,7 +11,7 @@ from flax.nnx.nn import dtypes
 from jax import lax
 
 from flax_customgrad.arrays import as_array, is_taken
-from flax_customgrad.drop_in import Parameters, become, parameters
+from flax_customgrad.drop_in import Parameters, become, parameters, shown
 from flax_customgrad.quantized.codes import Codes
 from flax_customgrad.quantized.product import Map, product
 from flax_customgrad.quantized.quantizer import Quantizer
@@ -147,37 +146,38 @@ class Quantized:
         return y if self.gradient is None else self.gradient(y)
 
 
-def quantizing(init: Callable[..., None]) -> Callable[..., None]:
-    """The constructor of a layer of nnx, with quantizers beside its arguments.
+def quantizing(of: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Puts quantizers beside the arguments of a constructor.
 
     Args:
-        init: the constructor.
+        of: the constructor of nnx, whose signature is shown.
 
     Returns:
-        A constructor of the same signature and four keywords more. It raises a TypeError where a
-        quantizer is none, and a ValueError where `residuals` is another word or an operation is
+        A decorator, of a constructor that takes what that of nnx does. It raises a TypeError where
+        a quantizer is none, and a ValueError where `residuals` is another word or an operation is
         injected.
     """
 
-    def with_quantizers(
-        self: Quantized,
-        *args: Any,
-        weight: Quantizer | None = None,
-        activation: Quantizer | None = None,
-        gradient: Shaper | None = None,
-        residuals: Keeping = "quantized",
-        **kwargs: Any,
-    ) -> None:
-        init(self, *args, **kwargs)
-        refuse_injected(type(self).__name__, self)
-        self._set_quantizers(weight, activation, gradient, residuals)
+    def decorate(init: Callable[..., None]) -> Callable[..., None]:
+        def with_quantizers(
+            self: Quantized,
+            *args: Any,
+            weight: Quantizer | None = None,
+            activation: Quantizer | None = None,
+            gradient: Shaper | None = None,
+            residuals: Keeping = "quantized",
+            **kwargs: Any,
+        ) -> None:
+            init(self, *args, **kwargs)
+            refuse_injected(type(self).__name__, self)
+            self._set_quantizers(weight, activation, gradient, residuals)
 
-    added = inspect.signature(with_quantizers).parameters.values()
-    parameters = inspect.signature(init).parameters.values()
-    signature = inspect.Signature([*parameters, *(p for p in added if p.kind is p.KEYWORD_ONLY)])
-    functools.update_wrapper(with_quantizers, init)
-    with_quantizers.__signature__ = signature  # type: ignore[attr-defined]
-    return with_quantizers
+        signature = shown(of, with_quantizers)
+        functools.update_wrapper(with_quantizers, of)
+        with_quantizers.__signature__ = signature  # type: ignore[attr-defined]
+        return with_quantizers
+
+    return decorate
 
 
 def operands(layer: nnx.Module, x: Any, *names: str) -> tuple[Parameters, jax.Array]:

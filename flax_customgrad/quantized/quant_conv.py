@@ -75,7 +75,9 @@ class QuantConv(Conv, Quantized):
         (2, 16, 16, 8)
     """
 
-    __init__ = quantizing(nnx.Conv.__init__)
+    @quantizing(nnx.Conv.__init__)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer.

@@ -3,6 +3,8 @@
 Forward, backward and what is kept are those of `QuantConv`, with the geometry of `ConvTranspose`.
 """
 
+from typing import Any
+
 import jax
 from flax import nnx
 
@@ -33,7 +35,9 @@ class QuantConvTranspose(ConvTranspose, Quantized):
         (2, 32, 32, 8)
     """
 
-    __init__ = quantizing(nnx.ConvTranspose.__init__)
+    @quantizing(nnx.ConvTranspose.__init__)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Applies the layer.

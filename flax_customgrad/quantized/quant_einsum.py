@@ -41,7 +41,9 @@ class QuantEinsum(Einsum, Quantized):
         (16, 11, 8, 4)
     """
 
-    __init__ = quantizing(nnx.Einsum.__init__)
+    @quantizing(nnx.Einsum.__init__)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
 
     def __call__(
         self, inputs: jax.Array, einsum_str: str | None = None, out_sharding: Any = None

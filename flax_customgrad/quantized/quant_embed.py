@@ -45,7 +45,9 @@ class QuantEmbed(Embed, Quantized):
 
     _kernel = "embedding"
 
-    __init__ = quantizing(nnx.Embed.__init__)
+    @quantizing(nnx.Embed.__init__)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Looks rows up.

@@ -50,7 +50,9 @@ class QuantLinear(Linear, Quantized):
         (124, 512)
     """
 
-    __init__ = quantizing(nnx.Linear.__init__)
+    @quantizing(nnx.Linear.__init__)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer.

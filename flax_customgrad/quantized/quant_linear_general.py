@@ -42,7 +42,9 @@ class QuantLinearGeneral(LinearGeneral, Quantized):
         (16, 4, 5)
     """
 
-    __init__ = quantizing(nnx.LinearGeneral.__init__)
+    @quantizing(nnx.LinearGeneral.__init__)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer.
