@@ -177,7 +177,7 @@ Values = nnx.State
 def backward_state(model: Any) -> Values:
     """The values of every `BackwardState` of a model, for a checkpoint.
 
-    They are no part of `nnx.state(model)`. Save them beside it, and restore both:
+    They are no part of `nnx.state(model)`. Save them beside it, and restore both::
 
         checkpointer.save(path, {"model": nnx.state(model), "backward": fcg.backward_state(model)})
 

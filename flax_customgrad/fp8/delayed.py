@@ -119,7 +119,7 @@ def begin_step(model: Any) -> None:
     """Makes one step of every gradient from here to the next call, for delayed scaling.
 
     Without it each gradient is a step: right where an optimizer steps after each. Where it steps
-    after several, call this before the first of them, inside or outside of a compiled function:
+    after several, call this before the first of them, inside or outside of a compiled function::
 
         fcg.begin_step(model)
         for micro_batch in batch:
