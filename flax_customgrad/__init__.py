@@ -77,6 +77,7 @@ from flax_customgrad.frozen.nf4_linear import NF4Linear as NF4Linear
 from flax_customgrad.frozen.qlora_linear import QLoRALinear as QLoRALinear
 from flax_customgrad.frozen.variable import Frozen as Frozen
 from flax_customgrad.int8.int8_conv import Int8Conv as Int8Conv
+from flax_customgrad.int8.int8_kernel import Int8Kernel as Int8Kernel
 from flax_customgrad.int8.int8_linear import Int8Linear as Int8Linear
 from flax_customgrad.linear.einsum import Einsum as Einsum
 from flax_customgrad.linear.embed import Embed as Embed

@@ -33,6 +33,7 @@ def test_every_public_layer_has_an_entry():
         "begin_step",
         "Quantizer",
         "QuantStat",
+        "Int8Kernel",
         "Packed",
         "PackedKernel",
     }

@@ -22,6 +22,7 @@ from jax.core import Tracer
 
 from flax_customgrad.arrays import in_dtype, widened
 from flax_customgrad.kept import looked_at, standing_for
+from flax_customgrad.quantized.scheme import quotient
 
 LARGEST = 127
 
@@ -74,8 +75,11 @@ def encode(x: jax.Array, axes: Any, key: jax.Array | None = None) -> Int8:
     """
     (wide,) = widened(x.dtype, lax.stop_gradient(x))
     largest = jnp.max(jnp.abs(wide), axes, keepdims=True, initial=0)
-    scale = jnp.maximum(largest / LARGEST, jnp.finfo(wide.dtype).tiny)
-    steps = wide / scale
+    # Not largest / LARGEST, nor wide / scale: in some programs XLA multiplies by the inverse, and
+    # codes that were packed in another one would differ.
+    step = quotient(largest, jnp.asarray(LARGEST, wide.dtype))
+    scale = jnp.maximum(step, jnp.finfo(wide.dtype).tiny)
+    steps = quotient(wide, scale)
     if key is None:
         q = jnp.round(steps)
     else:

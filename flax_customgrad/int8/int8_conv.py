@@ -24,13 +24,14 @@ from flax_customgrad.drop_in import Parameters
 from flax_customgrad.int8.layer import (
     ActivationScale,
     Backward,
+    InInt8,
     Residuals,
     WeightScale,
     checked_rounding,
 )
 from flax_customgrad.int8.product import product
 from flax_customgrad.int8.sums import is_exact, summed
-from flax_customgrad.quantized.layer import adopt, operands, refuse_injected
+from flax_customgrad.quantized.layer import adopt, checked, refuse_injected
 
 _FEW = 4  # features: XLA's convolution of fewer int8 is slower than that of floats
 
@@ -100,7 +101,7 @@ def _correlate(
     return summed(multiply, x, w, terms=terms, wide=wide, in_float_on=("cuda", "rocm"))
 
 
-class Int8Conv(Conv):
+class Int8Conv(Conv, InInt8):
     """`Conv` that multiplies in int8 and adds up in int32.
 
     Parameters, their names and initial values are those of `flax.nnx.Conv`; the kernel that is
@@ -203,12 +204,15 @@ class Int8Conv(Conv):
             TypeError: the inputs are not floating.
             ValueError: as for `Conv`.
         """
-        _, images = operands(self, inputs, "kernel", "bias")
+        params, images = checked(self, self._parameters(), inputs)
         check_images(self, images, self.in_features)
-        params, key = parameters_with_mask(self), None if self.noise is None else self.noise()
+        packed, key = self._packed, None if self.noise is None else self.noise()
         of = Images(self._how(images, out_sharding))
 
         def run(x: jax.Array) -> jax.Array:
-            return product(params, x, key, of, self.rounding)
+            return product(params, x, packed, key, of, self.rounding)
 
         return in_one_batch(run, images, len(self.kernel_size))
+
+    def _parameters(self) -> Parameters:
+        return parameters_with_mask(self)

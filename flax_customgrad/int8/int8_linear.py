@@ -14,6 +14,7 @@ from flax_customgrad.drop_in import Parameters
 from flax_customgrad.int8.layer import (
     ActivationScale,
     Backward,
+    InInt8,
     Residuals,
     WeightScale,
     checked_rounding,
@@ -21,7 +22,7 @@ from flax_customgrad.int8.layer import (
 from flax_customgrad.int8.product import product
 from flax_customgrad.int8.sums import summed
 from flax_customgrad.linear.linear import Linear, linear
-from flax_customgrad.quantized.layer import adopt, operands, refuse_injected
+from flax_customgrad.quantized.layer import adopt, checked, refuse_injected
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Rows:
         return summed(multiply, x, g, terms=terms, wide=wide, in_float_on=("cpu",))
 
 
-class Int8Linear(Linear):
+class Int8Linear(Linear, InInt8):
     """`Linear` that multiplies in int8 and adds up in int32.
 
     Parameters, their names and initial values are those of `flax.nnx.Linear`; the kernel that is
@@ -179,7 +180,7 @@ class Int8Linear(Linear):
         Raises:
             TypeError: the inputs are not floating.
         """
-        params, x = operands(self, inputs, "kernel", "bias")
+        params, x = checked(self, self._parameters(), inputs)
         key = None if self.noise is None else self.noise()
         how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
-        return product(params, x, key, Rows(how), self.rounding)
+        return product(params, x, self._packed, key, Rows(how), self.rounding)

@@ -1,10 +1,15 @@
-"""What the int8 layers share: their arguments."""
+"""What the int8 layers share: their arguments, and how their kernel is packed."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from flax import nnx
 
-from flax_customgrad.int8.product import Rounding
+from flax_customgrad.arithmetic import Arithmetic
+from flax_customgrad.drop_in import Parameters, parameters
+from flax_customgrad.int8.codes import Int8
+from flax_customgrad.int8.int8_kernel import Int8Kernel
+from flax_customgrad.int8.product import Rounding, encode_kernel
+from flax_customgrad.quantized.noise import stream
 
 Backward = Literal["float", "int8", "switchback"]
 Residuals = Literal["quantized", "original"]
@@ -70,6 +75,49 @@ def checked_rounding(
     rounding = Rounding(backward, residuals, activation_scale, weight_scale)
     if not stochastic_rounding:
         return rounding, None
-    if rngs is None:
-        raise ValueError(f"{name}: stochastic_rounding=True draws noise: write rngs=nnx.Rngs(0)")
-    return rounding, rngs[rng_collection].fork()
+    return rounding, stream(f"{name}: stochastic_rounding=True", rng_collection, rngs)
+
+
+class InInt8:
+    """Mixed into a layer that multiplies in int8: its kernel, packed or not.
+
+    Attributes:
+        rounding: what is rounded, and with which scales.
+    """
+
+    __slots__ = ()
+    kernel: Any
+    dtype: Any
+    rounding: Rounding
+
+    def pack_weights(self) -> bool:
+        """Puts the codes of the kernel in its place; see `flax_customgrad.pack`.
+
+        Returns:
+            Whether it was not packed before.
+        """
+        if self._packed is not None:
+            return False
+        kernel = self._parameters()["kernel"]
+        (computed,) = Arithmetic(self.dtype).promote(kernel)
+        self.kernel = Int8Kernel(encode_kernel(computed, self.rounding), kernel.dtype)
+        return True
+
+    def unpack_weights(self) -> bool:
+        """Puts a Param in the place of the codes; see `flax_customgrad.unpack`.
+
+        Returns:
+            Whether there are codes.
+        """
+        if self._packed is None:
+            return False
+        self.kernel = nnx.Param(self.kernel[...])
+        return True
+
+    @property
+    def _packed(self) -> Int8 | None:
+        return self.kernel.int8 if isinstance(self.kernel, Int8Kernel) else None
+
+    def _parameters(self) -> Parameters:
+        """The parameters of the product."""
+        return parameters(self, "kernel", "bias")  # type: ignore[arg-type]

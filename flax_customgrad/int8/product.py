@@ -18,7 +18,8 @@ all. `.` is the map of the layer, a product or a convolution, and .^T its transp
 A scale can only be taken out of a sum that does not run over its axis. The sum of dx runs over
 output channels, that of dW over rows: so the scales of the kernel and the input are folded into g
 before it is rounded, and g is rounded twice (arXiv:2105.03536). The codes of the kernel are
-computed again, which XLA shares with the forward where both are in one program.
+computed again, which XLA shares with the forward where both are in one program. Those of a packed
+kernel are given, and there is no W: W^ stands in for it everywhere.
 
 float is the derivative of the forward with rounding taken for the identity. With
 residuals="original" x and W stand in for x^ and W^, as in the float backwards of qwix and AQT. The
@@ -101,6 +102,7 @@ class Residuals(NamedTuple):
     params: Parameters
     x: Int8 | jax.Array
     dtype: Any
+    packed: Int8 | None
     key: jax.Array | None
     of: Map
     rounding: Rounding
@@ -108,13 +110,19 @@ class Residuals(NamedTuple):
 
 @custom_vjp(surrogate=True)
 def product(
-    params: Parameters, x: jax.Array, key: jax.Array | None, of: Map, rounding: Rounding
+    params: Parameters,
+    x: jax.Array,
+    packed: Int8 | None,
+    key: jax.Array | None,
+    of: Map,
+    rounding: Rounding,
 ) -> jax.Array:
     """Multiplies in int8.
 
     Args:
         params: `kernel`, whose last axis is that of the output channels, float; `bias`, or none.
         x: the input, float.
+        packed: the codes of a packed kernel; None to encode the kernel.
         key: a key of `jax.random` to round g stochastically; None to round to the nearest.
         of: the map.
         rounding: what is rounded.
@@ -124,7 +132,7 @@ def product(
     """
     how = of.arithmetic
     x, kernel, bias = how.promote(x, params["kernel"], params.get("bias"))
-    a, w = _input(x, of, rounding), _kernel(kernel, rounding)
+    a, w = _input(x, of, rounding), packed or encode_kernel(kernel, rounding)
     y = of.output(a.codes, w.codes, a.scale.dtype) * _by_channel(w.scale) * a.scale
     dtype = how.preferred_element_type or x.dtype
     if bias is None:
@@ -133,21 +141,26 @@ def product(
 
 
 def _fwd(
-    params: Parameters, x: jax.Array, key: jax.Array | None, of: Map, rounding: Rounding
+    params: Parameters,
+    x: jax.Array,
+    packed: Int8 | None,
+    key: jax.Array | None,
+    of: Map,
+    rounding: Rounding,
 ) -> tuple[jax.Array, Residuals]:
     kept = x
     if rounding.residuals == "quantized":
         promoted, _ = of.arithmetic.promote(x, params["kernel"])
         kept = _input(promoted, of, rounding)
-    y = product(params, x, key, of, rounding)
-    return y, Residuals(params, kept, x.dtype, key, of, rounding)
+    y = product(params, x, packed, key, of, rounding)
+    return y, Residuals(params, kept, x.dtype, packed, key, of, rounding)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
     of, backward = res.of, res.rounding.backward
     kernel = res.params["kernel"]
     x = res.x.values(res.dtype) if isinstance(res.x, Int8) else res.x
-    w = _kernel(of.arithmetic.promote(x, kernel)[1], res.rounding)
+    w = res.packed or encode_kernel(of.arithmetic.promote(x, kernel)[1], res.rounding)
     in_rows, in_channels = (None, None) if res.key is None else jax.random.split(res.key)
 
     def in_float(x: jax.Array, kernel: jax.Array, g: jax.Array) -> tuple[Any, jax.Array]:
@@ -156,14 +169,14 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
 
     if backward == "float":
         exact = kernel if res.rounding.residuals == "original" else w.values(kernel.dtype)
-        return *in_float(x, exact, g), None, None, None
+        return *in_float(x, exact, g), None, None, None, None
 
     u = encode(g * _by_channel(w.scale), of.row(g.ndim), in_rows)
     dx = of.input_gradient(x, w.codes, u.codes, u.scale.dtype) * u.scale
     chex.assert_equal_shape([dx, x])
     dx = _deriving(dx, lambda: in_float(x, w.multiples(kernel.dtype), u.values(g.dtype))[1])
     if backward == "switchback":
-        return in_float(x, kernel, g)[0], dx, None, None, None
+        return in_float(x, kernel, g)[0], dx, None, None, None, None
 
     assert isinstance(res.x, Int8)
     a = res.x
@@ -180,7 +193,7 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
     if "bias" in res.params:
         grads["bias"] = total(g, _all_but_last(g.ndim))
         chex.assert_equal_shape([grads["bias"], res.params["bias"]])
-    return nnx.State(grads), dx, None, None, None
+    return nnx.State(grads), dx, None, None, None, None
 
 
 product.defvjp(_fwd, _bwd)
@@ -190,7 +203,13 @@ def _input(x: jax.Array, of: Map, rounding: Rounding) -> Int8:
     return encode(x, of.row(x.ndim) if rounding.activation_scale == "per_row" else None)
 
 
-def _kernel(kernel: jax.Array, rounding: Rounding) -> Int8:
+def encode_kernel(kernel: jax.Array, rounding: Rounding) -> Int8:
+    """Quantizes a kernel.
+
+    Args:
+        kernel: array whose last axis is that of the output channels, float.
+        rounding: with which scales.
+    """
     channel = rounding.weight_scale == "per_channel"
     return encode(kernel, _all_but_last(kernel.ndim) if channel else None)
 

@@ -1,19 +1,17 @@
 """`pack`: from a model that was trained with quantized weights to one that holds only their codes.
 
-Each layer whose kernel goes through a quantizer gets a `PackedKernel` for it: integer codes, of at
-most 4 bits several to a byte, and their scales. All else stays, so the outputs are those of the
-model in eval mode to the bit, and what NNX does to a model (split, jit, a checkpoint) works on.
+Each layer that quantizes its kernel in every call gets a `PackedKernel` or `Int8Kernel` for it:
+integer codes, of at most 4 bits several to a byte, and their scales. All else stays, so the outputs
+are those of the model in eval mode to the bit, and what NNX does to a model (split, jit, a
+checkpoint) works on.
 """
 
 from typing import Any, TypeVar
 
-import jax
 from flax import nnx
 
 from flax_customgrad.model.convert import layers
-from flax_customgrad.quantized.layer import Quantized
-from flax_customgrad.quantized.packed_kernel import PackedKernel
-from flax_customgrad.quantized.quantizer import Quantizer
+from flax_customgrad.quantized.packed_kernel import Packable
 
 M = TypeVar("M")
 
@@ -22,15 +20,15 @@ def pack(model: M) -> M:
     """Makes the inference model of a quantized one: codes in the place of weights.
 
     Args:
-        model: a Module, or a tree of them, with quantized layers such as `QuantLinear`. It stays
-            as it is.
+        model: a Module, or a tree of them, with layers such as `QuantLinear` and `Int8Linear`. It
+            stays as it is.
 
     Returns:
         A copy in eval mode whose quantized weights are packed. Its outputs are the same, it has no
         gradient for them, and `nnx.state` has their codes and scales.
 
     Raises:
-        ValueError: no layer has a quantizer for its weights.
+        ValueError: no layer quantizes its weights.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -44,17 +42,15 @@ def pack(model: M) -> M:
         True
     """
     packed = nnx.clone(model)
-    found = [(a, name) for a, name in _quantized(packed) if isinstance(a.weight, Quantizer)]
-    if not found:
+    _switch(packed, "eval")
+    found = [layer.pack_weights() for layer in _packable(packed)]
+    if not any(found):
         raise ValueError(
-            "pack: no layer of the model has a quantizer for its weights. Build one with "
+            "pack: no layer of the model has a quantizer for its weights, or is an Int8Linear or "
+            "Int8Conv. Build one with "
             "flax_customgrad.QuantLinear(..., weight=flax_customgrad.FakeQuant(8)), or turn layers "
             "into one with flax_customgrad.convert(model, rules=...)"
         )
-    for layer, name in found:
-        setattr(layer, name, PackedKernel(_to_quantize(layer, name), layer.weight))
-        layer.weight = nnx.data(None)
-    _switch(packed, "eval")
     return packed
 
 
@@ -72,32 +68,15 @@ def unpack(model: M) -> M:
         ValueError: no layer is packed.
     """
     unpacked = nnx.clone(model)
-    found = [
-        (layer, name, packed)
-        for layer, name in _quantized(unpacked)
-        if isinstance(packed := getattr(layer, name), PackedKernel)
-    ]
-    if not found:
+    found = [layer.unpack_weights() for layer in _packable(unpacked)]
+    if not any(found):
         raise ValueError("unpack: no layer of the model is packed")
-    for layer, name, packed in found:
-        setattr(layer, name, nnx.Param(packed[...]))
-        layer.weight = packed.quantizer
     _switch(unpacked, "train")
     return unpacked
 
 
-def _quantized(model: Any) -> list[tuple[Any, str]]:
-    """The layers that may have a quantizer for their weights, and what these are called."""
-    return [
-        (layer, name)
-        for _, layer in layers(model)
-        for name in ("kernel", "embedding")
-        if hasattr(layer, "weight") and hasattr(layer, name)
-    ]
-
-
-def _to_quantize(layer: Any, name: str) -> jax.Array:
-    return layer.to_quantize() if isinstance(layer, Quantized) else getattr(layer, name)[...]
+def _packable(model: Any) -> list[Packable]:
+    return [layer for _, layer in layers(model) if isinstance(layer, Packable)]
 
 
 def _switch(model: Any, mode: str) -> None:

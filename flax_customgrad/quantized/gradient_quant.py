@@ -25,6 +25,7 @@ from flax_customgrad.contract import custom_vjp
 from flax_customgrad.kept import standing_for
 from flax_customgrad.quantized.calibration import Axis, Sharing, own_range, sharing
 from flax_customgrad.quantized.lsq import checked_bits
+from flax_customgrad.quantized.noise import stream
 from flax_customgrad.straight_through.rounding import up_where_below
 from flax_customgrad.sums import accumulator
 
@@ -129,7 +130,9 @@ class GradientQuant(nnx.Module):
     ):
         self.bits = checked_bits("GradientQuant", bits)
         self.sharing = sharing("GradientQuant", axis)
-        self.rngs = _stream("GradientQuant", rng_collection, rngs) if stochastic else nnx.data(None)
+        self.rngs = nnx.data(None)
+        if stochastic:
+            self.rngs = stream("GradientQuant: stochastic=True", rng_collection, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns x.
@@ -172,7 +175,7 @@ class DoReFaGradient(nnx.Module):
     ):
         self.bits = checked_bits("DoReFaGradient", bits, least=1)
         self.sharing = sharing("DoReFaGradient", axis)
-        self.rngs = _stream("DoReFaGradient", rng_collection, rngs)
+        self.rngs = stream("DoReFaGradient", rng_collection, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns x.
@@ -181,12 +184,3 @@ class DoReFaGradient(nnx.Module):
             x: array of any shape, float.
         """
         return requantized(x, self.rngs(), Steps(2**self.bits - 1, False, self.sharing))
-
-
-def _stream(layer: str, collection: str, rngs: nnx.Rngs | None) -> nnx.RngStream:
-    if rngs is None:
-        raise ValueError(
-            f"{layer} draws noise: write rngs=nnx.Rngs(0), or stochastic=False to round to the "
-            "nearest"
-        )
-    return rngs[collection].fork()

@@ -13,6 +13,7 @@ from jax import lax
 from flax_customgrad.arrays import as_array, is_taken
 from flax_customgrad.drop_in import Parameters, become, parameters, shown
 from flax_customgrad.quantized.codes import Codes
+from flax_customgrad.quantized.packed_kernel import PackedKernel
 from flax_customgrad.quantized.product import Map, product
 from flax_customgrad.quantized.quantizer import Quantizer
 
@@ -114,6 +115,31 @@ class Quantized:
     def to_quantize(self) -> jax.Array:
         """What the quantizer of the weights is given: the kernel, times its mask."""
         return self._parameters()[self._kernel]
+
+    def pack_weights(self) -> bool:
+        """Puts the codes of the weights in their place; see `flax_customgrad.pack`.
+
+        Returns:
+            Whether there is a quantizer for them.
+        """
+        if self.weight is None:
+            return False
+        setattr(self, self._kernel, PackedKernel(self.to_quantize(), self.weight))
+        self.weight = nnx.data(None)
+        return True
+
+    def unpack_weights(self) -> bool:
+        """Puts a Param and its quantizer in the place of codes; see `flax_customgrad.unpack`.
+
+        Returns:
+            Whether there are codes.
+        """
+        packed = getattr(self, self._kernel)
+        if not isinstance(packed, PackedKernel):
+            return False
+        setattr(self, self._kernel, nnx.Param(packed[...]))
+        self.weight = packed.quantizer
+        return True
 
     def _parameters(self) -> Parameters:
         """The parameters of the product."""

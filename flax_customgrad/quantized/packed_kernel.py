@@ -1,7 +1,8 @@
 """`PackedKernel`: the quantized weights of a layer, in as few bytes as their codes take."""
 
 import math
-from typing import Any
+from abc import abstractmethod
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,46 @@ class Packed(nnx.Variable):
     """Codes, or what decodes them: weights that no optimizer moves."""
 
 
-class PackedKernel(nnx.Module):
+@runtime_checkable
+class Packable(Protocol):
+    """A layer whose weights `pack` turns into codes."""
+
+    def pack_weights(self) -> bool:
+        """Puts codes in the place of the weights, in place; False where it quantizes none."""
+        ...
+
+    def unpack_weights(self) -> bool:
+        """Puts a Param in the place of the codes again, in place; False where there are none."""
+        ...
+
+
+class PackedWeights(nnx.Module):
     """Stands in the place of a layer's kernel, and answers `kernel[...]` with its values.
 
-    They are those of the quantizer to the bit.
+    Attributes:
+        shape: of the kernel.
+        dtype: of the kernel.
+        bits: how many bits a code takes.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    bits: int
+
+    @property
+    def unpacked_nbytes(self) -> int:
+        """How many bytes the values take, those of an array of the kernel's dtype."""
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+    @abstractmethod
+    def __getitem__(self, key: Any) -> jax.Array:
+        """The values, of which a key takes a part."""
+
+
+class PackedKernel(PackedWeights):
+    """What a quantizer made of a kernel, in the place of the kernel.
+
+    The values, `kernel[...]`, are those of the quantizer to the bit.
 
     Attributes:
         codes: uint8, codes of at most 4 bits several to a byte along the last axis.
@@ -45,11 +82,6 @@ class PackedKernel(nnx.Module):
         self.shape = values.shape
         self.dtype = values.dtype
         self._scheme = scheme
-
-    @property
-    def unpacked_nbytes(self) -> int:
-        """How many bytes the values take, those of an array of the kernel's dtype."""
-        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
     def __getitem__(self, key: Any) -> jax.Array:
         """The values, of which a key takes a part."""

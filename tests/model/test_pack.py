@@ -107,6 +107,62 @@ def test_an_embedding_is_packed():
     np.testing.assert_array_equal(packed.attend(jnp.ones((2, 6))), layer.attend(jnp.ones((2, 6))))
 
 
+class InInt8(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = fcg.Int8Conv(
+            4, 6, 3, mask=jnp.arange(72).reshape(3, 4, 6) % 5 > 0, dtype=jnp.bfloat16, rngs=rngs
+        )
+        self.linear = fcg.Int8Linear(6, 5, backward="int8", rngs=rngs)
+        self.head = fcg.Int8Linear(
+            5, 3, residuals="original", activation_scale="per_tensor", rngs=rngs
+        )
+
+    def __call__(self, x):
+        return self.head(jax.nn.relu(self.linear(self.conv(x))))
+
+
+IMAGES = np.random.default_rng(1).normal(size=(2, 5, 4)).astype(np.float32)
+
+
+def test_layers_in_int8_are_packed_as_they_multiply(tmp_path):
+    model = InInt8(nnx.Rngs(0))
+    packed = fcg.pack(model)
+    model.eval()
+    np.testing.assert_array_equal(_forward(packed, IMAGES), _forward(model, IMAGES))
+    np.testing.assert_array_equal(packed(IMAGES), model(IMAGES))
+    kernel = packed.linear.kernel
+    assert (kernel.codes[...].dtype, kernel.codes[...].shape) == (jnp.int8, (6, 5))
+    assert kernel.scale[...].shape == (1, 5)
+    assert len(nnx.to_flat_state(nnx.state(packed, nnx.Param))) == 3  # The biases.
+
+    sizes = fcg.size_report(packed).sizes
+    kernels = [(s.path, s.bits, s.nbytes, s.unpacked_nbytes) for s in sizes if s.bits]
+    assert kernels[:2] == [("conv/kernel", 8, 72 + 24, 288), ("head/kernel", 8, 15 + 12, 60)]
+
+    unpacked = fcg.unpack(packed)
+    np.testing.assert_array_equal(unpacked.linear.kernel[...], kernel[...])
+    np.testing.assert_allclose(kernel[...], model.linear.kernel[...], atol=0.01)
+    np.testing.assert_allclose(_forward(unpacked, IMAGES), _forward(model, IMAGES), atol=1e-2)
+    with pytest.raises(ValueError, match="no layer of the model has a quantizer"):
+        fcg.pack(packed)
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "packed", nnx.to_pure_dict(nnx.state(packed)))
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "packed")
+    np.testing.assert_array_equal(restored["linear"]["kernel"]["codes"], kernel.codes[...])
+
+
+def test_the_gradient_of_the_input_of_packed_layers_in_int8():
+    for backward in ("float", "int8", "switchback"):
+        layer = fcg.Int8Linear(6, 5, backward=backward, rngs=nnx.Rngs(0))
+        packed = fcg.pack(layer)
+        dx, expected = (jax.grad(lambda x, m=m: (m(x) ** 2).sum())(X) for m in (packed, layer))
+        np.testing.assert_array_equal(dx, expected)
+        db, expected = (nnx.grad(lambda m: (m(X) ** 2).sum())(m).bias for m in (packed, layer))
+        np.testing.assert_array_equal(db[...], expected[...])
+
+
 def test_the_report_counts_every_byte():
     model = _trained()
     packed = fcg.pack(model)
@@ -120,7 +176,9 @@ def test_the_report_counts_every_byte():
 
 
 def test_what_cannot_be_packed_is_said():
-    with pytest.raises(ValueError, match=r"no layer of the model has a quantizer for its weights"):
+    with pytest.raises(
+        ValueError, match=r"no layer .* has a quantizer for its weights, or is"
+    ):
         fcg.pack(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="no layer of the model is packed"):
         fcg.unpack(_trained())

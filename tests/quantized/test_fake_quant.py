@@ -143,6 +143,11 @@ def test_zeros_infinities_and_nothing():
             lambda: fcg.FakeQuant(calibration="moving_average", dynamic=True),
             r"a moving average is of several arrays",
         ),
+        (lambda: fcg.FakeQuant(rounding="up"), r"rounding='up' must be \"nearest\""),
+        (
+            lambda: fcg.FakeQuant(rounding="stochastic"),
+            r'FakeQuant: rounding="stochastic" draws noise: write rngs=nnx.Rngs\(0\)',
+        ),
         (lambda: fcg.FakeQuant(dynamic=False)(jnp.ones(2)), r"no range has been recorded"),
         (lambda: fcg.FakeQuant(axis=1)(jnp.ones(2)), r"axis=\(1,\) is none of an array of shape"),
     ],
@@ -150,3 +155,96 @@ def test_zeros_infinities_and_nothing():
 def test_errors(make, error):
     with pytest.raises(ValueError, match=error):
         make()
+
+
+# Stochastic rounding.
+
+
+def _stochastic(*args, **kwargs):
+    return fcg.FakeQuant(*args, rounding="stochastic", rngs=nnx.Rngs(0), **kwargs)
+
+
+@nnx.jit
+def _draw(quantizer, x):
+    return quantizer.quantize(x)[:2]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kwargs"),
+    [
+        ("float32", {"axis": -1}),
+        ("float32", {"axis": 1, "block": 2}),
+        ("bfloat16", {"symmetric": False}),
+        ("float16", {"symmetric": False, "dynamic": False}),
+    ],
+)
+def test_stochastic_rounding_is_right_on_average_and_drawn_anew(dtype, kwargs):
+    one = jnp.array([[0.3, -0.5], [0.7, 0.111], [0.0, 0.9], [0.98, 1.0]], dtype)
+    x = jnp.broadcast_to(one, (4000, 4, 2))
+    quantizer = _stochastic(4, **kwargs)
+    quantizer.observe(x)
+    y, codes = _draw(quantizer, x)
+    assert y.dtype == x.dtype
+    spread = jnp.ptp(codes.astype(int), 0)
+    assert spread.max() == 1
+    # Half precision rounds the values themselves; 0.005 is 4.4 times the error of a mean.
+    np.testing.assert_allclose(y.astype(float).mean(0), one.astype(float), atol=0.005, rtol=2**-9)
+    assert (spread[2, 0], spread[3, 1]) == (0, 0)  # Zero and the end of the range.
+    assert (_draw(quantizer, x)[1] != codes).any()
+    quantizer.eval()
+    nearest = fcg.FakeQuant(4, **kwargs)
+    nearest.observe(x)
+    np.testing.assert_array_equal(_draw(quantizer, x)[0], _draw(nearest, x)[0])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_is_on_the_grid_stays_there(symmetric):
+    quantizer = _stochastic(8, dynamic=False, symmetric=symmetric)
+    quantizer.observe(jnp.array([-0.3 * 127, 0.07]))
+    grid = jnp.unique(quantizer(jnp.linspace(-40, 40, 4000)))
+    grid = jnp.concatenate([quantizer(jnp.array([-99.0, 99.0])), grid])
+    x = jnp.broadcast_to(grid, (5000, *grid.shape))
+    assert (_draw(quantizer, x)[0] == x).all()
+
+
+def test_the_noise_changes_no_gradient_and_nothing_is_kept_of_it():
+    recorded = _stochastic(2, dynamic=False)
+    recorded.observe(jnp.array([1.0]))
+    # Within half a step of the bounds, on both sides.
+    x = jnp.repeat(jnp.array([-1.4, -0.9, 0.6, 0.99, 1.01, 1.4]), 50)
+    y, pull = jax.vjp(lambda x: nnx.clone(recorded)(x), x)
+    assert set(jnp.unique(y[100:150]).tolist()) == {0, 1}
+    np.testing.assert_array_equal(pull(jnp.ones_like(y))[0], jnp.abs(x) <= 1)
+    nearest = _recorded([1.0], bits=2)
+    kept = fcg.residual_bytes(lambda x: nnx.clone(recorded)(x), x)
+    assert kept == fcg.residual_bytes(nearest, x)
+
+
+def test_stochastic_rounding_at_the_limits():
+    x = jnp.array([3.4e38, -3.3e38, 1e38])
+    for symmetric in (True, False):
+        assert jnp.isfinite(_stochastic(2, symmetric=symmetric)(x)).all()
+    recorded = _stochastic(4, dynamic=False)
+    recorded.observe(jnp.array([1.0]))
+    got = recorded(jnp.array([INF, -INF, NAN, 5.0]))
+    np.testing.assert_array_equal(got, [INF, -INF, NAN, recorded.high[...]])
+    assert (_stochastic(4)(jnp.zeros(9)) == 0).all()
+    assert _stochastic(4, axis=-1)(jnp.zeros((0, 3))).shape == (0, 3)
+
+
+def test_a_layer_rounds_stochastically_in_training_and_is_packed_to_the_nearest():
+    layer = fcg.QuantLinear(
+        6, 5, weight=_stochastic(3, axis=-1), activation=_stochastic(4), rngs=nnx.Rngs(0)
+    )
+    x = jax.random.normal(jax.random.key(0), (7, 6))
+    step = nnx.jit(nnx.value_and_grad(lambda layer, x: (layer(x) ** 2).sum()))
+    (loss, grads), (again, _) = step(layer, x), step(layer, x)
+    assert loss != again
+    assert jnp.isfinite(grads.kernel[...]).all()
+    packed = fcg.pack(layer)
+    layer.eval()
+    np.testing.assert_array_equal(packed(x), layer(x))
+    nearest = fcg.QuantLinear(
+        6, 5, weight=fcg.FakeQuant(3, axis=-1), activation=fcg.FakeQuant(4), rngs=nnx.Rngs(0)
+    )
+    np.testing.assert_array_equal(layer(x), nearest(x))
