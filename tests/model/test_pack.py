@@ -153,10 +153,13 @@ def test_layers_in_int8_are_packed_as_they_multiply(tmp_path):
     np.testing.assert_array_equal(restored["linear"]["kernel"]["codes"], kernel.codes[...])
 
 
-def test_the_gradient_of_the_input_of_packed_layers_in_int8():
+def test_packed_layers_in_int8_have_the_gradient_of_their_input():
     for backward in ("float", "int8", "switchback"):
-        layer = fcg.Int8Linear(6, 5, backward=backward, rngs=nnx.Rngs(0))
+        layer = fcg.Int8Linear(
+            6, 40, backward=backward, weight_scale="per_channel", rngs=nnx.Rngs(0)
+        )
         packed = fcg.pack(layer)
+        np.testing.assert_array_equal(packed(X), layer(X))
         dx, expected = (jax.grad(lambda x, m=m: (m(x) ** 2).sum())(X) for m in (packed, layer))
         np.testing.assert_array_equal(dx, expected)
         db, expected = (nnx.grad(lambda m: (m(X) ** 2).sum())(m).bias for m in (packed, layer))
@@ -176,9 +179,7 @@ def test_the_report_counts_every_byte():
 
 
 def test_what_cannot_be_packed_is_said():
-    with pytest.raises(
-        ValueError, match=r"no layer .* has a quantizer for its weights, or is"
-    ):
+    with pytest.raises(ValueError, match=r"no layer .* has a quantizer for its weights, or is"):
         fcg.pack(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="no layer of the model is packed"):
         fcg.unpack(_trained())
