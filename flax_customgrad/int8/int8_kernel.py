@@ -11,8 +11,8 @@ from flax_customgrad.quantized.packed_kernel import Packed, PackedWeights
 class Int8Kernel(PackedWeights):
     """The int8 codes and the scales of a kernel, in the place of the kernel.
 
-    A layer multiplies them as they are. They are computed in the dtype of the layer, or else in that
-    of the kernel, so the scales of float32 weights are float32 for a float64 input too.
+    A layer multiplies them as they are. They are computed in the dtype of the layer, or else in
+    that of the kernel, so the scales of float32 weights are float32 for a float64 input too.
 
     Attributes:
         codes: int8, of the shape of the kernel.
