@@ -107,23 +107,11 @@ from flax_customgrad.normalization.weight_norm import WeightNorm as WeightNorm
 from flax_customgrad.normalization.weight_standardization import (
     WeightStandardization as WeightStandardization,
 )
-from flax_customgrad.quantized.binary import BinaryActivation as BinaryActivation
-from flax_customgrad.quantized.binary import BinaryWeight as BinaryWeight
 from flax_customgrad.quantized.binary_layers import BinaryConv as BinaryConv
 from flax_customgrad.quantized.binary_layers import BinaryLinear as BinaryLinear
 from flax_customgrad.quantized.bit_linear import BitLinear as BitLinear
-from flax_customgrad.quantized.dorefa import DoReFaActivation as DoReFaActivation
-from flax_customgrad.quantized.dorefa import DoReFaWeight as DoReFaWeight
-from flax_customgrad.quantized.ewgs import EWGS as EWGS
-from flax_customgrad.quantized.fake_quant import FakeQuant as FakeQuant
-from flax_customgrad.quantized.fake_quant import QuantStat as QuantStat
-from flax_customgrad.quantized.gradient_quant import DoReFaGradient as DoReFaGradient
-from flax_customgrad.quantized.gradient_quant import GradientQuant as GradientQuant
-from flax_customgrad.quantized.lsq import LSQ as LSQ
-from flax_customgrad.quantized.lsq_plus import LSQPlus as LSQPlus
 from flax_customgrad.quantized.packed_kernel import Packed as Packed
 from flax_customgrad.quantized.packed_kernel import PackedKernel as PackedKernel
-from flax_customgrad.quantized.pact import PACT as PACT
 from flax_customgrad.quantized.quant_conv import QuantConv as QuantConv
 from flax_customgrad.quantized.quant_conv_transpose import (
     QuantConvTranspose as QuantConvTranspose,
@@ -135,12 +123,24 @@ from flax_customgrad.quantized.quant_linear_general import (
     QuantLinearGeneral as QuantLinearGeneral,
 )
 from flax_customgrad.quantized.quantizer import Quantizer as Quantizer
-from flax_customgrad.quantized.ternary import TWN as TWN
-from flax_customgrad.quantized.ternary import AbsMean as AbsMean
+from flax_customgrad.quantized.quantizers.binary import BinaryActivation as BinaryActivation
+from flax_customgrad.quantized.quantizers.binary import BinaryWeight as BinaryWeight
+from flax_customgrad.quantized.quantizers.dorefa import DoReFaActivation as DoReFaActivation
+from flax_customgrad.quantized.quantizers.dorefa import DoReFaWeight as DoReFaWeight
+from flax_customgrad.quantized.quantizers.ewgs import EWGS as EWGS
+from flax_customgrad.quantized.quantizers.fake_quant import FakeQuant as FakeQuant
+from flax_customgrad.quantized.quantizers.fake_quant import QuantStat as QuantStat
+from flax_customgrad.quantized.quantizers.gradient_quant import DoReFaGradient as DoReFaGradient
+from flax_customgrad.quantized.quantizers.gradient_quant import GradientQuant as GradientQuant
+from flax_customgrad.quantized.quantizers.lsq import LSQ as LSQ
+from flax_customgrad.quantized.quantizers.lsq_plus import LSQPlus as LSQPlus
+from flax_customgrad.quantized.quantizers.pact import PACT as PACT
+from flax_customgrad.quantized.quantizers.ternary import TWN as TWN
+from flax_customgrad.quantized.quantizers.ternary import AbsMean as AbsMean
+from flax_customgrad.quantized.quantizers.tqt import TQT as TQT
+from flax_customgrad.quantized.quantizers.ttq import TTQ as TTQ
 from flax_customgrad.quantized.ternary_layers import TernaryConv as TernaryConv
 from flax_customgrad.quantized.ternary_layers import TernaryLinear as TernaryLinear
-from flax_customgrad.quantized.tqt import TQT as TQT
-from flax_customgrad.quantized.ttq import TTQ as TTQ
 from flax_customgrad.residuals import Residual as Residual
 from flax_customgrad.residuals import residual_bytes as residual_bytes
 from flax_customgrad.residuals import residuals as residuals

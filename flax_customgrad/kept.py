@@ -57,6 +57,19 @@ def kept(kept: Kept) -> jax.Array:
     return standing_for(lax.bitcast_convert_type(kept.bits, kept.array.dtype), kept.array)
 
 
+def beside(array: jax.Array) -> jax.Array | None:
+    """An array as it is kept beside its codes, for second derivatives, which alone read it.
+
+    Args:
+        array: of any shape, float.
+
+    Returns:
+        The array; None outside of a trace, where nothing is dropped and there are no second
+        derivatives to come, and while residuals are looked at.
+    """
+    return array if isinstance(array, jax.core.Tracer) and not looked_at() else None
+
+
 @jax.custom_jvp
 def standing_for(decoded: jax.Array, array: jax.Array) -> jax.Array:
     """What was decoded from integers, with the derivative of the array that they stand for.

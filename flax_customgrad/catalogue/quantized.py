@@ -13,10 +13,8 @@ from flax import nnx
 from jax import lax
 
 from flax_customgrad.catalogue.entry import Entry, Example, made, normal
-from flax_customgrad.quantized.binary import BinaryActivation, BinaryWeight
 from flax_customgrad.quantized.binary_layers import BinaryConv, BinaryLinear
 from flax_customgrad.quantized.bit_linear import BitLinear
-from flax_customgrad.quantized.fake_quant import FakeQuant
 from flax_customgrad.quantized.quant_conv import QuantConv
 from flax_customgrad.quantized.quant_conv_transpose import QuantConvTranspose
 from flax_customgrad.quantized.quant_einsum import QuantEinsum
@@ -24,7 +22,9 @@ from flax_customgrad.quantized.quant_embed import QuantEmbed
 from flax_customgrad.quantized.quant_linear import QuantLinear
 from flax_customgrad.quantized.quant_linear_general import QuantLinearGeneral
 from flax_customgrad.quantized.quantizer import Quantizer
-from flax_customgrad.quantized.ternary import TWN, AbsMean
+from flax_customgrad.quantized.quantizers.binary import BinaryActivation, BinaryWeight
+from flax_customgrad.quantized.quantizers.fake_quant import FakeQuant
+from flax_customgrad.quantized.quantizers.ternary import TWN, AbsMean
 from flax_customgrad.quantized.ternary_layers import TernaryConv, TernaryLinear
 
 

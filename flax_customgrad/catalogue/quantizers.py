@@ -13,17 +13,17 @@ from flax import nnx
 from jax import lax
 
 from flax_customgrad.catalogue.entry import Curve, Entry, Example, made, normal
-from flax_customgrad.quantized.binary import BinaryActivation, BinaryWeight
-from flax_customgrad.quantized.dorefa import DoReFaActivation, DoReFaWeight
-from flax_customgrad.quantized.ewgs import EWGS
-from flax_customgrad.quantized.fake_quant import FakeQuant
-from flax_customgrad.quantized.gradient_quant import DoReFaGradient, GradientQuant
-from flax_customgrad.quantized.lsq import LSQ
-from flax_customgrad.quantized.lsq_plus import LSQPlus
-from flax_customgrad.quantized.pact import PACT
-from flax_customgrad.quantized.ternary import TWN, AbsMean
-from flax_customgrad.quantized.tqt import TQT
-from flax_customgrad.quantized.ttq import TTQ
+from flax_customgrad.quantized.quantizers.binary import BinaryActivation, BinaryWeight
+from flax_customgrad.quantized.quantizers.dorefa import DoReFaActivation, DoReFaWeight
+from flax_customgrad.quantized.quantizers.ewgs import EWGS
+from flax_customgrad.quantized.quantizers.fake_quant import FakeQuant
+from flax_customgrad.quantized.quantizers.gradient_quant import DoReFaGradient, GradientQuant
+from flax_customgrad.quantized.quantizers.lsq import LSQ
+from flax_customgrad.quantized.quantizers.lsq_plus import LSQPlus
+from flax_customgrad.quantized.quantizers.pact import PACT
+from flax_customgrad.quantized.quantizers.ternary import TWN, AbsMean
+from flax_customgrad.quantized.quantizers.tqt import TQT
+from flax_customgrad.quantized.quantizers.ttq import TTQ
 
 Params = Mapping[str, jax.Array]
 

@@ -17,7 +17,7 @@ from flax.typing import Shape
 
 from flax_customgrad.fp8.layer import Scaling, product, set_scaling
 from flax_customgrad.linear.einsum import Einsum, einsum
-from flax_customgrad.quantized.layer import adopt, operands
+from flax_customgrad.own_product import adopt, operands
 
 
 class Fp8Einsum(Einsum):

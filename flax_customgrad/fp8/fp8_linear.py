@@ -13,7 +13,7 @@ from flax import nnx
 
 from flax_customgrad.fp8.layer import Scaling, product, set_scaling
 from flax_customgrad.linear.linear import Linear, linear
-from flax_customgrad.quantized.layer import adopt, operands
+from flax_customgrad.own_product import adopt, operands
 
 
 class Fp8Linear(Linear):

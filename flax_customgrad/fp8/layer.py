@@ -10,7 +10,7 @@ from flax_customgrad.arithmetic import Arithmetic
 from flax_customgrad.drop_in import Parameters
 from flax_customgrad.fp8.delayed import DelayedScaling
 from flax_customgrad.fp8.product import Recipe, fp8_product
-from flax_customgrad.quantized.layer import refuse_injected
+from flax_customgrad.own_product import refuse_injected
 from flax_customgrad.quantized.product import Map
 
 Scaling = Literal["delayed", "current"]

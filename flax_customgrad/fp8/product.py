@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -108,9 +107,7 @@ def _fwd(
     turn = _turn(x_, kernel, remembered, recipe)
     codes = lax.bitcast_convert_type(E4M3.encode(x_, turn.scales[0]), jnp.uint8)
     amaxes = () if remembered is None else (amax(x_), amax(kernel))
-    # Outside of a trace nothing is dropped, and there is no second derivative to come.
-    held = x if isinstance(x, jax.core.Tracer) and not kept.looked_at() else None
-    return y, Residuals(params, codes, held, turn, amaxes, remembered, recipe)
+    return y, Residuals(params, codes, kept.beside(x), turn, amaxes, remembered, recipe)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:

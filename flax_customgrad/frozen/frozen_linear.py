@@ -128,7 +128,12 @@ class FrozenLinear(nnx.Module):
 
     Raises:
         ValueError: a weight is not finite; a `dot_general` or `promote_dtype` of the user's own.
+
+    Attributes:
+        bits: how many bits a code of the kernel has.
     """
+
+    bits = 4
 
     def __init__(
         self,
@@ -212,6 +217,12 @@ class FrozenLinear(nnx.Module):
     def kernel(self) -> jax.Array:
         """The dequantized kernel, of shape (in_features, out_features) in `param_dtype`."""
         return self.form.dequantize(self._stored)
+
+    @property
+    def saved_nbytes(self) -> int:
+        """How many bytes less it takes than with a kernel in floats."""
+        kernel = jax.eval_shape(lambda: self.kernel)
+        return kernel.size * kernel.dtype.itemsize - sum(a.nbytes for a in self._stored.values())
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer.

@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 
 from flax_customgrad.arrays import in_dtype, widened
-from flax_customgrad.kept import looked_at, standing_for
+from flax_customgrad.kept import beside, standing_for
 from flax_customgrad.quantized.scheme import quotient
 
 LARGEST = 127
@@ -88,5 +87,4 @@ def encode(x: jax.Array, axes: Any, key: jax.Array | None = None) -> Int8:
         up = jax.random.uniform(key, x.shape, wide.dtype) < steps - below
         # Of the largest element the quotient may exceed 127 by its rounding.
         q = jnp.clip(below + up, -LARGEST, LARGEST)
-    original = x if isinstance(x, Tracer) and not looked_at() else None
-    return Int8(q.astype(jnp.int8), scale, original)
+    return Int8(q.astype(jnp.int8), scale, beside(x))

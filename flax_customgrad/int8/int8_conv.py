@@ -31,7 +31,7 @@ from flax_customgrad.int8.layer import (
 )
 from flax_customgrad.int8.product import product
 from flax_customgrad.int8.sums import is_exact, summed
-from flax_customgrad.quantized.layer import adopt, checked, refuse_injected
+from flax_customgrad.own_product import adopt, checked, refuse_injected
 
 _FEW = 4  # features: XLA's convolution of fewer int8 is slower than that of floats
 

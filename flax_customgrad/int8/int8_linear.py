@@ -22,7 +22,7 @@ from flax_customgrad.int8.layer import (
 from flax_customgrad.int8.product import product
 from flax_customgrad.int8.sums import summed
 from flax_customgrad.linear.linear import Linear, linear
-from flax_customgrad.quantized.layer import adopt, checked, refuse_injected
+from flax_customgrad.own_product import adopt, checked, refuse_injected
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from flax_customgrad.drop_in import Parameters, parameters
 from flax_customgrad.int8.codes import Int8
 from flax_customgrad.int8.int8_kernel import Int8Kernel
 from flax_customgrad.int8.product import Rounding, encode_kernel
-from flax_customgrad.quantized.noise import stream
+from flax_customgrad.noise import stream
 
 Backward = Literal["float", "int8", "switchback"]
 Residuals = Literal["quantized", "original"]

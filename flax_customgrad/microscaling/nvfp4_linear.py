@@ -23,7 +23,7 @@ from flax_customgrad.arithmetic import Arithmetic
 from flax_customgrad.linear.linear import Linear
 from flax_customgrad.microscaling.nvfp4 import NVFP4
 from flax_customgrad.microscaling.scaled_linear import RESIDUALS, Recipe, check_word, scaled_linear
-from flax_customgrad.quantized.layer import adopt, operands, refuse_injected
+from flax_customgrad.own_product import adopt, operands, refuse_injected
 
 
 class NVFP4Linear(Linear):

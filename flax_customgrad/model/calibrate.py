@@ -13,8 +13,8 @@ from flax import nnx
 from flax_customgrad.drop_in import become
 from flax_customgrad.model.convert import layers
 from flax_customgrad.quantized.codes import Codes
-from flax_customgrad.quantized.fake_quant import FakeQuant
 from flax_customgrad.quantized.quantizer import Quantizer
+from flax_customgrad.quantized.quantizers.fake_quant import FakeQuant
 
 M = TypeVar("M")
 

@@ -91,11 +91,10 @@ def size_report(model: Any) -> SizeReport:
     for (path, *_), layer in layers(model):
         nbytes = 0 if isinstance(layer, nnx.List) else sum(a.nbytes for a in _own(layer))
         if nbytes:
-            # What is packed says what it would be otherwise.
-            unpacked = getattr(layer, "unpacked_nbytes", None)
-            bits = None if unpacked is None else getattr(layer, "bits", None)
-            name = type(layer).__name__
-            sizes.append(Size(path, name, bits, nbytes, nbytes if unpacked is None else unpacked))
+            # What is packed says so.
+            saved = getattr(layer, "saved_nbytes", None)
+            bits = None if saved is None else getattr(layer, "bits", None)
+            sizes.append(Size(path, type(layer).__name__, bits, nbytes, nbytes + (saved or 0)))
     return SizeReport(tuple(sorted(sizes, key=_by_path)))
 
 

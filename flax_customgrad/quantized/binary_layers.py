@@ -9,9 +9,9 @@ f is a product or a convolution, linear in each of its operands x^ and W^. That 
 (arXiv:1808.00278). The zeros of a convolution's padding are laid around the signs.
 """
 
-from flax_customgrad.quantized.binary import BinaryActivation, BinaryWeight
 from flax_customgrad.quantized.quant_conv import QuantConv
 from flax_customgrad.quantized.quant_linear import QuantLinear
+from flax_customgrad.quantized.quantizers.binary import BinaryActivation, BinaryWeight
 
 _BINARY = {"weight": BinaryWeight, "activation": BinaryActivation}
 

@@ -20,9 +20,9 @@ import jax
 from flax import nnx
 
 from flax_customgrad.normalization.rms_norm import RMSNorm
-from flax_customgrad.quantized.fake_quant import FakeQuant
 from flax_customgrad.quantized.quant_linear import QuantLinear
-from flax_customgrad.quantized.ternary import AbsMean
+from flax_customgrad.quantized.quantizers.fake_quant import FakeQuant
+from flax_customgrad.quantized.quantizers.ternary import AbsMean
 
 
 class BitLinear(QuantLinear):

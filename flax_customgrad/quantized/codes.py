@@ -77,8 +77,7 @@ def keep(codes: Codes) -> KeptCodes:
     bits = width(scheme.bits) if packs(q.shape, jax.typeof(q).sharding) else 8
     if not isinstance(values, jax.core.Tracer):
         return KeptCodes(values, None, (), scheme, bits, like)
-    held = None if kept.looked_at() else values
-    return KeptCodes(held, pack(q, bits), parameters, scheme, bits, like)
+    return KeptCodes(kept.beside(values), pack(q, bits), parameters, scheme, bits, like)
 
 
 def restore(codes: KeptCodes) -> jax.Array:

@@ -44,9 +44,10 @@ class PackedWeights(nnx.Module):
     bits: int
 
     @property
-    def unpacked_nbytes(self) -> int:
-        """How many bytes the values take, those of an array of the kernel's dtype."""
-        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+    def saved_nbytes(self) -> int:
+        """How many bytes less it takes than its values would."""
+        held = sum(a.nbytes for a in jax.tree.leaves(nnx.state(self, Packed)))
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize - held
 
     @abstractmethod
     def __getitem__(self, key: Any) -> jax.Array:

@@ -21,7 +21,8 @@ from flax import nnx
 from flax_customgrad.arithmetic import Arithmetic
 from flax_customgrad.drop_in import Parameters, parameters
 from flax_customgrad.linear.embed import Embed, attend, lookup
-from flax_customgrad.quantized.layer import Quantized, checked, quantizing
+from flax_customgrad.own_product import checked
+from flax_customgrad.quantized.layer import Quantized, quantizing
 
 
 class QuantEmbed(Embed, Quantized):

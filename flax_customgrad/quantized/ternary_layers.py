@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from flax_customgrad.quantized.quant_conv import QuantConv
 from flax_customgrad.quantized.quant_linear import QuantLinear
-from flax_customgrad.quantized.ternary import TWN
+from flax_customgrad.quantized.quantizers.ternary import TWN
 
 
 class TernaryLinear(QuantLinear):

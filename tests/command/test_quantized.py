@@ -29,11 +29,12 @@ WITHOUT = {
 
 def _network(recipe):
     """A recipe's network and the shapes of its gradient, without computing anything."""
-    network = nnx.eval_shape(lambda: recipe.build(nnx.Rngs(0)))
-    grads = nnx.eval_shape(
-        lambda: nnx.grad(lambda m: m(jnp.ones((2, 64))).sum())(recipe.build(nnx.Rngs(0)))
-    )
-    return network, grads
+
+    def build():
+        return recipe.build(nnx.Rngs(0))
+
+    network = nnx.eval_shape(build) if recipe.at_once else build()
+    return network, nnx.eval_shape(nnx.grad(lambda m: m(jnp.ones((2, 64))).sum()), network)
 
 
 def test_recipes_cover_the_catalogue():

@@ -8,8 +8,9 @@ from flax_customgrad.testing import CHECKS, check_vjp
 
 # Layers of one operation differ in their formulas, not in what JAX's transforms make of it: for
 # each operation some go through all of them. `python -m flax_customgrad check` spares none.
+LINEAR = {"Linear", "Einsum", "Embed"}
 NORMS = {"LayerNorm", "BatchNorm", "WeightNorm"}
-ACTIVATIONS = {"gelu", "relu", "PReLU", "SwiGLU"}
+ACTIVATIONS = {"gelu", "SwiGLU"}
 ROWS = {"softmax"}
 CONVOLUTIONS = {"Conv", "ConvTranspose"}
 POOLS = {"max_pool"}
@@ -21,13 +22,13 @@ FP8 = {"Fp8Linear"}
 QUANTIZED = {"QuantLinear"}
 MICROSCALED = {"MXLinear"}
 INT8 = {"Int8Linear"}
-QUANTIZERS = {"LSQ"}
 SPIKES = {"LIF"}
-SHAPERS = {"gradient_scale", "gradient_clip", "stop_gradient"}
-FEEDBACK = {"FeedbackLinear", "DirectFeedback"}
+SHAPERS = {"gradient_scale", "gradient_clip"}
+FEEDBACK = {"DirectFeedback"}
 FROZEN = {"QLoRALinear"}
 THOROUGH = (
-    NORMS
+    LINEAR
+    | NORMS
     | ACTIVATIONS
     | ROWS
     | CONVOLUTIONS
@@ -40,7 +41,6 @@ THOROUGH = (
     | QUANTIZED
     | MICROSCALED
     | INT8
-    | QUANTIZERS
     | SPIKES
     | SHAPERS
     | FEEDBACK
@@ -49,13 +49,16 @@ THOROUGH = (
 # Other layers with quantizers that have entries of their own.
 COMPOSED = {
     "BinaryConv",
+    "BitLinear",
+    "QuantConv",
     "QuantConvTranspose",
     "QuantEinsum",
     "QuantLinearGeneral",
     "TernaryConv",
     "TernaryLinear",
 }
-OF_THE_FORMULA = ("autodiff", "finite_differences", "second_order", "dtypes", "residuals")
+OF_A_SURROGATE = ("autodiff", "dtypes", "residuals")
+OF_THE_EXACT = ("autodiff", "finite_differences", "second_order", "dtypes", "residuals")
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Further examples of a layer differ in its arguments.
@@ -66,9 +69,9 @@ def checks_of(entry, nth):
     """The checks that an example goes through, and the dtypes."""
     if nth or entry.name in COMPOSED:
         return OF_ARGUMENTS, ()
-    if entry.name in THOROUGH or entry.family == "linear":
+    if entry.name in THOROUGH:
         return CHECKS, DTYPES
-    return OF_THE_FORMULA, ("bfloat16",)
+    return OF_THE_EXACT if entry.gradient == "exact" else OF_A_SURROGATE, ("bfloat16",)
 
 
 EXAMPLES = [

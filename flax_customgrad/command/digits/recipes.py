@@ -20,17 +20,17 @@ from flax_customgrad.microscaling.nvfp4_linear import NVFP4Linear
 from flax_customgrad.normalization.batch_norm import BatchNorm
 from flax_customgrad.quantized.binary_layers import BinaryLinear
 from flax_customgrad.quantized.bit_linear import BitLinear
-from flax_customgrad.quantized.dorefa import DoReFaActivation, DoReFaWeight
-from flax_customgrad.quantized.ewgs import EWGS
-from flax_customgrad.quantized.fake_quant import FakeQuant
-from flax_customgrad.quantized.gradient_quant import DoReFaGradient, GradientQuant
-from flax_customgrad.quantized.lsq import LSQ
-from flax_customgrad.quantized.lsq_plus import LSQPlus
-from flax_customgrad.quantized.pact import PACT
 from flax_customgrad.quantized.quant_linear import QuantLinear
+from flax_customgrad.quantized.quantizers.dorefa import DoReFaActivation, DoReFaWeight
+from flax_customgrad.quantized.quantizers.ewgs import EWGS
+from flax_customgrad.quantized.quantizers.fake_quant import FakeQuant
+from flax_customgrad.quantized.quantizers.gradient_quant import DoReFaGradient, GradientQuant
+from flax_customgrad.quantized.quantizers.lsq import LSQ
+from flax_customgrad.quantized.quantizers.lsq_plus import LSQPlus
+from flax_customgrad.quantized.quantizers.pact import PACT
+from flax_customgrad.quantized.quantizers.tqt import TQT
+from flax_customgrad.quantized.quantizers.ttq import TTQ
 from flax_customgrad.quantized.ternary_layers import TernaryLinear
-from flax_customgrad.quantized.tqt import TQT
-from flax_customgrad.quantized.ttq import TTQ
 
 _WIDTH = 64
 

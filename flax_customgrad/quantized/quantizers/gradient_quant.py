@@ -23,9 +23,9 @@ from jax import lax
 
 from flax_customgrad.contract import custom_vjp
 from flax_customgrad.kept import standing_for
+from flax_customgrad.noise import stream
 from flax_customgrad.quantized.calibration import Axis, Sharing, own_range, sharing
-from flax_customgrad.quantized.lsq import checked_bits
-from flax_customgrad.quantized.noise import stream
+from flax_customgrad.quantized.quantizers.lsq import checked_bits
 from flax_customgrad.straight_through.rounding import up_where_below
 from flax_customgrad.sums import accumulator
 

@@ -21,8 +21,8 @@ from flax_customgrad.hyperbolic import sech_squared
 from flax_customgrad.packing import masked, pack_mask
 from flax_customgrad.quantized.calibration import own_range, sharing
 from flax_customgrad.quantized.codes import Codes, coded
-from flax_customgrad.quantized.lsq import checked_bits
 from flax_customgrad.quantized.quantizer import Quantizer
+from flax_customgrad.quantized.quantizers.lsq import checked_bits
 from flax_customgrad.quantized.scheme import Scheme, quotient
 
 

@@ -26,6 +26,7 @@ from jax import lax
 
 from flax_customgrad.arrays import in_dtype, widened
 from flax_customgrad.kept import standing_for
+from flax_customgrad.noise import stream
 from flax_customgrad.packing import masked, pack_mask
 from flax_customgrad.quantized.calibration import (
     Axis,
@@ -36,7 +37,6 @@ from flax_customgrad.quantized.calibration import (
     sharing,
 )
 from flax_customgrad.quantized.codes import Codes, coded
-from flax_customgrad.quantized.noise import stream
 from flax_customgrad.quantized.quantizer import Quantizer
 from flax_customgrad.quantized.scheme import Scheme, quantize, quotient
 

@@ -19,8 +19,8 @@ from flax import nnx
 from jax import lax
 
 from flax_customgrad.quantized.codes import Codes, coded
-from flax_customgrad.quantized.lsq import LearnedScale, checked_bits, integers
 from flax_customgrad.quantized.quantizer import Quantizer
+from flax_customgrad.quantized.quantizers.lsq import LearnedScale, checked_bits, integers
 from flax_customgrad.sums import accumulator
 
 

@@ -20,7 +20,7 @@ from jax import lax
 
 from flax_customgrad.arrays import summed_to
 from flax_customgrad.quantized.codes import Codes, coded
-from flax_customgrad.quantized.lsq import LSQ, LearnedScale, learned, set_learned
+from flax_customgrad.quantized.quantizers.lsq import LSQ, LearnedScale, learned, set_learned
 from flax_customgrad.sums import accumulator
 
 

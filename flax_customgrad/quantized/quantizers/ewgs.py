@@ -27,8 +27,8 @@ from jax import lax
 from flax_customgrad.arrays import summed_to
 from flax_customgrad.magnitude import magnitude
 from flax_customgrad.quantized.codes import Codes, coded
-from flax_customgrad.quantized.lsq import checked_bits, side, size
 from flax_customgrad.quantized.quantizer import Quantizer
+from flax_customgrad.quantized.quantizers.lsq import checked_bits, side, size
 from flax_customgrad.quantized.scheme import Scheme, quotient
 from flax_customgrad.sums import accumulator
 

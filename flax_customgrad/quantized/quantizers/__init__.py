@@ -1,0 +1,1 @@
+"""Quantizers, each with the gradient of its paper."""
