@@ -93,12 +93,18 @@ def _correlate(
             )
         return lowering.correlate(x, w, geometry, dtype, how.precision, how.out_sharding)
 
-    terms = math.prod(geometry.window) * geometry.in_features // geometry.groups
+    terms = _met(geometry) * geometry.in_features // geometry.groups
     dense = geometry.groups == 1 and all(d == 1 for d in geometry.input_dilation)
     if is_exact(terms, wide) and not (dense and geometry.in_features >= _FEW):
         return multiply(wide, x.astype(wide), w.astype(wide))
     # XLA has few convolutions of int8 on a GPU, https://github.com/jax-ml/jax/issues/7637.
     return summed(multiply, x, w, terms=terms, wide=wide, in_float_on=("cuda", "rocm"))
+
+
+def _met(geometry: Geometry) -> int:
+    """How many places of the input a window meets, and not the zeros that spread it out."""
+    axes = zip(geometry.window, geometry.kernel_dilation, geometry.input_dilation, strict=True)
+    return math.prod(-(-n // (spread // math.gcd(spread, step))) for n, step, spread in axes)
 
 
 class Int8Conv(Conv, InInt8):
