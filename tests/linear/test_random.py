@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import flax_customgrad as fcg
 
-SETTINGS = settings(max_examples=12, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=6, deadline=None, derandomize=True)
 
 
 def agree(make, shape):

@@ -9,7 +9,7 @@ from flax_customgrad.testing import CHECKS, check_vjp
 # Layers of one operation differ in their formulas, not in what JAX's transforms make of it: for
 # each operation some go through all of them. `python -m flax_customgrad check` spares none.
 LINEAR = {"Linear", "Einsum", "Embed"}
-NORMS = {"LayerNorm", "BatchNorm", "WeightNorm"}
+NORMS = {"LayerNorm", "BatchNorm"}
 ACTIVATIONS = {"gelu", "SwiGLU"}
 ROWS = {"softmax"}
 CONVOLUTIONS = {"Conv", "ConvTranspose"}
@@ -18,9 +18,7 @@ STEPS = {"clip_ste", "XNORSign"}
 CODEBOOKS = {"VectorQuantizer"}
 SAMPLES = {"gumbel_softmax"}
 SPARSE = {"NMSparseLinear"}
-FP8 = {"Fp8Linear"}
 QUANTIZED = {"QuantLinear"}
-MICROSCALED = {"MXLinear"}
 INT8 = {"Int8Linear"}
 SPIKES = {"LIF"}
 SHAPERS = {"gradient_scale", "gradient_clip"}
@@ -37,40 +35,26 @@ THOROUGH = (
     | SAMPLES
     | CODEBOOKS
     | SPARSE
-    | FP8
     | QUANTIZED
-    | MICROSCALED
     | INT8
     | SPIKES
     | SHAPERS
     | FEEDBACK
     | FROZEN
 )
-# Other layers with quantizers that have entries of their own.
-COMPOSED = {
-    "BinaryConv",
-    "BitLinear",
-    "QuantConv",
-    "QuantConvTranspose",
-    "QuantEinsum",
-    "QuantLinearGeneral",
-    "TernaryConv",
-    "TernaryLinear",
-}
 OF_A_SURROGATE = ("autodiff", "dtypes", "residuals")
 OF_THE_EXACT = ("autodiff", "finite_differences", "second_order", "dtypes", "residuals")
-DTYPES = ("float32", "bfloat16", "float16")
 
 # Further examples of a layer differ in its arguments.
-OF_ARGUMENTS = ("autodiff", "finite_differences", "residuals")
+OF_ARGUMENTS = ("autodiff", "residuals")
 
 
 def checks_of(entry, nth):
     """The checks that an example goes through, and the dtypes."""
-    if nth or entry.name in COMPOSED:
+    if nth:
         return OF_ARGUMENTS, ()
     if entry.name in THOROUGH:
-        return CHECKS, DTYPES
+        return CHECKS, ("bfloat16", "float16")
     return OF_THE_EXACT if entry.gradient == "exact" else OF_A_SURROGATE, ("bfloat16",)
 
 
