@@ -114,13 +114,7 @@ class Fp8Einsum(Einsum):
         """
         params, x = operands(self, inputs, "kernel", "bias")
         kernel = params["kernel"]
-        equation = self._equation(einsum_str, x, kernel)
-        if equation is None:
-            raise ValueError(
-                f"Fp8Einsum: einsum_str={einsum_str or self.einsum_str!r} must be an equation "
-                "whose labels have one size each, and occur once in an operand; got inputs of "
-                f"shape {x.shape} and a kernel of shape {kernel.shape}"
-            )
+        equation = self._regular_equation(einsum_str, x, kernel)
         sizes = dict(zip(equation.kernel, kernel.shape, strict=True))
         return product(
             self,

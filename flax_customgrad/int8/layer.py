@@ -10,6 +10,7 @@ from flax_customgrad.int8.codes import Int8
 from flax_customgrad.int8.int8_kernel import Int8Kernel
 from flax_customgrad.int8.product import Rounding, encode_kernel
 from flax_customgrad.noise import stream
+from flax_customgrad.own_product import check_word
 
 Backward = Literal["float", "int8", "switchback"]
 Residuals = Literal["quantized", "original"]
@@ -53,10 +54,7 @@ def checked_rounding(
         ("activation_scale", activation_scale, ActivationScale),
         ("weight_scale", weight_scale, WeightScale),
     ):
-        if value not in get_args(words):
-            raise ValueError(
-                f"{name}: {argument}={value!r} is none of {', '.join(map(repr, get_args(words)))}"
-            )
+        check_word(name, argument, value, get_args(words))
     if switchback and residuals == "quantized":
         raise ValueError(
             f"{name}: backward='switchback' computes the kernel's gradient from the input as it "

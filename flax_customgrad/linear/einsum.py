@@ -215,3 +215,16 @@ class Einsum(nnx.Einsum):
         self._einsum_str_check(text)
         equation = Equation.parse(text, x.ndim, kernel.ndim)
         return equation if equation.is_regular(x.shape, kernel.shape) else None
+
+    def _regular_equation(
+        self, einsum_str: str | None, x: jax.Array, kernel: jax.Array
+    ) -> Equation:
+        """The equation, for a layer that cannot fall back to nnx where it is not regular."""
+        equation = self._equation(einsum_str, x, kernel)
+        if equation is None:
+            raise ValueError(
+                f"{type(self).__name__}: einsum_str={einsum_str or self.einsum_str!r} must be an "
+                "equation whose labels have one size each, and occur once in an operand; got "
+                f"inputs of shape {x.shape} and a kernel of shape {kernel.shape}"
+            )
+        return equation

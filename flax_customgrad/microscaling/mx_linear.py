@@ -22,10 +22,9 @@ from flax_customgrad.microscaling.mx import MX
 from flax_customgrad.microscaling.scaled_linear import (
     RESIDUALS,
     Recipe,
-    check_word,
     scaled_linear,
 )
-from flax_customgrad.own_product import adopt, operands, refuse_injected
+from flax_customgrad.own_product import adopt, check_word, operands, refuse_injected
 
 _FORMATS = {"mxfp8": E4M3, "mxfp4": E2M1}
 _GRADIENTS = {"e4m3": E4M3, "e5m2": E5M2, "e2m1": E2M1}

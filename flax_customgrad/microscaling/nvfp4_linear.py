@@ -22,8 +22,9 @@ from flax import nnx
 from flax_customgrad.arithmetic import Arithmetic
 from flax_customgrad.linear.linear import Linear
 from flax_customgrad.microscaling.nvfp4 import NVFP4
-from flax_customgrad.microscaling.scaled_linear import RESIDUALS, Recipe, check_word, scaled_linear
-from flax_customgrad.own_product import adopt, operands, refuse_injected
+from flax_customgrad.microscaling.scaled_linear import RESIDUALS, Recipe, scaled_linear
+from flax_customgrad.noise import stream
+from flax_customgrad.own_product import adopt, check_word, operands, refuse_injected
 
 
 class NVFP4Linear(Linear):
@@ -152,4 +153,5 @@ class NVFP4Linear(Linear):
     ) -> None:
         self.stochastic_rounding, self.hadamard = stochastic_rounding, hadamard
         self.residuals = residuals
-        self.rngs = nnx.data(rngs[rng_collection].fork() if stochastic_rounding else None)
+        drawing = "NVFP4Linear: stochastic_rounding=True"
+        self.rngs = nnx.data(stream(drawing, rng_collection, rngs) if stochastic_rounding else None)

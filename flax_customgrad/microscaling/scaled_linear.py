@@ -20,7 +20,6 @@ The arithmetic is emulated: operands are elements times scales in float32, produ
 float32 (all float64 with float64) and rounded once.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -164,13 +163,6 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
 
 
 scaled_linear.defvjp(_fwd, _bwd)
-
-
-def check_word(name: str, argument: str, value: Any, words: Iterable[str]) -> None:
-    """Raises a ValueError unless an argument of a layer is one of some words."""
-    if value not in words:
-        known = ", ".join(map(repr, words))
-        raise ValueError(f"{name}: {argument}={value!r} is none of {known}")
 
 
 def _quantized(

@@ -65,12 +65,6 @@ class QuantEinsum(Einsum, Quantized):
         """
         params, x = self._operands(inputs)
         kernel = params["kernel"]
-        equation = self._equation(einsum_str, x, kernel)
-        if equation is None:
-            raise ValueError(
-                f"QuantEinsum: einsum_str={einsum_str or self.einsum_str!r} must be an equation "
-                "whose labels have one size each, and occur once in an operand; got inputs of "
-                f"shape {x.shape} and a kernel of shape {kernel.shape}"
-            )
+        equation = self._regular_equation(einsum_str, x, kernel)
         how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         return self._product(params, x, einsum, equation, how)
