@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from flax_customgrad import Conv, ConvTranspose
-from flax_customgrad.conv.recipes.geometry import spread
+from flax_customgrad.layers.conv.recipes.geometry import spread
 
 try:
     import torch

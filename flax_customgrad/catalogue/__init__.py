@@ -8,28 +8,28 @@ from typing import Any
 
 from flax import nnx
 
-from flax_customgrad.catalogue.activation import ACTIVATION
-from flax_customgrad.catalogue.categorical import CATEGORICAL
-from flax_customgrad.catalogue.codebook import CODEBOOK
-from flax_customgrad.catalogue.conv import CONV
-from flax_customgrad.catalogue.entry import Curve as Curve
-from flax_customgrad.catalogue.entry import Entry as Entry
-from flax_customgrad.catalogue.entry import Example as Example
-from flax_customgrad.catalogue.feedback import FEEDBACK
-from flax_customgrad.catalogue.fp8 import FP8
-from flax_customgrad.catalogue.frozen import FROZEN
-from flax_customgrad.catalogue.int8 import INT8
-from flax_customgrad.catalogue.linear import LINEAR
-from flax_customgrad.catalogue.microscaling import MICROSCALING
-from flax_customgrad.catalogue.normalization import NORMALIZATION
-from flax_customgrad.catalogue.pooling import POOLING
-from flax_customgrad.catalogue.quantized import QUANTIZED
-from flax_customgrad.catalogue.quantizers import QUANTIZERS
-from flax_customgrad.catalogue.shaping import SHAPING
-from flax_customgrad.catalogue.sparse import SPARSE
-from flax_customgrad.catalogue.spiking import SPIKING
-from flax_customgrad.catalogue.straight_through import STRAIGHT_THROUGH
-from flax_customgrad.catalogue.weights import WEIGHTS
+from flax_customgrad.estimators.categorical.entries import CATEGORICAL
+from flax_customgrad.estimators.codebook.entries import CODEBOOK
+from flax_customgrad.estimators.rounding.entries import STRAIGHT_THROUGH
+from flax_customgrad.estimators.sparse.entries import SPARSE
+from flax_customgrad.estimators.spiking.entries import SPIKING
+from flax_customgrad.gradients.feedback.entries import FEEDBACK
+from flax_customgrad.gradients.shaping.entries import SHAPING
+from flax_customgrad.layers.activation.entries import ACTIVATION
+from flax_customgrad.layers.conv.entries import CONV
+from flax_customgrad.layers.linear.entries import LINEAR
+from flax_customgrad.layers.normalization.entries import NORMALIZATION
+from flax_customgrad.layers.pooling.entries import POOLING
+from flax_customgrad.layers.weight_norms.entries import WEIGHTS
+from flax_customgrad.low_bit.fp8.entries import FP8
+from flax_customgrad.low_bit.frozen.entries import FROZEN
+from flax_customgrad.low_bit.int8.entries import INT8
+from flax_customgrad.low_bit.microscaling.entries import MICROSCALING
+from flax_customgrad.low_bit.quant_layers.entries import QUANTIZED
+from flax_customgrad.low_bit.quantizers.entries import QUANTIZERS
+from flax_customgrad.registry.entry import Curve as Curve
+from flax_customgrad.registry.entry import Entry as Entry
+from flax_customgrad.registry.entry import Example as Example
 
 
 def entries() -> tuple[Entry, ...]:

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from flax_customgrad.drop_in import become
+from flax_customgrad.layers.drop_in import become
+from flax_customgrad.low_bit.quantizers.codes import Codes
+from flax_customgrad.low_bit.quantizers.fake_quant import FakeQuant
+from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.model.convert import layers
-from flax_customgrad.quantized.codes import Codes
-from flax_customgrad.quantized.quantizer import Quantizer
-from flax_customgrad.quantized.quantizers.fake_quant import FakeQuant
 
 M = TypeVar("M")
 

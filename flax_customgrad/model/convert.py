@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from flax_customgrad import catalogue
-from flax_customgrad.drop_in import become
+from flax_customgrad.layers.drop_in import become
 
 M = TypeVar("M")
 

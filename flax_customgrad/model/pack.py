@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
+from flax_customgrad.low_bit.quant_layers.packed_kernel import Packable
 from flax_customgrad.model.convert import layers
-from flax_customgrad.quantized.packed_kernel import Packable
 
 M = TypeVar("M")
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_customgrad.contract import CustomVJP
-from flax_customgrad.residuals import residual_bytes
+from flax_customgrad.contract.custom_vjp import CustomVJP
+from flax_customgrad.contract.residuals import residual_bytes
 from flax_customgrad.testing import checks
 from flax_customgrad.testing.problem import Problem
 from flax_customgrad.testing.report import GradientError, Report, Row

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flax_customgrad.arguments import by_path
+from flax_customgrad.contract.arguments import by_path
 from flax_customgrad.testing.problem import Gradient, Problem, replaced, weigh
 
 _BATCH = 2

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_customgrad.arguments import Packed, Position, by_path, is_parameters, pack
-from flax_customgrad.autodiff import use_autodiff
+from flax_customgrad.contract.arguments import Packed, Position, by_path, is_parameters, pack
+from flax_customgrad.contract.autodiff import use_autodiff
 
 Gradient = tuple[Any, ...]
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_customgrad.codebook.usage import Quantized
-from flax_customgrad.codebook.vector_quantizer import VectorQuantizer
 from flax_customgrad.command.digits import data
 from flax_customgrad.command.digits.fit import fit
-from flax_customgrad.linear.linear import Linear
+from flax_customgrad.estimators.codebook.usage import Quantized
+from flax_customgrad.estimators.codebook.vector_quantizer import VectorQuantizer
+from flax_customgrad.layers.linear.linear import Linear
 
 CODES = 256
 """How many codes there are; an image becomes four of them."""

@@ -15,9 +15,9 @@ from flax import nnx
 
 from flax_customgrad.command.digits import data
 from flax_customgrad.command.digits.fit import fit
-from flax_customgrad.normalization.batch_norm import BatchNorm
-from flax_customgrad.shaping.scale import gradient_scale
-from flax_customgrad.straight_through.sign import SteSign
+from flax_customgrad.estimators.rounding.sign import SteSign
+from flax_customgrad.gradients.shaping.scale import gradient_scale
+from flax_customgrad.layers.normalization.batch_norm import BatchNorm
 
 WIDTH = 48
 """How many features a hidden block has: few, so that those of the control show little."""

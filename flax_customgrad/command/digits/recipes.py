@@ -13,24 +13,24 @@ import jax
 from flax import nnx
 
 from flax_customgrad.command.digits.probe import CLASSES, PIXELS, Activation
-from flax_customgrad.fp8.fp8_linear import Fp8Linear
-from flax_customgrad.int8.int8_linear import Int8Linear
-from flax_customgrad.microscaling.mx_linear import MXLinear
-from flax_customgrad.microscaling.nvfp4_linear import NVFP4Linear
-from flax_customgrad.normalization.batch_norm import BatchNorm
-from flax_customgrad.quantized.binary_layers import BinaryLinear
-from flax_customgrad.quantized.bit_linear import BitLinear
-from flax_customgrad.quantized.quant_linear import QuantLinear
-from flax_customgrad.quantized.quantizers.dorefa import DoReFaActivation, DoReFaWeight
-from flax_customgrad.quantized.quantizers.ewgs import EWGS
-from flax_customgrad.quantized.quantizers.fake_quant import FakeQuant
-from flax_customgrad.quantized.quantizers.gradient_quant import DoReFaGradient, GradientQuant
-from flax_customgrad.quantized.quantizers.lsq import LSQ
-from flax_customgrad.quantized.quantizers.lsq_plus import LSQPlus
-from flax_customgrad.quantized.quantizers.pact import PACT
-from flax_customgrad.quantized.quantizers.tqt import TQT
-from flax_customgrad.quantized.quantizers.ttq import TTQ
-from flax_customgrad.quantized.ternary_layers import TernaryLinear
+from flax_customgrad.layers.normalization.batch_norm import BatchNorm
+from flax_customgrad.low_bit.fp8.fp8_linear import Fp8Linear
+from flax_customgrad.low_bit.int8.int8_linear import Int8Linear
+from flax_customgrad.low_bit.microscaling.mx_linear import MXLinear
+from flax_customgrad.low_bit.microscaling.nvfp4_linear import NVFP4Linear
+from flax_customgrad.low_bit.quant_layers.binary_layers import BinaryLinear
+from flax_customgrad.low_bit.quant_layers.bit_linear import BitLinear
+from flax_customgrad.low_bit.quant_layers.quant_linear import QuantLinear
+from flax_customgrad.low_bit.quant_layers.ternary_layers import TernaryLinear
+from flax_customgrad.low_bit.quantizers.dorefa import DoReFaActivation, DoReFaWeight
+from flax_customgrad.low_bit.quantizers.ewgs import EWGS
+from flax_customgrad.low_bit.quantizers.fake_quant import FakeQuant
+from flax_customgrad.low_bit.quantizers.gradient_quant import DoReFaGradient, GradientQuant
+from flax_customgrad.low_bit.quantizers.lsq import LSQ
+from flax_customgrad.low_bit.quantizers.lsq_plus import LSQPlus
+from flax_customgrad.low_bit.quantizers.pact import PACT
+from flax_customgrad.low_bit.quantizers.tqt import TQT
+from flax_customgrad.low_bit.quantizers.ttq import TTQ
 
 _WIDTH = 64
 

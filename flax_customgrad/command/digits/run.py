@@ -10,7 +10,7 @@ from flax import nnx
 
 from flax_customgrad.command.digits.data import Batch
 from flax_customgrad.command.digits.network import Network
-from flax_customgrad.residuals import residual_bytes
+from flax_customgrad.contract.residuals import residual_bytes
 
 _OPTIMIZER = optax.adam(1e-3)
 

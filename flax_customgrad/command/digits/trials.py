@@ -8,15 +8,6 @@ import einops
 import jax
 from flax import nnx
 
-from flax_customgrad.categorical.gumbel_softmax import GumbelSoftmax
-from flax_customgrad.categorical.reinmax import ReinMax
-from flax_customgrad.categorical.top_k import TopKST
-from flax_customgrad.codebook.fsq import FSQ
-from flax_customgrad.codebook.lfq import LFQ
-from flax_customgrad.codebook.residual_vq import ResidualVQ
-from flax_customgrad.codebook.sim_vq import SimVQ
-from flax_customgrad.codebook.usage import Quantized
-from flax_customgrad.codebook.vector_quantizer import VectorQuantizer
 from flax_customgrad.command.digits.probe import (
     CLASSES,
     PIXELS,
@@ -27,15 +18,24 @@ from flax_customgrad.command.digits.probe import (
     Weights,
 )
 from flax_customgrad.command.digits.spikes import Spiking, over_time
-from flax_customgrad.feedback.direct_feedback import DirectFeedback
-from flax_customgrad.feedback.feedback_conv import FeedbackConv
-from flax_customgrad.feedback.feedback_linear import FeedbackLinear
-from flax_customgrad.sparse.n_m import n_m_sparsify
-from flax_customgrad.sparse.n_m_linear import NMSparseLinear
-from flax_customgrad.spiking import surrogate
-from flax_customgrad.spiking.leaky import Leaky
-from flax_customgrad.spiking.lif import LIF
-from flax_customgrad.straight_through import heaviside, rounding, scaled_sign, sign, ternary
+from flax_customgrad.estimators.categorical.gumbel_softmax import GumbelSoftmax
+from flax_customgrad.estimators.categorical.reinmax import ReinMax
+from flax_customgrad.estimators.categorical.top_k import TopKST
+from flax_customgrad.estimators.codebook.fsq import FSQ
+from flax_customgrad.estimators.codebook.lfq import LFQ
+from flax_customgrad.estimators.codebook.residual_vq import ResidualVQ
+from flax_customgrad.estimators.codebook.sim_vq import SimVQ
+from flax_customgrad.estimators.codebook.usage import Quantized
+from flax_customgrad.estimators.codebook.vector_quantizer import VectorQuantizer
+from flax_customgrad.estimators.rounding import heaviside, rounding, scaled_sign, sign, ternary
+from flax_customgrad.estimators.sparse.n_m import n_m_sparsify
+from flax_customgrad.estimators.sparse.n_m_linear import NMSparseLinear
+from flax_customgrad.estimators.spiking import surrogate
+from flax_customgrad.estimators.spiking.leaky import Leaky
+from flax_customgrad.estimators.spiking.lif import LIF
+from flax_customgrad.gradients.feedback.direct_feedback import DirectFeedback
+from flax_customgrad.gradients.feedback.feedback_conv import FeedbackConv
+from flax_customgrad.gradients.feedback.feedback_linear import FeedbackLinear
 
 _SIZE = 4
 """How many features are one vector to a codebook."""

@@ -1,0 +1,277 @@
+"""`custom_vjp`: the one way a hand-written gradient enters the library.
+
+The verbs are those of `jax.custom_vjp` and `nnx.custom_vjp`. What is added: the first argument may
+be a Module, a State or a dict of parameters; the backward receives the plain cotangent of the
+output whatever the mode of NNX; and what it returns is checked while JAX traces it (`cotangents`).
+
+    call      f(module, x, "same")
+    arguments       pack: arrays [kernel, bias, x] and, hashable, everything else
+    binding         jax.custom_vjp over the arrays
+    fwd             unpack, run the user's fwd, pack its residuals
+    bwd             unpack the residuals, run the user's bwd, check, one cotangent per array
+
+The binding is to `jax.custom_vjp`, over a flat list of arrays. `nnx.custom_vjp` offers no more than
+that once a Module is split, costs up to 1.7 times the eager forward of a layer, traces slower than
+plain nnx on current flax, and fails with `jax_custom_vjp3` (in every mode on jax 0.10, in the
+default mode on 0.12).
+"""
+
+import functools
+import inspect
+import threading
+import types
+from collections.abc import Callable
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from flax_customgrad.contract import autodiff, cotangents, writes
+from flax_customgrad.contract.arguments import Packed, Static, pack
+from flax_customgrad.contract.residual_storage import keep, kept
+
+_FORWARD_MODE = (
+    "a hand-written backward has no forward mode; inside `with flax_customgrad.use_autodiff():` "
+    "JAX differentiates the function itself"
+)
+
+
+@overload
+def custom_vjp(fun: Callable[..., Any]) -> "CustomVJP": ...
+@overload
+def custom_vjp(*, surrogate: bool = False) -> Callable[[Callable[..., Any]], "CustomVJP"]: ...
+def custom_vjp(fun: Callable[..., Any] | None = None, *, surrogate: bool = False) -> Any:
+    """Gives a function of parameters and arrays a backward pass of its own.
+
+    The rules of a backward are on `CustomVJP.defvjp`.
+
+    Args:
+        fun: the function. Its first argument may be a Module, an `nnx.State` or a dict of
+            parameters; every argument may be an array, a tree of arrays, None, or a hashable
+            static value (a number, a string, a frozen dataclass).
+        surrogate: the backward is meant to differ from the derivative of `fun`, as that of a
+            straight-through estimator does; `use_autodiff` then leaves it in force.
+
+    Returns:
+        A `CustomVJP`, called like `fun` once `defvjp` has given it a backward.
+
+    Raises:
+        TypeError: `fun` takes keyword-only arguments, for which a backward could return nothing.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> from flax import nnx
+        >>> @fcg.custom_vjp
+        ... def linear(m, x):
+        ...     return x @ m.kernel + m.bias
+        >>> def linear_fwd(m, x):
+        ...     return linear(m, x), (m, x)
+        >>> def linear_bwd(res, g):
+        ...     m, x = res
+        ...     m_grad = nnx.State({'kernel': x.T @ g, 'bias': g.sum(0)})
+        ...     return m_grad, g @ m.kernel.T
+        >>> linear.defvjp(linear_fwd, linear_bwd)
+        >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+        >>> grads = nnx.grad(lambda m, x: linear(m, x).sum())(model, jnp.ones((5, 3)))
+        >>> grads.bias[...]
+        Array([5., 5.], dtype=float32)
+    """
+    if fun is None:
+        return functools.partial(CustomVJP, surrogate=surrogate)
+    return CustomVJP(fun, surrogate=surrogate)
+
+
+class CustomVJP:
+    """A function with a backward pass of its own; made by `custom_vjp`.
+
+    Attributes:
+        fun: the function as it was written, which autodiff differentiates.
+        surrogate: whether the backward is meant to differ from the derivative of `fun`.
+    """
+
+    def __init__(self, fun: Callable[..., Any], surrogate: bool = False):
+        functools.update_wrapper(self, fun)
+        self.fun = fun
+        self.surrogate = surrogate
+        self._signature = inspect.signature(fun)
+        for parameter in self._signature.parameters.values():
+            if parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD):
+                raise TypeError(
+                    f"custom_vjp: `{self._name}` takes the keyword-only argument "
+                    f"`{parameter.name}`, but a backward returns one cotangent per positional "
+                    "argument: remove the `*` or `**` from its signature"
+                )
+        self._fwd: Callable[..., tuple[Any, Any]] | None = None
+        self._bwd: Callable[[Any, Any], tuple[Any, ...]] | None = None
+        self._running = threading.local()
+        self._binding = jax.custom_vjp(_known(self._primal))
+        self._binding.defvjp(_known(self._forward), _known(self._backward))
+
+    def defvjp(
+        self,
+        fwd: Callable[..., tuple[Any, Any]],
+        bwd: Callable[[Any, Any], tuple[Any, ...]],
+    ) -> None:
+        """Sets the forward and the backward rule.
+
+        Args:
+            fwd: takes the arguments of the function; returns its output and the residuals, a tree
+                of arrays, Modules, States and static values that is kept for `bwd`. It may call
+                the decorated function.
+            bwd: takes the residuals and the cotangent of the output; returns a tuple with one
+                cotangent per argument. For a Module, State or dict that is an `nnx.State` (or
+                dict) keyed like its parameters, which names every `nnx.Param` and, if it likes,
+                other Variables; for an array the array; None for zero and for a static value.
+                A cotangent has the shape of what it belongs to. One in a wider dtype is cast
+                once, a narrower one is an error. Under `shard_map` a gradient that varies over
+                the devices is summed for an argument that does not. A `BackwardState` among the
+                residuals it may write; its cotangent is None.
+
+        Raises:
+            TypeError: `fwd` or `bwd` is not callable.
+        """
+        if not callable(fwd) or not callable(bwd):
+            raise TypeError(f"defvjp of `{self._name}` takes two functions, fwd and bwd")
+        self._fwd, self._bwd = fwd, bwd
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the function; a Variable of a Module that it writes is written.
+
+        Raises:
+            TypeError: no backward was given, or an argument is neither array nor hashable.
+        """
+        if self._fwd is None:
+            raise TypeError(
+                f"`{self._name}` has no backward yet: call `{self._name}.defvjp(fwd, bwd)` first"
+            )
+        args = self._positional(args, kwargs)
+        if not self.surrogate and (getattr(self._running, "fwd", False) or autodiff.in_use()):
+            # A fwd that calls the decorated function means the plain one, whose derivative is the
+            # same. A surrogate's is not: what its fwd returns has the surrogate's derivative too.
+            return self.fun(*args)
+        arrays, call = pack(args, f"an argument of {self._name}")
+        try:
+            out, written = self._binding(Static(call), *arrays)
+        except TypeError as error:
+            if "forward-mode" in str(error) and not self.surrogate:
+                error.add_note(f"{_FORWARD_MODE}: this is `{self._name}`")
+            raise
+        for module, updates in zip(writes.modules(args) if written else (), written, strict=True):
+            writes.apply(module, updates)
+        return out
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """Binds like a function, so that a method can carry a backward; `self` comes first."""
+        return self if instance is None else types.MethodType(self, instance)
+
+    @property
+    def _name(self) -> str:
+        return getattr(self.fun, "__qualname__", repr(self.fun)).rpartition("<locals>.")[2]
+
+    def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        if not kwargs and len(args) == len(self._signature.parameters):
+            return args
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.args
+
+    def _names(self, args: tuple[Any, ...]) -> tuple[str, ...]:
+        """The name of each argument, for messages: `x`, `m: Linear`, `rest[0]`."""
+        names: list[str] = []
+        for parameter in self._signature.parameters.values():
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                names += [f"{parameter.name}[{i}]" for i in range(len(args) - len(names))]
+            else:
+                names.append(parameter.name)
+        return tuple(
+            f"{name}: {type(arg).__name__}" if isinstance(arg, nnx.Module) else name
+            for name, arg in zip(names, args, strict=True)
+        )
+
+    # What follows is called by jax.custom_vjp, with `call` as its static first argument.
+
+    def _primal(self, call: Static, *arrays: Any) -> tuple[Any, Any]:
+        args = call.value.unpack(_read(arrays))
+        snapshots = _snapshots(call.value, args)
+        out = self.fun(*args)
+        return out, [snapshot.updates(self._name) for snapshot in snapshots]
+
+    def _forward(self, call: Static, *arrays: Any) -> tuple[Any, Any]:
+        assert self._fwd is not None
+        args = call.value.unpack(arrays)
+        snapshots = _snapshots(call.value, args)
+        self._running.fwd = True
+        try:
+            result = self._fwd(*args)
+        finally:
+            self._running.fwd = False
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(
+                f"the fwd of `{self._name}` returned {cotangents.describe(result)}; expected a "
+                "pair, (output, residuals)"
+            )
+        out, residuals = result
+        written = [snapshot.updates(self._name) for snapshot in snapshots]
+        arrays_kept, rest = pack(residuals, f"the residuals of {self._name}")
+        avals = tuple(map(jax.typeof, arrays))
+        static = Static((call.value, self._names(args), avals, rest))
+        return (out, written), (static, list(map(keep, arrays_kept)))
+
+    def _backward(self, packed: tuple[Static, list[Any]], g: tuple[Any, Any]) -> tuple[Any, ...]:
+        assert self._bwd is not None
+        static, arrays_kept = packed
+        call, names, avals, rest = static.value
+        residuals = rest.unpack(list(map(kept, arrays_kept)))
+        snapshots = _snapshots(rest, residuals)
+        try:
+            cts = self._bwd(residuals, g[0])
+        except Exception as error:
+            explanation = cotangents.explain(f"`{self._name}`", error)
+            if explanation is None:
+                raise
+            raise explanation from error
+        for snapshot in snapshots:
+            snapshot.forbid_updates(self._name)
+        checked = cotangents.check(f"`{self._name}`", names, call.positions(), avals, cts)
+        return (None, *checked)
+
+
+def _read(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arrays, of which one has waited for what the Refs among them hold.
+
+    A forward that is not differentiated need not read a Ref, and JAX does not compile a function
+    with a Ref in it that nothing reads.
+    """
+    held = [array[...] for array in arrays if isinstance(array, jax.Ref)]
+    if not held:
+        return arrays
+    floats = [
+        i
+        for i, array in enumerate(arrays)
+        if not isinstance(array, jax.Ref) and jnp.issubdtype(array.dtype, jnp.floating)
+    ]
+    if not floats:
+        return arrays
+    smallest = min(floats, key=lambda i: arrays[i].size)
+    waited, *_ = lax.optimization_barrier((arrays[smallest], *held))
+    return (*arrays[:smallest], waited, *arrays[smallest + 1 :])
+
+
+def _known(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method as a function whose signature JAX need not work out anew at each call."""
+
+    def function(*args: Any) -> Any:
+        return method(*args)
+
+    function.__name__ = method.__name__
+    function.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
+    return function
+
+
+def _snapshots(packed: Packed, tree: Any) -> list[writes.Snapshot]:
+    """Remembers the Variables of the modules in a tree; the library's own layers pass none."""
+    if not packed.has_modules:
+        return []
+    return [writes.Snapshot(module) for module in writes.modules(tree)]

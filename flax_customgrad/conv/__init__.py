@@ -1,1 +1,0 @@
-"""Convolution and pooling: lowerings chosen for the shape and the platform."""

@@ -1,0 +1,1 @@
+"""Gradients through steps: straight-through and other surrogate estimators."""

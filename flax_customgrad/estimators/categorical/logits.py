@@ -1,0 +1,104 @@
+"""Logits: what the estimators of this family ask of them, and the noise that makes a sample.
+
+The largest of logits plus standard Gumbel noise is a sample from their softmax, and the k largest
+are k samples without replacement (arXiv:1611.01144, arXiv:1903.06059). The noise is drawn in
+float32 whatever the dtype of the logits: bfloat16 noise takes few values, of which one is infinite.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+
+from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.argument_checks import positive
+from flax_customgrad.numerics.arithmetic import explicit_sharding
+from flax_customgrad.numerics.arrays import as_array, broadcasts, in_dtype, is_number
+
+
+def gumbel(key: jax.Array | None, logits: jax.Array) -> jax.Array | None:
+    """Standard Gumbel noise.
+
+    Args:
+        key: where it comes from.
+        logits: the array that it is for.
+
+    Returns:
+        Array of the shape of the logits, float32; None without a key.
+    """
+    if key is None:
+        return None
+    sharding = explicit_sharding(jax.typeof(logits))
+    return jax.random.gumbel(key, logits.shape, jnp.float32, out_sharding=sharding)
+
+
+def perturbed(logits: jax.Array, noise: jax.Array | None) -> jax.Array:
+    """Logits with noise added, in float32 or wider.
+
+    Args:
+        logits: array of any shape, float.
+        noise: an array like logits, or None for no noise.
+    """
+    z = logits.astype(accumulator(logits))
+    return z if noise is None else z + noise.astype(z.dtype)
+
+
+def checked(
+    name: str, logits: Any, temperature: Any, axis: int, k: int = 1
+) -> tuple[jax.Array, Any]:
+    """Logits and a temperature that an estimator can take; values are looked at unless traced.
+
+    Args:
+        name: the estimator, for messages.
+        logits: array of any shape, float.
+        temperature: a number, or an array that broadcasts against a row's.
+        axis: the axis of the classes.
+        k: how many classes a row chooses.
+
+    Returns:
+        Both, the temperature as a number or as a floating array.
+
+    Raises:
+        TypeError: the logits are not floating.
+        ValueError: there is no such axis; there are fewer than k classes, or fewer than k whose
+            logits are not -inf; a logit is NaN or infinity; the temperature is not positive and
+            finite, or has another shape.
+    """
+    logits = jnp.asarray(as_array(logits))
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise TypeError(f"{name}: logits are {logits.dtype}; expected a floating dtype")
+    if not -logits.ndim <= axis < logits.ndim:
+        raise ValueError(f"{name}: axis={axis} is not an axis of logits of shape {logits.shape}")
+    classes = logits.shape[axis]
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= classes:
+        raise ValueError(
+            f"{name}: k={k!r} of the {classes} classes on axis {axis} of logits of shape "
+            f"{logits.shape}; expected 1 <= k <= {classes}"
+        )
+    if not isinstance(logits, jax.core.Tracer) and bool(_has_faulty_row(logits, axis, k)):
+        raise ValueError(
+            f"{name}: a row of the logits holds NaN or infinity, or fewer than {k} numbers; "
+            "-inf masks a class, and as many as are chosen must remain"
+        )
+    return logits, _checked_temperature(name, temperature, logits.shape, axis)
+
+
+def _checked_temperature(name: str, temperature: Any, shape: tuple[int, ...], axis: int) -> Any:
+    if is_number(temperature):
+        return positive(name, "temperature", temperature)
+    temperature = positive(name, "temperature", jnp.asarray(as_array(temperature)))
+    rows = tuple(1 if i == axis % len(shape) else n for i, n in enumerate(shape))
+    if not broadcasts(temperature.shape, rows):
+        raise ValueError(
+            f"{name}: temperature has shape {temperature.shape}; expected a number, or an array "
+            f"that broadcasts to {rows}, one number for each row"
+        )
+    return in_dtype(temperature, jnp.promote_types(temperature.dtype, jnp.float16))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _has_faulty_row(logits: jax.Array, axis: int, k: int) -> jax.Array:
+    too_few = jnp.sum(logits > -jnp.inf, axis) < k
+    return jnp.any(too_few) | ~jnp.all(logits < jnp.inf)

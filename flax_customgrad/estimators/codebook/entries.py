@@ -1,0 +1,270 @@
+"""The catalogue's entries of the codebook family.
+
+A formula finds codes by all distances, and sums over codes by their indicator.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_customgrad.estimators.codebook.fsq import FSQ
+from flax_customgrad.estimators.codebook.lfq import LFQ
+from flax_customgrad.estimators.codebook.residual_vq import ResidualVQ
+from flax_customgrad.estimators.codebook.rotation_trick import rotation_trick
+from flax_customgrad.estimators.codebook.sim_vq import SimVQ
+from flax_customgrad.estimators.codebook.straight_through_estimator import (
+    straight_through_estimator,
+)
+from flax_customgrad.estimators.codebook.usage import Quantized
+from flax_customgrad.estimators.codebook.vector_quantizer import VectorQuantizer
+from flax_customgrad.registry.entry import Curve, Entry, Example, applied, made, normal
+
+Gradients = tuple[nnx.State | None, jax.Array]
+
+
+def _through(z: jax.Array, q: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
+    return g, None
+
+
+def _rotated(z: jax.Array, q: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
+    """What arXiv:2410.06424 says, for vectors that are neither 0 nor opposite."""
+
+    def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.sum(a * b, -1, keepdims=True)
+
+    norm_z, norm_q = jnp.sqrt(dot(z, z)), jnp.sqrt(dot(q, q))
+    u, v = z / norm_z, q / norm_q
+    r = (u + v) / jnp.sqrt(dot(u + v, u + v))
+    return norm_q / norm_z * (g - 2 * r * dot(r, g) + 2 * u * dot(v, g)), None
+
+
+_ESTIMATORS = {"straight_through": _through, "rotation": _rotated}
+
+
+def _nearest(z: jax.Array, codes: jax.Array) -> jax.Array:
+    distances = jnp.sum((z[..., None, :] - codes) ** 2, -1)
+    return jax.nn.one_hot(jnp.argmin(distances, -1), len(codes), dtype=codes.dtype)
+
+
+def _of_the_loss(
+    z: jax.Array, chosen: jax.Array, codes: jax.Array, commitment: float, dloss: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of beta mean((z - sg q)^2) + mean((sg z - q)^2) for z and for the codes."""
+    apart = 2 * dloss * (z - chosen @ codes) / z.size
+    return commitment * apart, -jnp.einsum("...k,...f->kf", chosen, apart)
+
+
+def _vector_quantizer(layer: VectorQuantizer, z: jax.Array, g: Quantized) -> Gradients:
+    codes = layer.codebook[...]
+    chosen = _nearest(z, codes)
+    dz, _ = _ESTIMATORS[layer.gradient](z, chosen @ codes, g.values)
+    dz_of_loss, dcodes = _of_the_loss(z, chosen, codes, layer.commitment, g.loss)
+    learned = layer.learning == "loss"
+    return nnx.State({"codebook": dcodes}) if learned else None, dz + dz_of_loss
+
+
+def _residual_vq(layer: ResidualVQ, z: jax.Array, g: Quantized) -> Gradients:
+    total, dz_of_loss, dstages = jnp.zeros_like(z), jnp.zeros_like(z), {}
+    for i, stage in enumerate(layer.stages):
+        codes = stage.codebook[...]
+        chosen = _nearest(z - total, codes)
+        dresidual, dcodes = _of_the_loss(z - total, chosen, codes, stage.commitment, g.loss)
+        dz_of_loss += dresidual
+        dstages[i] = {"codebook": dcodes}
+        total += chosen @ codes
+    dz, _ = _ESTIMATORS[layer.stages[0].gradient](z, total, g.values)
+    learned = layer.stages[0].learning == "loss"
+    return nnx.State({"stages": dstages}) if learned else None, dz + dz_of_loss
+
+
+def _sim_vq(layer: SimVQ, z: jax.Array, g: Quantized) -> Gradients:
+    fixed = layer.codebook[...]
+    codes = fixed @ layer.kernel[...]
+    chosen = _nearest(z, codes)
+    dz, _ = _ESTIMATORS[layer.gradient](z, chosen @ codes, g.values)
+    dz_of_loss, dcodes = _of_the_loss(z, chosen, codes, layer.commitment, g.loss)
+    return nnx.State({"kernel": fixed.T @ dcodes}), dz + dz_of_loss
+
+
+def _fsq(layer: FSQ, z: jax.Array, g: Quantized) -> Gradients:
+    levels = jnp.array(layer.levels)
+    h = (levels - 1) * (1 + 1e-3) / 2
+    shift = jnp.arctanh(jnp.where(levels % 2, 0, 0.5) / h)
+    return None, g.values * h * (1 - jnp.tanh(z + shift) ** 2) / (levels // 2)
+
+
+def _lfq(layer: LFQ, z: jax.Array, g: Quantized) -> Gradients:
+    bits = jnp.arange(layer.num_codes)[:, None] >> jnp.arange(layer.features) & 1
+    codes = layer.scale * (2 * bits - 1).astype(z.dtype)
+    signs = jnp.where(z >= 0, layer.scale, -layer.scale).astype(z.dtype)
+
+    def entropy(p: jax.Array) -> jax.Array:
+        return -jnp.sum(p * jnp.log(p), -1)
+
+    def loss(z: jax.Array) -> jax.Array:
+        distances = jnp.sum((z[..., None, :] - codes) ** 2, -1)
+        p = jax.nn.softmax(-distances / layer.temperature).reshape(-1, layer.num_codes)
+        entropies = jnp.mean(entropy(p)) - layer.diversity * entropy(jnp.mean(p, 0))
+        commitment = layer.commitment * jnp.mean((z - signs) ** 2)
+        return layer.entropy_weight * entropies + commitment
+
+    return None, g.values + g.loss * jax.grad(loss)(z)
+
+
+def _values(layer: Callable[..., Quantized], z: jax.Array) -> jax.Array:
+    return layer(z).values
+
+
+def _few() -> jax.Array:
+    return normal(8, 3, 4)
+
+
+def _near() -> jax.Array:
+    return normal(8, 3, 4)[::-1]
+
+
+def _many() -> jax.Array:
+    return normal(16384, 64)
+
+
+_INPUTS = {"inputs": (_few,)}
+# The formula is told of a layer as its forward leaves it.
+_SETTLED = {"use_running_average": True, **_INPUTS}
+
+
+def _without_rngs(*args: Any, inputs: Callable[[], jax.Array], **kwargs: Any) -> Example:
+    """An example of a layer that has no parameters."""
+    return lambda cls: (cls(*args, **kwargs), inputs())
+
+
+def _of_values(*args: Any, **kwargs: Any) -> Example:
+    return made(*args, inputs=(_many,), call=_values, **kwargs)
+
+
+def _to_numbers(estimator: Callable[[jax.Array, jax.Array], jax.Array], low: float = -2.0) -> Curve:
+    """Numbers as vectors of one feature, and the nearest of -1.5, -0.5, 0.5 and 1.5."""
+
+    def function(x: jax.Array) -> jax.Array:
+        nearest = jnp.clip(jnp.floor(x), -2, 1) + 0.5
+        return estimator(x[:, None], nearest[:, None])[:, 0]
+
+    return Curve(function, low)
+
+
+CODEBOOK = (
+    Entry(
+        "straight_through_estimator",
+        "codebook",
+        straight_through_estimator,
+        None,
+        "surrogate",
+        keeps="nothing",
+        gain="the value is q to the bit",
+        source="arXiv:1308.3432",
+        formula=_through,
+        curves={"": _to_numbers(straight_through_estimator)},
+        examples={"alone": applied(_few, _near)},
+        workloads={"16384x64": applied(_many, lambda: _many()[::-1])},
+    ),
+    Entry(
+        "rotation_trick",
+        "codebook",
+        rotation_trick,
+        None,
+        "surrogate",
+        keeps="z, q",
+        gain="as long as it should be for opposite vectors; norms of 1e-30 and 1e30",
+        source="arXiv:2410.06424",
+        formula=_rotated,
+        curves={"": _to_numbers(rotation_trick, low=0.1)},
+        examples={"alone": applied(_few, _near)},
+        workloads={"16384x64": applied(_many, lambda: _many()[::-1])},
+    ),
+    Entry(
+        "VectorQuantizer",
+        "codebook",
+        VectorQuantizer,
+        None,
+        "surrogate",
+        keeps="z, the codes; 4 bytes a vector",
+        gain="distances in blocks: 65536 codes and 16384 vectors in 17 MB a block, not 4.3 GB",
+        source="arXiv:1711.00937",
+        formula=_vector_quantizer,
+        examples={
+            "loss": made(16, 4, **_INPUTS),
+            "rotation, ema": made(
+                16, 4, gradient="rotation", learning="ema", commitment=0.5, **_SETTLED
+            ),
+        },
+        workloads={"8192 codes, 16384x64": _of_values(8192, 64)},
+    ),
+    Entry(
+        "ResidualVQ",
+        "codebook",
+        ResidualVQ,
+        None,
+        "surrogate",
+        keeps="z, the codes; 4 bytes a vector and codebook",
+        gain="the estimator once: the gradient does not grow with the number of stages",
+        source="arXiv:2107.03312",
+        formula=_residual_vq,
+        examples={
+            "loss": made(3, 16, 4, **_INPUTS),
+            "rotation, ema": made(2, 16, 4, gradient="rotation", learning="ema", **_SETTLED),
+        },
+        workloads={"4 x 1024 codes, 16384x64": _of_values(4, 1024, 64)},
+    ),
+    Entry(
+        "SimVQ",
+        "codebook",
+        SimVQ,
+        None,
+        "surrogate",
+        keeps="z, the codes before and after the map; 4 bytes a vector",
+        gain="every vector moves all codes",
+        source="arXiv:2411.02038",
+        formula=_sim_vq,
+        examples={
+            "rotation": made(16, 4, **_INPUTS),
+        },
+        workloads={"8192 codes, 16384x64": _of_values(8192, 64)},
+    ),
+    Entry(
+        "FSQ",
+        "codebook",
+        FSQ,
+        None,
+        "surrogate",
+        keeps="z",
+        gain="accurate far out, and for more than 1000 levels",
+        source="arXiv:2309.15505",
+        formula=_fsq,
+        curves={
+            "5 levels": Curve(lambda x: FSQ((5,))(x[..., None]).values[..., 0]),
+            "4 levels": Curve(lambda x: FSQ((4,))(x[..., None]).values[..., 0]),
+        },
+        examples={"odd and even": _without_rngs((5, 4, 3, 2), inputs=_few)},
+        workloads={
+            "8 levels, 16384x6": lambda cls: (_values, cls((8, 8, 8, 5, 5, 5)), _many()[:, :6])
+        },
+    ),
+    Entry(
+        "LFQ",
+        "codebook",
+        LFQ,
+        None,
+        "surrogate",
+        keeps="z; 2^features numbers for the entropy",
+        gain="the entropy of 2^18 codes from two rows of 512 a vector",
+        source="arXiv:2310.05737",
+        formula=_lfq,
+        curves={"scale 1": Curve(lambda x: LFQ(1)(x[..., None]).values[..., 0])},
+        examples={
+            "4 bits": _without_rngs(4, temperature=1.0, diversity=0.7, inputs=_few),
+        },
+        workloads={"14 bits, 16384": lambda cls: (_values, cls(14), _many()[:, :14])},
+    ),
+)

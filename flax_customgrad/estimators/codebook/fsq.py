@@ -1,0 +1,166 @@
+"""FSQ, finite scalar quantization: each feature rounded to one of a few levels, arXiv:2309.15505.
+
+    forward   y  = round(b) / floor(L / 2),   b = h tanh(z + shift) - offset
+    backward  dz = g h (1 - tanh^2(z + shift)) / floor(L / 2)         round has the derivative 1
+    kept      z
+
+L is the number of levels of the feature, h = (L - 1) (1 + epsilon) / 2, offset = 1/2 for even L
+and 0 for odd, and shift = arctanh(offset / h), so that b is 0 where z is. round is half to even,
+and y is from -1 to 1; for even L, -1 is a level and 1 is not.
+
+epsilon is 1e-3 as in the paper for up to 501 levels, and less for more, of which the outermost
+would otherwise be rounded to one too many. The derivative is accurate far out, where 1 - tanh^2 is
+rounding. Half precision is computed in float32.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.estimators.codebook import codebook_arguments as check
+from flax_customgrad.estimators.codebook.usage import Quantized, use
+from flax_customgrad.numerics.arrays import widened
+from flax_customgrad.numerics.hyperbolic import sech_squared
+
+Levels = tuple[int, ...]
+
+
+class Residuals(NamedTuple):
+    """What the backward of `finite_scalar` keeps: only what the caller holds anyway."""
+
+    z: jax.Array
+    levels: Levels
+
+
+@custom_vjp(surrogate=True)
+def finite_scalar(z: jax.Array, levels: Levels) -> jax.Array:
+    """Rounds each feature to one of its levels.
+
+    Args:
+        z: array of shape (..., len(levels)), float.
+        levels: how many levels each feature has, at least 2.
+
+    Returns:
+        Array of z's shape and dtype, from -1 to 1.
+    """
+    return (_rounded(z, levels) / _half(levels)).astype(z.dtype)
+
+
+def _fwd(z: jax.Array, levels: Levels) -> tuple[jax.Array, Residuals]:
+    return finite_scalar(z, levels), Residuals(z, levels)
+
+
+def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, None]:
+    g, z = widened(jnp.result_type(g, res.z), g, res.z)
+    h, _, shift = _bounds(res.levels, z.dtype)
+    return g * h * sech_squared(z + shift) / _half(res.levels), None
+
+
+finite_scalar.defvjp(_fwd, _bwd)
+
+
+def _rounded(z: jax.Array, levels: Levels) -> jax.Array:
+    """The level of each feature, from -floor(L / 2) on, in float32 or wider."""
+    (z,) = widened(z.dtype, z)
+    h, offset, shift = _bounds(levels, z.dtype)
+    return jnp.round(h * jnp.tanh(z + shift) - offset)
+
+
+def _bounds(levels: Levels, dtype: jnp.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    n = np.array(levels, np.float64)
+    epsilon = np.minimum(1e-3, 0.5 / (n - 1))
+    h = (n - 1) * (1 + epsilon) / 2
+    offset = np.where(n % 2 == 0, 0.5, 0.0)
+    return h.astype(dtype), offset.astype(dtype), np.arctanh(offset / h).astype(dtype)
+
+
+def _half(levels: Levels) -> np.ndarray:
+    return np.array(levels, np.int32) // 2
+
+
+class FSQ(nnx.Module):
+    """Rounds each feature to one of its levels; all combinations of levels are the codebook.
+
+    It has no parameters, and needs no loss: `loss` is 0. The paper suggests levels of (8, 6, 5) for
+    2^8 codes, (8, 5, 5, 5) for 2^10, (7, 5, 5, 5, 5) for 2^12, (8, 8, 8, 6, 5) for 2^14 and
+    (8, 8, 8, 5, 5, 5) for 2^16.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> layer = fcg.FSQ((5, 4))
+        >>> out = layer(jnp.array([[0.0, 0.0], [9.0, -9.0]]))
+        >>> out.values
+        Array([[ 0.,  0.],
+               [ 1., -1.]], dtype=float32)
+        >>> out.indices
+        Array([12,  4], dtype=int32)
+    """
+
+    def __init__(self, levels: Sequence[int]):
+        """Takes the levels.
+
+        Args:
+            levels: how many levels each feature has, at least 2. With 2, the step lies far from 0
+                and little gradient passes; use 3, or `LFQ`.
+
+        Raises:
+            ValueError: there are no levels, a feature has less than 2, or there are more codes than
+                int32 has numbers.
+        """
+        levels = tuple(levels)
+        if not levels or not all(isinstance(n, int) and n >= 2 for n in levels):
+            raise ValueError(f"FSQ: levels={levels!r} must be integers of at least 2, one or more")
+        num_codes = math.prod(levels)
+        if num_codes >= 2**31:
+            raise ValueError(
+                f"FSQ: levels={levels!r} make {num_codes} codes; int32 has numbers for less than "
+                "2**31. Split the features over several layers"
+            )
+        self.levels = levels
+        self.num_codes = num_codes
+
+    def __call__(self, z: jax.Array) -> Quantized:
+        """Quantizes vectors.
+
+        Args:
+            z: array of shape (..., len(levels)), float.
+
+        Returns:
+            A `Quantized`, whose loss is 0. A number counts the levels of the first feature fastest.
+            A vector with NaN in it has the number num_codes.
+
+        Raises:
+            TypeError: z is no floating array.
+            ValueError: z has another number of features.
+        """
+        z = check.vectors("FSQ", z, len(self.levels))
+        levels = _rounded(lax.stop_gradient(z), self.levels)
+        numbers = levels.astype(jnp.int32) + _half(self.levels)
+        indices = jnp.sum(numbers * self._steps(), -1, dtype=jnp.int32)
+        indices = jnp.where(jnp.any(jnp.isnan(levels), -1), self.num_codes, indices)
+        values = finite_scalar(z, self.levels)
+        loss = jnp.zeros((), jnp.float32)
+        return Quantized(values, indices, loss, *use(indices, self.num_codes))
+
+    def indices_to_codes(self, indices: jax.Array) -> jax.Array:
+        """The codes that have certain numbers.
+
+        Args:
+            indices: integers of any shape, from 0 to num_codes - 1.
+
+        Returns:
+            Array of shape (*indices.shape, len(levels)), float32.
+        """
+        numbers = indices[..., None] // self._steps() % np.array(self.levels, np.int32)
+        return (numbers - _half(self.levels)) / _half(self.levels).astype(np.float32)
+
+    def _steps(self) -> np.ndarray:
+        """What one level of each feature adds to the number of a code."""
+        return np.cumprod((1, *self.levels[:-1]), dtype=np.int32)

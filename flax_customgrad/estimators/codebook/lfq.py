@@ -1,0 +1,173 @@
+"""LFQ, lookup-free quantization: the sign of each feature, arXiv:2310.05737.
+
+    forward   y    = scale where z >= 0, -scale elsewhere
+              loss = beta mean((z - y)^2)
+    backward  dz   = g + 2 beta dloss (z - y) / N           N: how many numbers z has
+    kept      z
+
+2^features codes are the corners of a cube, and nothing is looked up. What keeps them in use is a
+loss on the probabilities of codes, p(c | z) = softmax over c of -|z - c|^2 / temperature:
+
+    entropy_weight (mean of H(p(. | z)) - diversity H(mean of p(. | z)))
+
+which wants to be sure of each vector, and undecided about all of them together; `code_entropy`
+computes both.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.estimators.codebook import codebook_arguments as check
+from flax_customgrad.estimators.codebook.code_entropy import code_entropy
+from flax_customgrad.estimators.codebook.usage import Quantized, use
+from flax_customgrad.numerics.arrays import widened
+
+
+class Residuals(NamedTuple):
+    """What the backward of `signs` keeps: only what the caller holds anyway."""
+
+    z: jax.Array
+    scale: float
+    commitment: float
+
+
+@custom_vjp(surrogate=True)
+def signs(z: jax.Array, scale: float, commitment: float) -> tuple[jax.Array, jax.Array]:
+    """The sign of each number.
+
+    Args:
+        z: array of any shape, float.
+        scale: what the signs are multiplied by; it gets no gradient.
+        commitment: weight of the commitment loss, beta; it gets no gradient.
+
+    Returns:
+        Array of z's shape and dtype, NaN where z is; and the loss, a number in float32 or wider, 0
+        where z is empty.
+    """
+    loss = commitment * jnp.sum(jnp.square(_apart(z, scale))) / max(1, z.size)
+    return _signs(z, scale).astype(z.dtype), loss
+
+
+def _fwd(z: jax.Array, scale: float, commitment: float) -> tuple[tuple[jax.Array, ...], Residuals]:
+    return signs(z, scale, commitment), Residuals(z, scale, commitment)
+
+
+def _bwd(res: Residuals, cotangents: tuple[jax.Array, ...]) -> tuple[jax.Array, None, None]:
+    g, dloss = cotangents
+    dloss = 2 * res.commitment / max(1, res.z.size) * dloss
+    return g + dloss * _apart(res.z, res.scale), None, None
+
+
+signs.defvjp(_fwd, _bwd)
+
+
+def _signs(z: jax.Array, scale: float) -> jax.Array:
+    return jnp.where(jnp.isnan(z), z, jnp.where(z >= 0, scale, -scale))
+
+
+def _apart(z: jax.Array, scale: float) -> jax.Array:
+    """Z - y, in float32 or wider."""
+    (z,) = widened(z.dtype, z)
+    return z - _signs(z, scale)
+
+
+class LFQ(nnx.Module):
+    """Replaces each feature by its sign times `scale`; 2^features codes without a codebook.
+
+    It has no parameters. Its loss needs 2^features numbers for the second entropy, but no array of
+    2^features for each vector. Under `shard_map` that entropy is of the device's own vectors; under
+    jit it is of all.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> out = fcg.LFQ(3)(jnp.array([[0.3, -2.0, 0.0]]))
+        >>> out.values, out.indices
+        (Array([[ 1., -1.,  1.]], dtype=float32), Array([5], dtype=int32))
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        scale: float = 1.0,
+        entropy_weight: float = 0.1,
+        diversity: float = 1.0,
+        temperature: float = 0.01,
+        commitment: float = 0.25,
+    ):
+        """Takes the weights.
+
+        Args:
+            features: how many numbers a vector has, at most 30.
+            scale: how large codes are, positive.
+            entropy_weight: weight of the entropies.
+            diversity: weight of the entropy of the batch beside that of each vector.
+            temperature: how far, as a squared distance, a probability reaches; positive.
+            commitment: weight of the commitment loss.
+
+        Raises:
+            ValueError: a number is out of its range.
+        """
+        check.size("LFQ", "features", features)
+        if features > 30:
+            raise ValueError(
+                f"LFQ: features={features} make 2**{features} codes; int32 has numbers for up to "
+                "30 features. Split them over several layers"
+            )
+        for name, value in (
+            ("entropy_weight", entropy_weight),
+            ("diversity", diversity),
+            ("commitment", commitment),
+        ):
+            check.weight("LFQ", name, value)
+        for name, value in (("scale", scale), ("temperature", temperature)):
+            if not value > 0:
+                raise ValueError(f"LFQ: {name}={value!r} must be positive")
+        self.features = features
+        self.num_codes = 2**features
+        self.scale = scale
+        self.entropy_weight = entropy_weight
+        self.diversity = diversity
+        self.temperature = temperature
+        self.commitment = commitment
+
+    def __call__(self, z: jax.Array) -> Quantized:
+        """Quantizes vectors.
+
+        Args:
+            z: array of shape (..., features), float.
+
+        Returns:
+            A `Quantized`. A number has bit i where feature i is positive or 0. NaN stays NaN, and
+            the number of its vector is num_codes.
+
+        Raises:
+            TypeError: z is no floating array.
+            ValueError: z has another number of features.
+        """
+        z = check.vectors("LFQ", z, self.features)
+        bits = (z >= 0) * 2 ** jnp.arange(self.features, dtype=jnp.int32)
+        undefined = jnp.any(jnp.isnan(z), -1)
+        indices = jnp.where(undefined, self.num_codes, jnp.sum(bits, -1, dtype=jnp.int32))
+        values, loss = signs(z, self.scale, self.commitment)
+        if self.entropy_weight:
+            # -|z - c|^2 is 2 z.c, but for what does not depend on c.
+            each, together = code_entropy(z, 4 * self.scale / self.temperature)
+            loss += self.entropy_weight * (each - self.diversity * together)
+        return Quantized(values, indices, loss, *use(indices, self.num_codes))
+
+    def indices_to_codes(self, indices: jax.Array) -> jax.Array:
+        """The codes that have certain numbers.
+
+        Args:
+            indices: integers of any shape, from 0 to num_codes - 1.
+
+        Returns:
+            Array of shape (*indices.shape, features), float32.
+        """
+        bits = indices[..., None] >> jnp.arange(self.features, dtype=jnp.int32) & 1
+        return jnp.where(bits == 1, self.scale, -self.scale).astype(jnp.float32)

@@ -1,0 +1,133 @@
+"""The rotation trick: the gradient turned and stretched as q is against z, arXiv:2410.06424.
+
+    forward   y  = q
+    backward  dz = lambda R^T g,  dq = 0
+              lambda = |q| / |z|,  u = z / |z|,  v = q / |q|,  r = (u + v) / |u + v|
+              R^T g = g - 2 r (r.g) + 2 u (v.g)
+    kept      z and q
+
+R turns u into v and is a constant to the gradient, so y = lambda R z. It is made of two
+reflections, R^T = (I - 2 u u^T) (I - 2 r r^T), and computed as such: |R^T g| = |g| whatever the
+rounding of r. With the formula as it stands, r of nearly opposite vectors is rounding, and the
+gradient up to three times too long.
+
+    z = 0     no direction: straight through, dz = g
+    q = 0     lambda = 0: dz = 0
+    v = -u    no plane to turn in: u is reflected instead, R^T g = g - 2 u (u.g), which takes it to
+              v as well. This applies up to |u + v| of 8 roundings.
+
+Norms are taken in float32 or wider after division by a power of two, so that they are right as long
+as the elements are normal numbers; lambda is at most the largest number there is.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.numerics.arrays import widened
+from flax_customgrad.numerics.scaling import magnitude
+
+
+class Residuals(NamedTuple):
+    """What the backward of `rotation_trick` keeps."""
+
+    z: jax.Array
+    q: jax.Array
+
+
+@custom_vjp(surrogate=True)
+def rotation_trick(z: jax.Array, q: jax.Array) -> jax.Array:
+    """Takes the value of q and passes its gradient to z, turned and stretched from q to z.
+
+    Args:
+        z: array of shape (..., features), float: what was quantized.
+        q: array of z's shape, float: what it was quantized to. Its gradient is 0.
+
+    Returns:
+        q, in the dtype to which z and q promote.
+
+    Raises:
+        ValueError: z and q differ in shape, or have no axis of features.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
+        >>> z, q = jnp.array([2.0, 0.0]), jnp.array([0.0, 1.0])
+        >>> jax.grad(lambda z: fcg.rotation_trick(z, q)[1])(z).round(3)
+        Array([0.5, 0. ], dtype=float32)
+    """
+    if z.shape != q.shape or not z.ndim:
+        raise ValueError(
+            f"rotation_trick: z has shape {z.shape} and q {q.shape}; both must be (..., features)"
+        )
+    return q.astype(jnp.result_type(z, q))
+
+
+def _fwd(z: jax.Array, q: jax.Array) -> tuple[jax.Array, Residuals]:
+    return rotation_trick(z, q), Residuals(z, q)
+
+
+def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, None]:
+    return turned_back(g, res.z, res.q), None
+
+
+rotation_trick.defvjp(_fwd, _bwd)
+
+
+@functools.partial(jax.jit, inline=True)
+def turned_back(g: jax.Array, z: jax.Array, q: jax.Array) -> jax.Array:
+    """The gradient of z: lambda R^T g.
+
+    Args:
+        g: array of shape (..., features), float.
+        z: array of that shape, float.
+        q: array of that shape, float.
+
+    Returns:
+        Array of that shape, float32 or wider.
+    """
+    g, z, q = widened(jnp.result_type(g, z, q), g, z, q)
+    of_z, of_q = _taken_apart(z), _taken_apart(q)
+    stretch = of_q.norm / of_z.norm * (of_q.power / of_z.power)
+    stretch = jnp.where(of_q.is_zero, 0, jnp.minimum(stretch, jnp.finfo(stretch.dtype).max))
+    turned = _reflected(_reflected(g, _half_way(of_z.unit, of_q.unit)), of_z.unit)
+    return jnp.where(of_z.is_zero, g, stretch * turned)
+
+
+class _Polar(NamedTuple):
+    """A vector x as power norm unit; where it is zero, unit is 0 and norm 1."""
+
+    unit: jax.Array
+    norm: jax.Array
+    power: jax.Array
+    is_zero: jax.Array
+
+
+def _taken_apart(x: jax.Array) -> _Polar:
+    power = magnitude(x, (-1,))
+    x = x / power
+    squares = _dot(x, x)
+    is_zero = squares == 0
+    norm = jnp.sqrt(jnp.where(is_zero, 1, squares))
+    return _Polar(x / norm, norm, power, is_zero)
+
+
+def _half_way(u: jax.Array, v: jax.Array) -> jax.Array:
+    """The unit vector half way from u to v; 0 between opposite ones."""
+    apart, between = u - v, u + v
+    # The two are at right angles but for rounding, which is all there is between opposite vectors.
+    length = _dot(apart, apart)
+    between -= apart * _dot(apart, between) / jnp.where(length == 0, 1, length)
+    squares = _dot(between, between)
+    opposite = squares <= (8 * jnp.finfo(u.dtype).eps) ** 2
+    return jnp.where(opposite, 0, between / jnp.sqrt(jnp.where(opposite, 1, squares)))
+
+
+def _reflected(g: jax.Array, by: jax.Array) -> jax.Array:
+    return g - 2 * by * _dot(by, g)
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.sum(a * b, -1, keepdims=True)

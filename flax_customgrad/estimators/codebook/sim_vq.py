@@ -1,0 +1,103 @@
+"""SimVQ: a random codebook that stays as it is, behind a linear map that learns, arXiv:2411.02038.
+
+    codes = C W       C: random and fixed, W: the kernel
+
+A code that no vector is near gets no gradient, and in a codebook that learns by itself it stays
+where it is. Here every vector moves W, and W moves all codes.
+
+Gradient and loss are those of `quantize`, whose codebook loss reaches W through the product.
+"""
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from flax_customgrad.estimators.codebook import codebook_arguments as check
+from flax_customgrad.estimators.codebook.nearest import nearest
+from flax_customgrad.estimators.codebook.quantize_vectors import Gradient, quantize
+from flax_customgrad.estimators.codebook.usage import Quantized, use
+from flax_customgrad.estimators.codebook.vector_quantizer import Codebook, default_codebook_init
+from flax_customgrad.numerics.arrays import widened
+
+default_kernel_init = nnx.initializers.lecun_normal()
+
+
+class SimVQ(nnx.Module):
+    """Replaces each vector by the nearest of fixed codes that a learned linear map has moved.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> from flax import nnx
+        >>> layer = fcg.SimVQ(16, 4, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((8, 4))).values.shape
+        (8, 4)
+    """
+
+    def __init__(
+        self,
+        num_codes: int,
+        features: int,
+        *,
+        gradient: Gradient = "rotation",
+        commitment: float = 0.25,
+        param_dtype: Any = jnp.float32,
+        codebook_init: Callable[..., jax.Array] = default_codebook_init,
+        kernel_init: Callable[..., jax.Array] = default_kernel_init,
+        rngs: nnx.Rngs,
+    ):
+        """Makes the codebook and the map.
+
+        Args:
+            num_codes: how many codes.
+            features: how many numbers a code has.
+            gradient: "straight_through" or "rotation".
+            commitment: weight of the commitment loss; that of the codebook loss is 1.
+            param_dtype: dtype of the codebook and of the kernel.
+            codebook_init: initializer of the codebook, of shape (num_codes, features).
+            kernel_init: initializer of the map, of shape (features, features).
+            rngs: `params` for both.
+
+        Raises:
+            ValueError: a number is out of its range, or a word is unknown.
+        """
+        name = type(self).__name__
+        check.size(name, "num_codes", num_codes)
+        check.size(name, "features", features)
+        check.word(name, "gradient", gradient, get_args(Gradient))
+        check.weight(name, "commitment", commitment)
+        self.num_codes = num_codes
+        self.features = features
+        self.gradient: Gradient = gradient
+        self.commitment = commitment
+        self.codebook = Codebook(codebook_init(rngs.params(), (num_codes, features), param_dtype))
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (features, features), param_dtype))
+
+    def codes(self) -> jax.Array:
+        """The codes as they are now: array of shape (num_codes, features), float32 or wider."""
+        fixed, kernel = lax.stop_gradient(self.codebook[...]), self.kernel[...]
+        fixed, kernel = widened(jnp.result_type(fixed, kernel), fixed, kernel)
+        return jnp.matmul(fixed, kernel, precision=lax.Precision.HIGHEST)
+
+    def __call__(self, z: jax.Array) -> Quantized:
+        """Quantizes vectors.
+
+        Args:
+            z: array of shape (..., features), float.
+
+        Returns:
+            A `Quantized`. A vector with an element that is infinite or NaN has NaN for its value,
+            and the number num_codes.
+
+        Raises:
+            TypeError: z is no floating array.
+            ValueError: z has another number of features.
+        """
+        z = check.vectors(type(self).__name__, z, self.features)
+        codes = self.codes()
+        indices = nearest(z, codes)
+        values, loss = quantize((codes,), z, (indices,), self.commitment, True, self.gradient)
+        return Quantized(values, indices, loss, *use(indices, self.num_codes))

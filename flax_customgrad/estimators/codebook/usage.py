@@ -1,0 +1,74 @@
+"""What a quantizer returns, and how much of a codebook it uses."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_customgrad.estimators.codebook.by_code import counts
+
+AxisName = str | tuple[str, ...] | None
+
+_MOST = 2**24
+"""The largest number of codes that are counted: 67 MB of int32."""
+
+
+class Quantized(NamedTuple):
+    """What a quantizer makes of vectors of shape (..., features).
+
+    Attributes:
+        values: the codes of the vectors, of their shape and dtype, with the gradient of the
+            estimator.
+        indices: the numbers of the codes, int32 of shape (...), or for a `ResidualVQ` (...,
+            num_quantizers).
+        loss: what to add to the loss of a model, a number in float32 or wider, weights included.
+        perplexity: exp of the entropy of the codes in this batch: from 1, where all vectors have
+            one code, to num_codes. A float32 number; of a `ResidualVQ` one for each codebook. None
+            for more than 2**24 codes, which are not counted.
+        usage: the share of the codes that some vector of this batch has, from 0 to 1; like
+            perplexity.
+    """
+
+    values: jax.Array
+    indices: jax.Array
+    loss: jax.Array
+    perplexity: jax.Array | None
+    usage: jax.Array | None
+
+
+class Use(NamedTuple):
+    """The `perplexity` and `usage` of a `Quantized`."""
+
+    perplexity: jax.Array | None
+    usage: jax.Array | None
+
+
+def use(indices: jax.Array, num_codes: int, axis_name: AxisName = None) -> Use:
+    """How much of a codebook a batch uses.
+
+    Args:
+        indices: int32 array of any shape; a number that no code has is left out.
+        num_codes: how many codes there are.
+        axis_name: axis of a `shard_map` or `pmap` over whose devices to count.
+    """
+    if num_codes > _MOST:
+        return Use(None, None)
+    n = counts(indices, num_codes)
+    if axis_name is not None:
+        n = lax.psum(n, axis_name)
+    return Use(perplexity(n), jnp.mean(n > 0, dtype=jnp.float32))
+
+
+def perplexity(counts: jax.Array) -> jax.Array:
+    """Exp of the entropy of codes that occur so many times.
+
+    Args:
+        counts: array of shape (num_codes,), int32 or float.
+
+    Returns:
+        A float32 number from 1 to num_codes; 1 where nothing occurs.
+    """
+    p = counts.astype(jnp.float32) / jnp.maximum(jnp.sum(counts), 1)
+    # 0 log 0 is 0.
+    return jnp.exp(-jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1)))).astype(jnp.float32)

@@ -1,0 +1,182 @@
+"""VectorQuantizer: each vector replaced by the nearest of a codebook, arXiv:1711.00937.
+
+The parts of it: `nearest` finds the codes, `quantize` has the gradient and the loss,
+`moving_average` and `dead_codes` move a codebook that is not learned by gradient, and `usage`
+counts.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from flax_customgrad.estimators.codebook import codebook_arguments as check
+from flax_customgrad.estimators.codebook.dead_codes import revived
+from flax_customgrad.estimators.codebook.moving_average import MovingAverage, followed
+from flax_customgrad.estimators.codebook.nearest import nearest
+from flax_customgrad.estimators.codebook.quantize_vectors import Gradient, quantize
+from flax_customgrad.estimators.codebook.usage import AxisName, Quantized, use
+from flax_customgrad.numerics.accumulation import accumulator
+
+Learning = Literal["loss", "ema"]
+
+default_codebook_init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
+
+
+class Codebook(nnx.Variable):
+    """Codes that no gradient moves, and statistics of them."""
+
+
+class VectorQuantizer(nnx.Module):
+    """Replaces each vector by the nearest of `num_codes`, and passes a gradient through.
+
+    The gradient of the values gets to the input by the straight-through estimator or by the
+    rotation trick (arXiv:2410.06424), which also tells it in what direction the code lies. The
+    codes learn by a loss, as a `Param`, or by an exponential moving average of their vectors, as
+    state of the type `Codebook` that a call in training updates. `model.eval()` stops that, as it
+    does for BatchNorm.
+
+    Under jit the statistics of a moving average are those of the whole batch, however it is spread
+    over devices; under `shard_map` and `pmap` with `axis_name`.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> from flax import nnx
+        >>> layer = fcg.VectorQuantizer(16, 4, gradient="rotation", rngs=nnx.Rngs(0))
+        >>> out = layer(jnp.ones((8, 4)))
+        >>> out.values.shape, out.indices.shape, out.usage
+        ((8, 4), (8,), Array(0.0625, dtype=float32))
+    """
+
+    def __init__(
+        self,
+        num_codes: int,
+        features: int,
+        *,
+        gradient: Gradient = "straight_through",
+        learning: Learning = "loss",
+        commitment: float = 0.25,
+        decay: float = 0.99,
+        epsilon: float = 1e-5,
+        dead_below: float | None = None,
+        use_running_average: bool = False,
+        axis_name: AxisName = None,
+        param_dtype: Any = jnp.float32,
+        codebook_init: Callable[..., jax.Array] = default_codebook_init,
+        rngs: nnx.Rngs,
+    ):
+        """Makes the codebook.
+
+        Args:
+            num_codes: how many codes.
+            features: how many numbers a code has.
+            gradient: "straight_through" or "rotation".
+            learning: "loss" or "ema".
+            commitment: weight of the commitment loss, beta: how much vectors are drawn to codes.
+            decay: with "ema": how much of the statistics a call leaves, from 0 to below 1.
+            epsilon: with "ema": of Laplace smoothing of the counts, positive.
+            dead_below: with "ema": a code whose average number of vectors per batch is below this
+                is replaced by a random vector of the batch; None for never.
+            use_running_average: with "ema": use the codebook and leave it as it is; set by
+                `model.eval()` and `model.train()`.
+            axis_name: axis of a `shard_map` or `pmap` over which to add up statistics.
+            param_dtype: dtype of the codebook; with "ema" it is at least float32.
+            codebook_init: initializer of the codebook; by default normal with vectors of a norm of
+                about 1, like `nnx.Embed`.
+            rngs: `params` for the initializer, and with `dead_below` `codebook` for the draws.
+
+        Raises:
+            ValueError: a number is out of its range, a word is unknown, or `dead_below` is given
+                with "loss".
+        """
+        name = type(self).__name__
+        check.size(name, "num_codes", num_codes)
+        check.size(name, "features", features)
+        check.word(name, "gradient", gradient, get_args(Gradient))
+        check.word(name, "learning", learning, get_args(Learning))
+        check.weight(name, "commitment", commitment)
+        if not 0 <= decay < 1:
+            raise ValueError(f"{name}: decay={decay!r} must be at least 0 and below 1")
+        if not epsilon > 0:
+            raise ValueError(f"{name}: epsilon={epsilon!r} must be positive")
+        if dead_below is not None:
+            check.weight(name, "dead_below", dead_below)
+            if learning != "ema":
+                raise ValueError(
+                    f"{name}: dead_below={dead_below!r} needs the counts of a moving average: "
+                    'write learning="ema", or dead_below=None'
+                )
+        self.num_codes = num_codes
+        self.features = features
+        self.gradient: Gradient = gradient
+        self.learning = learning
+        self.commitment = commitment
+        self.decay = decay
+        self.epsilon = epsilon
+        self.dead_below = dead_below
+        self.use_running_average = use_running_average
+        self.axis_name = axis_name
+        dtype = param_dtype if learning == "loss" else accumulator(jnp.dtype(param_dtype))
+        codes = codebook_init(rngs.params(), (num_codes, features), dtype)
+        if learning == "loss":
+            self.codebook = nnx.Param(codes)
+            return
+        self.codebook = Codebook(codes)
+        self.counts = Codebook(jnp.ones(num_codes, codes.dtype))
+        # An array of its own: a step that donates its state would donate one twice.
+        self.sums = Codebook(jnp.copy(codes))
+        if dead_below is not None:
+            self.rngs = rngs["codebook"].fork()
+
+    def __call__(self, z: jax.Array, use_running_average: bool | None = None) -> Quantized:
+        """Quantizes vectors, and in training with "ema" moves the codebook.
+
+        Args:
+            z: array of shape (..., features), float.
+            use_running_average: whether to leave the codebook as it is; None for what the
+                constructor, `eval` or `train` say.
+
+        Returns:
+            A `Quantized`. Its values are of the codebook as it was before the call. A vector with
+            an element that is infinite or NaN has NaN for its value, and the number num_codes.
+
+        Raises:
+            TypeError: z is no floating array.
+            ValueError: z has another number of features.
+        """
+        z = check.vectors(type(self).__name__, z, self.features)
+        codes, indices = self.encode(z, use_running_average)
+        learns = self.learning == "loss"
+        values, loss = quantize((codes,), z, (indices,), self.commitment, learns, self.gradient)
+        return Quantized(values, indices, loss, *use(indices, self.num_codes, self.axis_name))
+
+    def encode(
+        self, z: jax.Array, use_running_average: bool | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Finds codes, and in training with "ema" moves the codebook.
+
+        Args:
+            z: array of shape (..., features), float.
+            use_running_average: as for a call.
+
+        Returns:
+            The codebook as it was before the call, of shape (num_codes, features), and the numbers
+            of the codes, int32 of shape (...).
+        """
+        codes = self.codebook[...]
+        indices = nearest(z, codes)
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        if self.learning == "ema" and not use_running_average and z.size:
+            self._follow(lax.stop_gradient(z), indices)
+        return codes, indices
+
+    def _follow(self, z: jax.Array, indices: jax.Array) -> None:
+        state = MovingAverage(self.codebook[...], self.counts[...], self.sums[...])
+        state = followed(state, z, indices, self.decay, self.epsilon, self.axis_name)
+        if self.dead_below is not None:
+            state = revived(state, z, self.dead_below, self.rngs(), self.axis_name)
+        self.codebook[...], self.counts[...], self.sums[...] = state

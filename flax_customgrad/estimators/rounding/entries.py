@@ -1,0 +1,257 @@
+"""The catalogue's entries of the straight-through family."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_customgrad.estimators.rounding import heaviside, rounding, scaled_sign, sign, ternary
+from flax_customgrad.registry.entry import Curve, Entry, Example, applied, made, normal
+
+
+def _few() -> jax.Array:
+    return 1.5 * normal(8, 3)
+
+
+def _many() -> jax.Array:
+    return normal(4096, 1024)
+
+
+def _key() -> jax.Array:
+    return jax.random.key(0)
+
+
+def _of_module(*args: Any, inputs: Callable[[], jax.Array] = _few, **kwargs: Any) -> Example:
+    return lambda cls: (cls(*args, **kwargs), inputs())
+
+
+# Formulas, each the gradient of a function of x.
+
+
+def _pass(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    return (g,)
+
+
+def _pass_beside_key(x: jax.Array, key: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
+    return g, None
+
+
+def _clipped(
+    x: jax.Array, low: Any, high: Any, g: jax.Array, gradient: str = "pass_through"
+) -> tuple[jax.Array, None, None]:
+    inside = (low <= x) & (x <= high) if gradient == "masked" else 1
+    return g * inside, None, None
+
+
+def _where_within(layer: Any, x: jax.Array, g: jax.Array) -> tuple[None, jax.Array]:
+    bound = np.inf if layer.clip_value is None else layer.clip_value
+    return None, g * (jnp.abs(x) <= bound)
+
+
+def _approx_sign(layer: Any, x: jax.Array, g: jax.Array) -> tuple[None, jax.Array]:
+    parabola = lambda x: jnp.where(x < 0, 2 * x + x**2, 2 * x - x**2)  # noqa: E731
+    return None, jnp.where(jnp.abs(x) < 1, jax.vjp(parabola, x)[1](g)[0], 0)
+
+
+def _swish_sign(layer: Any, x: jax.Array, g: jax.Array) -> tuple[None, jax.Array]:
+    def swish(x: jax.Array) -> jax.Array:
+        s = jax.nn.sigmoid(layer.beta * x)
+        return 2 * s * (1 + layer.beta * x * (1 - s)) - 1
+
+    return None, jax.vjp(swish, x)[1](g)[0]
+
+
+def _channel_mean(w: jax.Array) -> jax.Array:
+    return jax.lax.stop_gradient(jnp.abs(w).reshape(-1, w.shape[-1]).mean(0))
+
+
+def _magnitude_aware(layer: Any, w: jax.Array, g: jax.Array) -> tuple[None, jax.Array]:
+    return None, g * _channel_mean(w) * (jnp.abs(w) <= layer.clip_value)
+
+
+def _xnor(layer: Any, w: jax.Array, g: jax.Array) -> tuple[None, jax.Array]:
+    n = w.size // w.shape[-1]
+    return None, g * (1 / n + _channel_mean(w) * (jnp.abs(w) <= layer.clip_value))
+
+
+def _surrogate(
+    what: Callable[..., Any],
+    keeps: str,
+    gain: str,
+    formula: Callable[..., tuple[Any, ...]],
+    source: str = "arXiv:1308.3432",
+    *,
+    examples: Mapping[str, Example],
+    workload: Example,
+    curves: Mapping[str, Curve],
+) -> Entry:
+    return Entry(
+        what.__name__,
+        "rounding",
+        what,
+        None,
+        "surrogate",
+        keeps,
+        gain,
+        source,
+        formula,
+        curves,
+        examples,
+        {"4096x1024": workload},
+    )
+
+
+def _rounding(function: Callable[..., jax.Array], gain: str) -> Entry:
+    return _surrogate(
+        function,
+        "nothing",
+        gain,
+        _pass,
+        examples={"alone": applied(_few)},
+        workload=applied(_many),
+        curves={"": Curve(function)},
+    )
+
+
+_PASSES = "passes the gradient on"
+
+_ROUNDING = (
+    _rounding(rounding.round_ste, f"{_PASSES}; halves to even"),
+    _rounding(rounding.floor_ste, _PASSES),
+    _rounding(rounding.ceil_ste, _PASSES),
+    _rounding(rounding.trunc_ste, _PASSES),
+    _surrogate(
+        rounding.clip_ste,
+        "nothing; masked, a mask",
+        "1 at a bound, where jnp.clip has 1/2",
+        _clipped,
+        examples={
+            "passing": applied(_few, -1.0, 0.5),
+            "masked": applied(_few, -1.0, 0.5, gradient="masked"),
+        },
+        workload=applied(_many, -1.0, 1.0, gradient="masked"),
+        curves={
+            "passing": Curve(lambda x: rounding.clip_ste(x, -1, 1)),
+            "masked": Curve(lambda x: rounding.clip_ste(x, -1, 1, gradient="masked")),
+        },
+    ),
+    _surrogate(
+        rounding.stochastic_round,
+        "nothing",
+        f"{_PASSES}; x in the mean",
+        _pass_beside_key,
+        "arXiv:1502.02551",
+        examples={"alone": applied(_few, _key)},
+        workload=applied(_many, _key),
+        curves={"": Curve(lambda x: rounding.stochastic_round(x, jax.random.key(0)))},
+    ),
+    _surrogate(
+        rounding.StochasticRound,
+        "nothing",
+        f"{_PASSES}; x in the mean",
+        lambda layer, x, g: (None, g),
+        "arXiv:1502.02551",
+        examples={"alone": made(inputs=(_few,))},
+        workload=made(inputs=(_many,)),
+        curves={},
+    ),
+)
+
+
+def _sign(
+    cls: type,
+    keeps: str,
+    gain: str,
+    source: str,
+    formula: Callable[..., tuple[Any, ...]] = _where_within,
+    *,
+    examples: Mapping[str, Example],
+    curves: Mapping[str, Curve] | None = None,
+) -> Entry:
+    return _surrogate(
+        cls,
+        keeps,
+        gain,
+        formula,
+        source,
+        examples=examples,
+        workload=_of_module(inputs=_many),
+        curves={"": Curve(cls())} if curves is None else curves,
+    )
+
+
+_MASK = "a mask; without bounds nothing"
+_WEIGHTS = {
+    "dense": _of_module(),
+    "kernel of a convolution": _of_module(0.5, inputs=lambda: normal(8, 3, 2, 4)),
+}
+
+
+def _beside_ones(layer: Callable[[jax.Array], jax.Array]) -> Curve:
+    """A weight beside one of 1 in the same channel."""
+    return Curve(jax.vmap(lambda w: layer(jnp.stack([w, jnp.ones_like(w)])[:, None])[0, 0]))
+
+
+_SIGNS = (
+    _sign(
+        sign.SteSign,
+        _MASK,
+        "binary activations and weights",
+        "arXiv:1602.02830",
+        examples={"bound": _of_module(), "no bound": _of_module(None)},
+        curves={"": Curve(sign.SteSign()), "no bound": Curve(sign.SteSign(None))},
+    ),
+    _sign(
+        sign.ApproxSign,
+        "x",
+        "largest where the sign changes",
+        "arXiv:1808.00278",
+        _approx_sign,
+        examples={"alone": _of_module()},
+    ),
+    _sign(
+        sign.SwishSign,
+        "x",
+        "smooth; finite at any x",
+        "arXiv:1812.11800",
+        _swish_sign,
+        examples={"alone": _of_module(), "steep": _of_module(20.0)},
+    ),
+    _sign(
+        heaviside.SteHeaviside,
+        _MASK,
+        "0 or 1",
+        "arXiv:1602.02830",
+        examples={"bound": _of_module(), "no bound": _of_module(None)},
+    ),
+    _sign(
+        ternary.SteTern,
+        _MASK,
+        "-1, 0 or 1",
+        "arXiv:1605.04711",
+        examples={"number": _of_module(0.5), "twn": _of_module("twn", None)},
+        curves={"": Curve(ternary.SteTern(0.5))},
+    ),
+    _sign(
+        scaled_sign.MagnitudeAwareSign,
+        "a mask and the scales",
+        "binary weights of their channel's size",
+        "arXiv:1808.00278",
+        _magnitude_aware,
+        examples=_WEIGHTS,
+        curves={"": _beside_ones(scaled_sign.MagnitudeAwareSign())},
+    ),
+    _sign(
+        scaled_sign.XNORSign,
+        "a mask and the scales",
+        "binary weights of their channel's size",
+        "arXiv:1603.05279",
+        _xnor,
+        examples=_WEIGHTS,
+        curves={"": _beside_ones(scaled_sign.XNORSign())},
+    ),
+)
+
+STRAIGHT_THROUGH = (*_ROUNDING, *_SIGNS)

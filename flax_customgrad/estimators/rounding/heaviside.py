@@ -1,0 +1,58 @@
+"""SteHeaviside: the unit step, with a gradient near it.
+
+    forward   y  = 1 where x > 0, else 0
+    backward  dx = g where |x| <= c, or g everywhere
+    kept      a mask, one byte an element, or nothing
+
+The bound c is inclusive, and the step of NaN is NaN.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_customgrad.estimators.rounding.sign import within
+from flax_customgrad.estimators.rounding.step import Step, masked, nothing, passed
+from flax_customgrad.numerics.argument_checks import bound
+
+
+def heaviside(x: jax.Array, *parameters: object) -> jax.Array:
+    """1 where x > 0 and 0 elsewhere, whatever parameters a backward has; NaN stays NaN."""
+    return jnp.where(x > 0, 1, jnp.where(x <= 0, 0, x))
+
+
+_HEAVISIDE = Step("SteHeaviside", heaviside, masked, within)
+_HEAVISIDE_PASSING = Step("SteHeaviside", heaviside, passed, nothing)
+
+
+class SteHeaviside(nnx.Module):
+    """The unit step, whose gradient passes where |x| <= clip_value; arXiv:1602.02830.
+
+    Args:
+        clip_value: the bound, inclusive; None for a gradient that passes everywhere.
+
+    Raises:
+        ValueError: the bound is not positive.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
+        >>> x = jnp.array([-2.0, 0.0, 0.5])
+        >>> fcg.SteHeaviside()(x)
+        Array([0., 0., 1.], dtype=float32)
+        >>> jax.grad(lambda x: fcg.SteHeaviside()(x).sum())(x)
+        Array([0., 1., 1.], dtype=float32)
+    """
+
+    def __init__(self, clip_value: float | None = 1.0):
+        self.clip_value = bound("SteHeaviside", clip_value)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The step of each element.
+
+        Args:
+            x: array of any shape.
+
+        Returns:
+            Array like x, of 0 and 1.
+        """
+        return _HEAVISIDE_PASSING(x) if self.clip_value is None else _HEAVISIDE(x, self.clip_value)

@@ -1,0 +1,158 @@
+"""N:M sparsity: of every M consecutive weights the N largest, with the SR-STE gradient.
+
+    mask      m  = 1 for the N largest |W| of every M along the input axis, 0 elsewhere
+    forward   W~ = m W
+    backward  dW = g + decay (1 - m) W
+
+    kept      W, which the caller holds. m is computed again, by M comparisons a weight; a mask
+              would take a byte for each.
+    at a tie  the lower index is taken first: exactly N of M are kept
+    NaN       is always kept, so that it is seen
+
+Every weight gets the gradient of the sparse product, which passes straight through the mask, so a
+pruned weight can grow back. What is added pulls pruned weights to zero under gradient descent and
+keeps the mask from changing to and fro: the sparse-refined straight-through estimator, SR-STE.
+Source: Zhou et al. 2021, arXiv:2102.04010.
+
+The decay does not depend on g. It comes once with each backward of the weights: twice if they are
+used twice, and under vmap and shard_map with shared weights once for each example or device.
+"""
+
+import operator
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.core
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.arithmetic import explicit_sharding
+from flax_customgrad.numerics.arrays import as_array, is_number
+
+
+class Pattern(NamedTuple):
+    """N of every M along an axis; M divides the axis."""
+
+    n: int
+    m: int
+    axis: int
+
+    def mask(self, w: jax.Array) -> jax.Array:
+        """Which weights are kept, an array of bool like w."""
+        axis, sharding = self.axis % w.ndim, explicit_sharding(jax.typeof(w))
+        size = _grouped(jnp.abs(w), axis, self.m, sharding)
+        # Along axis + 1 the weight that is judged, along axis + 2 the others of its group.
+        one, other = jnp.expand_dims(size, axis + 2), jnp.expand_dims(size, axis + 1)
+        shape = (self.m, self.m, *(1,) * (w.ndim - axis - 1))
+        earlier = jnp.tri(self.m, k=-1, dtype=bool).reshape(shape)
+        ahead = (other > one) | ((other == one) & earlier)
+        return lax.reshape(jnp.sum(ahead, axis + 2) < self.n, w.shape, out_sharding=sharding)
+
+    def prune(self, w: jax.Array) -> jax.Array:
+        """The weights that are kept, 0 elsewhere."""
+        return jnp.where(self.mask(w), w, 0)
+
+    def refine(self, g: jax.Array, w: jax.Array, decay: Any) -> jax.Array:
+        """The gradient of the weights, from that of the pruned ones."""
+        dtype = accumulator(g, w)
+        chex.assert_equal_shape([g, w])
+        return g.astype(dtype) + jnp.where(self.mask(w), 0, decay * w.astype(dtype))
+
+
+def _grouped(w: jax.Array, axis: int, m: int, sharding: NamedSharding | None) -> jax.Array:
+    """Splits an axis into groups of m; where devices split groups, each takes the whole axis."""
+    shape = (*w.shape[:axis], w.shape[axis] // m, m, *w.shape[axis + 1 :])
+    if sharding is not None:
+        whole = sharding.shard_shape(w.shape)[axis] % m == 0
+        spec = [*sharding.spec[: axis + 1], None, *sharding.spec[axis + 1 :]]
+        spec[axis] = spec[axis] if whole else None
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    return lax.reshape(w, shape, out_sharding=sharding)
+
+
+@custom_vjp(surrogate=True)
+def prune(w: jax.Array, decay: Any, pattern: Pattern) -> jax.Array:
+    """Prunes weights.
+
+    Args:
+        w: weights of any shape, float.
+        decay: of the backward, a number or an array without axes.
+        pattern: which weights are kept.
+
+    Returns:
+        Array like w.
+    """
+    return pattern.prune(w)
+
+
+def _prune_fwd(w: jax.Array, decay: Any, pattern: Pattern) -> tuple[jax.Array, tuple[Any, ...]]:
+    return prune(w, decay, pattern), (w, decay, pattern)
+
+
+def _prune_bwd(res: tuple[Any, ...], g: jax.Array) -> tuple[jax.Array, None, None]:
+    w, decay, pattern = res
+    return pattern.refine(g, w, decay), None, None
+
+
+prune.defvjp(_prune_fwd, _prune_bwd)
+
+
+def n_m_sparsify(
+    w: jax.Array, n: int = 2, m: int = 4, decay: Any = 2e-4, *, axis: int = -2
+) -> jax.Array:
+    """Keeps the n largest of every m weights, with the SR-STE gradient of arXiv:2102.04010.
+
+    Args:
+        w: weights of any shape, float.
+        n: how many of a group are kept.
+        m: how many make a group.
+        decay: what pulls the pruned weights to zero, per step of gradient descent and unit of
+            learning rate: 0 or more, a number or an array without axes, which may be traced. The
+            paper's 2e-4 is the default, 0 is the plain straight-through estimator.
+        axis: the axis along which the groups lie; that of the inputs, in kernels of Linear and
+            Conv the last but one.
+
+    Returns:
+        Array like w; NaN is kept beside the n largest.
+
+    Raises:
+        TypeError: the weights are not floating.
+        ValueError: not 1 <= n <= m; m does not divide the axis; the decay is negative.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
+        >>> w = jnp.array([[1.0], [-3.0], [2.0], [-2.0]])
+        >>> fcg.n_m_sparsify(w, 2, 4).T
+        Array([[ 0., -3.,  2.,  0.]], dtype=float32)
+        >>> jax.grad(lambda w: fcg.n_m_sparsify(w, 2, 4, 0.1).sum())(w).T
+        Array([[1.1, 1. , 1. , 0.8]], dtype=float32)
+    """
+    w = jnp.asarray(as_array(w))
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise TypeError(f"n_m_sparsify: the weights are {w.dtype}; expected a floating dtype")
+    if not -w.ndim <= axis < w.ndim:
+        raise ValueError(f"n_m_sparsify: axis={axis} is not an axis of weights of shape {w.shape}")
+    check_pattern("n_m_sparsify", n, m, f"the size of axis {axis}", w.shape[axis])
+    return prune(w, checked_decay("n_m_sparsify", decay), Pattern(n, m, axis))
+
+
+def check_pattern(name: str, n: int, m: int, what: str, size: int) -> None:
+    """Raises a ValueError unless n of every m weights can be kept of an axis of some size."""
+    if not 1 <= operator.index(n) <= operator.index(m):
+        raise ValueError(f"{name}: n={n} of every m={m} weights; expected 1 <= n <= m")
+    if size % m:
+        raise ValueError(
+            f"{name}: {what}, {size}, does not divide into groups of m={m}: expected a multiple"
+        )
+
+
+def checked_decay(name: str, decay: Any) -> Any:
+    """A decay as a number or an array, once it is known not to be negative, or traced."""
+    decay = decay if is_number(decay) else jnp.asarray(as_array(decay))
+    if not isinstance(decay, jax.core.Tracer) and not 0 <= decay < float("inf"):
+        raise ValueError(f"{name}: decay={decay!r} must be 0 or more, and finite")
+    return decay

@@ -1,0 +1,103 @@
+"""A firing membrane: a spike where it is above the threshold, and a reset where there was one.
+
+    forward   s  = 1 where v > theta, else 0
+              u  = v - theta s            reset "subtract"
+                   (1 - s) v              reset "zero"
+                   v                      reset "none"
+    backward  dr = -theta du, -v du, 0    of the spike in the reset, if that is differentiated
+              dz = (ds + dr) p            of z = v - theta, p the surrogate of the spike
+              dv = dz + du, dz + (1 - s) du, dz + du
+              dtheta = -sum(dz + s du), -sum(dz), -sum(dz)
+    kept      v and theta
+
+s and p are computed again, from v; autodiff keeps v - theta, and what the reset takes beside it.
+The reset is not differentiated by default, dr = 0, as in snntorch and in the tutorial to
+arXiv:1901.09948, https://github.com/fzenke/spytorch.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.arrays import summed_to
+
+Reset = Literal["subtract", "zero", "none"]
+"""What a spike does to the membrane: takes the threshold off it, empties it, or nothing."""
+
+
+class Residuals(NamedTuple):
+    """What the backward of `fire` keeps."""
+
+    threshold: jax.Array
+    v: jax.Array
+    spike: Any
+    reset: Reset
+    reset_gradient: bool
+
+
+@custom_vjp(surrogate=True)
+def fire(
+    threshold: jax.Array, v: jax.Array, spike: Any, reset: Reset, reset_gradient: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Fires and resets.
+
+    Args:
+        threshold: theta, array that broadcasts to v, float.
+        v: membrane potential, array of any shape, float.
+        spike: the step with its surrogate gradient; a function, or a `jax.tree_util.Partial` of
+            one, whose arrays may be traced.
+        reset: what a spike does to the membrane.
+        reset_gradient: whether the spike in the reset is differentiated.
+
+    Returns:
+        The membrane potential after the reset, and the spikes; arrays like v.
+    """
+    wide, theta = _in_wide(v, threshold)
+    s = spike(wide - theta)
+    if reset == "subtract":
+        u = wide - theta * s
+    elif reset == "zero":
+        u = jnp.where(s == 1, 0, wide)
+    else:
+        u = wide
+    return u.astype(v.dtype), s.astype(v.dtype)
+
+
+def _fwd(
+    threshold: jax.Array, v: jax.Array, spike: Any, reset: Reset, reset_gradient: bool
+) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
+    out = fire(threshold, v, spike, reset, reset_gradient)
+    return out, Residuals(threshold, v, spike, reset, reset_gradient)
+
+
+def _bwd(
+    res: Residuals, cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, None, None, None]:
+    v, theta = _in_wide(res.v, res.threshold)
+    du, ds = (g.astype(v.dtype) for g in cotangents)
+    s, through_spike = jax.vjp(res.spike, v - theta)
+    if not res.reset_gradient:
+        s = lax.stop_gradient(s)
+    dv, dr, dtheta = du, jnp.zeros_like(du), jnp.zeros_like(du)
+    if res.reset == "subtract":
+        dr, dtheta = -theta * du, -s * du
+    elif res.reset == "zero":
+        dv, dr = (1 - s) * du, -v * du
+    (dz,) = through_spike(ds + dr if res.reset_gradient else ds)
+    dv, dtheta = dv + dz, summed_to(dtheta - dz, theta.shape)
+    chex.assert_equal_shape([dv, v])
+    chex.assert_equal_shape([dtheta, theta])
+    return dtheta, dv, None, None, None
+
+
+fire.defvjp(_fwd, _bwd)
+
+
+def _in_wide(v: jax.Array, threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
+    dtype = accumulator(v, threshold)
+    return v.astype(dtype), threshold.astype(dtype)

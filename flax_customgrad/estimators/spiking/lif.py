@@ -1,0 +1,109 @@
+"""LIF: a neuron with a synapse, whose current charges the membrane.
+
+    i  = b i + x            leak:  b = exp(-1 / tau_syn), i the current of the step before
+    v  = a u + i            leak:  a = exp(-1 / tau_mem), u the membrane of the step before
+    s  = 1 where v > theta, else 0
+    u  = v - theta s        fire:  or (1 - s) v, or v, as the reset says
+
+An input reaches the membrane in its own step, unscaled, as in snntorch's Synaptic and the CuBaLIF
+of spyx, and the current outlives the reset. Of a scan over time v is kept alone; i and u as well
+where the decays are learned. snntorch resets a step later by default, and its reset to zero then
+drops what comes in during that step, too.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_customgrad.estimators.spiking.cell import SpikingCell
+from flax_customgrad.numerics.argument_checks import positive
+
+Carry = tuple[jax.Array, jax.Array]
+"""The synaptic current and the membrane potential."""
+
+
+class LIF(SpikingCell):
+    """A cell of leaky integrate-and-fire neurons, second order: a synaptic current and a membrane.
+
+    Args:
+        features: how many neurons, or the shape in which they are arranged: the last axes of the
+            inputs.
+        tau_syn: time constant of the current, in steps: a positive number, or an array that
+            broadcasts to the neurons. It is held as `current_decay`, exp(-1 / tau_syn).
+        tau_mem: time constant of the membrane, likewise; held as `membrane_decay`.
+        **neurons: as for `Leaky`: threshold, reset, spike, reset_gradient, learn_decay (both
+            decays), learn_threshold, param_dtype.
+
+    Raises:
+        ValueError: a time constant or the threshold is not positive, features below 1, or the
+            reset another word.
+        TypeError: `spike` is no function.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> from flax import nnx
+        >>> cell = fcg.LIF(3, tau_syn=2.0, tau_mem=4.0, reset="zero")
+        >>> spikes = nnx.RNN(cell, time_major=True)(jnp.full((5, 1, 3), 0.4))
+        >>> spikes[:, 0, 0]
+        Array([0., 0., 1., 0., 1.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[int],
+        *,
+        tau_syn: Any = 5.0,
+        tau_mem: Any = 10.0,
+        **neurons: Any,
+    ):
+        current_decay = jnp.exp(-1 / jnp.asarray(positive("LIF", "tau_syn", tau_syn)))
+        membrane_decay = jnp.exp(-1 / jnp.asarray(positive("LIF", "tau_mem", tau_mem)))
+        super().__init__(features, **neurons)
+        self.current_decay = self._decay("current_decay", current_decay)
+        self.membrane_decay = self._decay("membrane_decay", membrane_decay)
+
+    def initialize_carry(
+        self,
+        input_shape: tuple[int, ...],
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        carry_init: nnx.Initializer | None = None,
+    ) -> Carry:
+        """The current and the membrane potential to start with: 0.
+
+        Args:
+            input_shape: the shape of the inputs of one step, (..., *features).
+            rngs: random numbers for `carry_init`.
+            carry_init: an initializer to use instead.
+
+        Returns:
+            Two arrays of that shape.
+        """
+        current = self._state(input_shape, rngs, carry_init)
+        return current, self._state(input_shape, rngs, carry_init)
+
+    def __call__(self, carry: Carry, inputs: jax.Array) -> tuple[Carry, jax.Array]:
+        """One step in time.
+
+        Args:
+            carry: the current i and the membrane potential u, each of shape (..., *features),
+                float.
+            inputs: x, of that shape.
+
+        Returns:
+            The new current and the membrane potential after the reset, like carry, and the spikes,
+            0 and 1, of that shape and in the dtype of the inputs (that of the current for
+            integers).
+
+        Raises:
+            ValueError: the shapes do not fit.
+            TypeError: the inputs are complex, or an 8-bit float.
+        """
+        current, membrane = carry
+        x = self._inputs(inputs, current)
+        current = self._leak(self.current_decay, current, x)
+        v = self._leak(self.membrane_decay, membrane, self._inputs(current, membrane))
+        membrane, spikes = self._fire(v, x.dtype)
+        return (current, membrane), spikes

@@ -1,1 +1,0 @@
-"""The frozen family: weights that are not trained, in 4 bits, and what is trained beside them."""

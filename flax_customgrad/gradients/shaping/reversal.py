@@ -1,0 +1,94 @@
+"""Gradient reversal: the identity, with a gradient that changes its sign, arXiv:1505.07818.
+
+    forward   y  = x
+    backward  dx = -strength g
+    kept      strength
+
+Between features and a classifier of domains it makes domain-adversarial training of one ordinary
+gradient step: the classifier learns to tell the domains apart, the features to give it nothing to
+tell. It is `gradient_scale` with a negative scale.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_customgrad.gradients.shaping.amount import (
+    Amount,
+    Schedule,
+    at_step,
+    check_broadcasts,
+    checked,
+)
+from flax_customgrad.gradients.shaping.scale import scaled
+
+
+def gradient_reversal(x: Any, strength: Amount = 1.0) -> jax.Array:
+    """The identity, with a gradient that changes its sign.
+
+    Args:
+        x: array of any shape. Integers have no gradient and pass as they are.
+        strength: what the gradient is multiplied by besides: a number, or an array that broadcasts
+            to x. It gets no gradient.
+
+    Returns:
+        x.
+
+    Raises:
+        TypeError: the strength is no real number or array.
+        ValueError: the strength is a number that is not finite, or an array that does not
+            broadcast to x.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
+        >>> jax.grad(lambda x: fcg.gradient_reversal(x, 0.5) ** 2)(3.0)
+        Array(-3., dtype=float32)
+    """
+    x, strength = jnp.asarray(x), checked("gradient_reversal: strength", strength)
+    check_broadcasts("gradient_reversal: strength", strength, x)
+    return scaled(x, -strength) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+
+class GradientReversal(nnx.Module):
+    """The identity, with a gradient that changes its sign, arXiv:1505.07818.
+
+    Attributes:
+        strength: a number; an array, which may be replaced without compiling anew; or a schedule,
+            a function of a step such as those of optax.
+
+    Raises:
+        TypeError: the strength is none of these.
+        ValueError: the strength is a number that is not finite.
+
+    Example:
+        The schedule of the paper, from 0 to 1 in a thousand steps.
+
+        >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
+        >>> layer = fcg.GradientReversal(lambda step: jnp.tanh(5 * step / 1000))
+        >>> gradient = jax.grad(lambda x, step: layer(x, step) ** 2)
+        >>> [round(float(gradient(3.0, step)), 2) for step in (10, 100, 1000)]
+        [-0.3, -2.77, -6.0]
+    """
+
+    def __init__(self, strength: Amount | Schedule = 1.0):
+        self.strength = (
+            strength if callable(strength) else checked("GradientReversal: strength", strength)
+        )
+
+    def __call__(self, x: Any, step: Any = None) -> jax.Array:
+        """Applies the layer.
+
+        Args:
+            x: array of any shape.
+            step: what the schedule takes, if there is one; not looked at otherwise.
+
+        Returns:
+            x.
+
+        Raises:
+            TypeError: the strength is a schedule and there is no step.
+            ValueError: the strength does not broadcast to x.
+        """
+        return gradient_reversal(x, at_step("GradientReversal: strength", self.strength, step))

@@ -1,0 +1,122 @@
+"""Gradient scale: the identity, with a gradient that is multiplied.
+
+    forward   y  = x
+    backward  dx = scale g
+    kept      scale
+
+What it multiplies is the gradient of everything before it: how fast a part of a model learns,
+without an optimizer of its own. The scale itself gets no gradient. The product is computed in
+float32, or wider where g is wider, and rounded once.
+"""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.gradients.shaping.amount import (
+    Amount,
+    Schedule,
+    at_step,
+    check_broadcasts,
+    checked,
+)
+from flax_customgrad.numerics.accumulation import accumulator
+
+
+class Residuals(NamedTuple):
+    """What the backward of `scaled` keeps."""
+
+    scale: Amount
+
+
+@custom_vjp(surrogate=True)
+def scaled(x: jax.Array, scale: Amount) -> jax.Array:
+    """Returns x.
+
+    Args:
+        x: array of any shape, float or complex.
+        scale: what to multiply its gradient by: a number, or an array that broadcasts to x.
+    """
+    return x
+
+
+def _fwd(x: jax.Array, scale: Amount) -> tuple[jax.Array, Residuals]:
+    return scaled(x, scale), Residuals(scale)
+
+
+def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, None]:
+    dx = res.scale * g.astype(accumulator(g))
+    chex.assert_equal_shape([dx, g])
+    return dx, None
+
+
+scaled.defvjp(_fwd, _bwd)
+
+
+def gradient_scale(x: Any, scale: Amount) -> jax.Array:
+    """The identity, with a gradient that is multiplied by a scale.
+
+    A scale of 0 multiplies as well: it makes NaN of infinity, where `stop_gradient` has 0.
+
+    Args:
+        x: array of any shape. Integers have no gradient and pass as they are.
+        scale: a number, or an array that broadcasts to x. It gets no gradient.
+
+    Returns:
+        x.
+
+    Raises:
+        TypeError: the scale is no real number or array.
+        ValueError: the scale is a number that is not finite, or an array that does not broadcast
+            to x.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
+        >>> jax.grad(lambda x: fcg.gradient_scale(x, 0.1) ** 2)(3.0)
+        Array(0.6, dtype=float32)
+    """
+    x, scale = jnp.asarray(x), checked("gradient_scale: scale", scale)
+    check_broadcasts("gradient_scale: scale", scale, x)
+    return scaled(x, scale) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+
+class GradientScale(nnx.Module):
+    """The identity, with a gradient that is multiplied by a scale.
+
+    Attributes:
+        scale: a number; an array that broadcasts to the inputs, which may be replaced without
+            compiling anew; or a schedule, a function of a step such as those of optax.
+
+    Raises:
+        TypeError: the scale is none of these.
+        ValueError: the scale is a number that is not finite.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
+        >>> layer = fcg.GradientScale(lambda step: jnp.minimum(step / 10, 1))
+        >>> jax.grad(lambda x: layer(x, 5) ** 2)(3.0)
+        Array(3., dtype=float32)
+    """
+
+    def __init__(self, scale: Amount | Schedule):
+        self.scale = scale if callable(scale) else checked("GradientScale: scale", scale)
+
+    def __call__(self, x: Any, step: Any = None) -> jax.Array:
+        """Applies the layer.
+
+        Args:
+            x: array of any shape.
+            step: what the schedule takes, if there is one; not looked at otherwise.
+
+        Returns:
+            x.
+
+        Raises:
+            TypeError: the scale is a schedule and there is no step.
+            ValueError: the scale does not broadcast to x.
+        """
+        return gradient_scale(x, at_step("GradientScale: scale", self.scale, step))

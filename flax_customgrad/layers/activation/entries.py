@@ -1,0 +1,274 @@
+"""The catalogue's entries of the activation family.
+
+Memory, where it is given, is that of the gradient of eight layers in a `lax.scan`: 4096x1024
+float32 (gate and up 2048x2816), jax.nn's and ours.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_customgrad.layers.activation import (
+    exponential,
+    gated,
+    gated_linear,
+    piecewise,
+    prelu,
+    sigmoidal,
+    smooth,
+    softmax,
+)
+from flax_customgrad.registry.entry import Entry, Example, applied, made, normal
+
+
+def _few() -> jax.Array:
+    return 2 * normal(8, 3)
+
+
+def _many() -> jax.Array:
+    return normal(4096, 1024)
+
+
+def _many_bf16() -> jax.Array:
+    return normal(4096, 1024, dtype=jnp.bfloat16)
+
+
+def _many_bits(relu: Any) -> tuple[Any, ...]:
+    """Relu with a choice that that of nnx does not have."""
+    return (partial(relu, residual="bits") if relu is piecewise.relu else relu), _many()
+
+
+_WIDE = {"4096x1024": applied(_many)}
+_WIDE_AND_BF16 = {**_WIDE, "4096x1024, bf16": applied(_many_bf16)}
+
+
+def _function(
+    function: Callable[..., jax.Array],
+    keeps: str,
+    gain: str,
+    source: str = "",
+    *,
+    name: str = "",
+    examples: Mapping[str, Example] | None = None,
+    workloads: Mapping[str, Example] = _WIDE,
+) -> Entry:
+    """The entry of a function of flax.nnx or jax.nn; by default its example is the function alone.
+
+    Args:
+        function: the function.
+        keeps: what its backward keeps.
+        gain: what the backward is for.
+        source: where it comes from.
+        name: its name, if it has another one than its own.
+        examples: makers of small examples.
+        workloads: makers of large ones.
+    """
+    name = name or function.__name__
+    return Entry(
+        name,
+        "activation",
+        function,
+        getattr(nnx, name, getattr(jax.nn, name, None)),
+        "exact",
+        keeps,
+        gain,
+        source,
+        examples={"alone": applied(_few)} if examples is None else examples,
+        workloads=workloads,
+    )
+
+
+def _trained(*values: float) -> Example:
+    """A function whose parameter is an array, one number for each feature."""
+    return applied(_few, lambda: jnp.array(values))
+
+
+def _prelu(inputs: Callable[[], jax.Array]) -> Example:
+    return lambda cls: (cls(0.3), inputs())
+
+
+_SILU = "453 MB -> 168; an infinite x has a value and a gradient"
+_HARD_SILU = "336 MB -> 168; 0 at minus infinity, where nnx has NaN"
+
+_POINTWISE = (
+    _function(
+        smooth.gelu,
+        "x",
+        "721 MB -> 168, exact 487 -> 168; float16 gradients beyond 148, infinite x",
+        "arXiv:1606.08415",
+        examples={"tanh": applied(_few), "exact": applied(_few, approximate=False)},
+        workloads={**_WIDE_AND_BF16, "4096x1024, exact": applied(_many, approximate=False)},
+    ),
+    _function(smooth.silu, "x", _SILU, "arXiv:1702.03118", workloads=_WIDE_AND_BF16),
+    _function(smooth.swish, "x", _SILU, "arXiv:1702.03118", name="swish"),
+    _function(
+        smooth.mish,
+        "x",
+        "604 MB -> 168, from one exponential; right at infinity",
+        "arXiv:1908.08681",
+        workloads=_WIDE_AND_BF16,
+    ),
+    _function(smooth.softplus, "x", "185 MB -> 168; derivative in float32"),
+    _function(smooth.log_sigmoid, "x", "201 MB -> 168; derivative in float32"),
+    _function(
+        smooth.squareplus,
+        "x, b",
+        "319 MB -> 168; accurate for negative x, finite for |x| of 1e30",
+        "arXiv:2112.11687",
+        examples={"alone": applied(_few), "b for each feature": _trained(1.0, 4.0, 0.3)},
+    ),
+    _function(smooth.soft_sign, "x", "470 MB -> 168; 1 at infinity, where nnx has NaN"),
+    _function(sigmoidal.tanh, "y; x in half precision", "float32 derivative in half precision"),
+    _function(sigmoidal.sigmoid, "y; x in half precision", "float32 derivative in half precision"),
+    _function(
+        exponential.elu,
+        "x, alpha",
+        "268 MB -> 168; float32 sum for alpha",
+        "arXiv:1511.07289",
+        examples={"alone": applied(_few), "alpha for each feature": _trained(1.0, 0.5, 2.0)},
+    ),
+    _function(exponential.selu, "x", "268 MB -> 168", "arXiv:1706.02515"),
+    _function(
+        exponential.celu,
+        "x, alpha",
+        "503 MB -> 168; float32 sum for alpha",
+        "arXiv:1704.07483",
+        examples={"alone": applied(_few), "alpha for each feature": _trained(1.0, 0.5, 2.0)},
+    ),
+    _function(
+        piecewise.relu,
+        "a mask, or as its `residual` says bits or y",
+        "67 MB -> 38 with bits",
+        examples={
+            "mask": applied(_few),
+            "bits": applied(lambda: 2 * normal(8, 11), residual="bits"),
+            "output": applied(_few, residual="output"),
+        },
+        workloads={**_WIDE_AND_BF16, "4096x1024, bits": _many_bits},
+    ),
+    _function(piecewise.relu6, "a mask", "as nnx"),
+    _function(piecewise.hard_tanh, "a mask", "134 MB -> 67"),
+    _function(piecewise.hard_sigmoid, "a mask", "as nnx; half precision rounded once"),
+    _function(piecewise.hard_silu, "x", _HARD_SILU),
+    _function(piecewise.hard_swish, "x", _HARD_SILU, name="hard_swish"),
+    _function(
+        piecewise.leaky_relu,
+        "a mask; x and the slope where the slope is an array",
+        "float32 sum for the slope",
+        examples={"alone": applied(_few), "slope for each feature": _trained(0.1, 0.5, -0.2)},
+    ),
+    Entry(
+        "PReLU",
+        "activation",
+        prelu.PReLU,
+        nnx.PReLU,
+        "exact",
+        keeps="x, negative_slope",
+        gain="float32 sum for the slope; 201 MB -> 168",
+        source="arXiv:1502.01852",
+        examples={"alone": _prelu(_few)},
+        workloads={"4096x1024": _prelu(_many), "4096x1024, bf16": _prelu(_many_bf16)},
+    ),
+)
+
+
+def _mask() -> jax.Array:
+    return jnp.arange(24).reshape(8, 3) % 5 > 0
+
+
+_ROWS = {"last axis": applied(_few), "two axes": applied(lambda: normal(8, 2, 3), (1, 2))}
+_ROW_WORKLOADS = {**_WIDE_AND_BF16, "1024x4096": applied(lambda: normal(1024, 4096))}
+
+_SOFTMAX = (
+    _function(
+        softmax.softmax,
+        "y",
+        "an empty or infinite row has its limit, where jax.nn has NaN",
+        examples={**_ROWS, "where": applied(_few, -1, _mask)},
+        workloads=_ROW_WORKLOADS,
+    ),
+    _function(
+        softmax.log_softmax,
+        "y",
+        "an empty or infinite row has its limit, where jax.nn has NaN",
+        examples=_ROWS,
+        workloads=_ROW_WORKLOADS,
+    ),
+    _function(
+        softmax.logsumexp,
+        "x; the maximum and the sum of each row",
+        "no exponentials kept; gradients of empty and infinite rows",
+        examples={
+            "last axis": applied(_few, -1),
+            "where": applied(_few, -1, None, True, False, _mask),
+        },
+        workloads={"4096x1024": applied(_many, -1)},
+    ),
+)
+
+
+def _gate_and_up(*shape: int, dtype: Any = jnp.float32) -> Example:
+    return applied(
+        lambda: normal(*shape, dtype=dtype), lambda: normal(*shape, dtype=dtype)[..., ::-1]
+    )
+
+
+def _product(function: Callable[..., jax.Array], gain: str) -> Entry:
+    return Entry(
+        function.__name__,
+        "activation",
+        function,
+        None,
+        "exact",
+        keeps="gate, up",
+        gain=gain,
+        source="arXiv:2002.05202",
+        examples={"alone": _gate_and_up(8, 3)},
+        workloads={
+            "2048x2816": _gate_and_up(2048, 2816),
+            "2048x2816, bf16": _gate_and_up(2048, 2816, dtype=jnp.bfloat16),
+        },
+    )
+
+
+def _gated_linear(cls: type[nnx.Module], gain: str) -> Entry:
+    return Entry(
+        cls.__name__,
+        "activation",
+        cls,
+        None,
+        "exact",
+        keeps="x, both projections and their kernels",
+        gain=gain,
+        source="arXiv:2002.05202",
+        examples={"alone": made(6, 4, inputs=(lambda: normal(8, 6),))},
+        workloads={"2048x1024 to 2816": made(1024, 2816, inputs=(lambda: normal(2048, 1024),))},
+    )
+
+
+_SWIGLU, _GEGLU, _REGLU = "807 MB -> 231", "1177 MB -> 231", "277 MB -> 231"
+
+_GATED = (
+    _function(
+        gated.glu,
+        "x",
+        "243 MB -> 176",
+        "arXiv:1612.08083",
+        examples={
+            "last axis": applied(lambda: normal(8, 6)),
+            "middle axis": applied(lambda: normal(8, 4, 3), 1),
+        },
+    ),
+    _product(gated.swiglu, _SWIGLU),
+    _product(gated.geglu, _GEGLU),
+    _product(gated.reglu, _REGLU),
+    _gated_linear(gated_linear.SwiGLU, _SWIGLU),
+    _gated_linear(gated_linear.GeGLU, _GEGLU),
+    _gated_linear(gated_linear.ReGLU, _REGLU),
+)
+
+ACTIVATION = (*_POINTWISE, *_SOFTMAX, *_GATED)

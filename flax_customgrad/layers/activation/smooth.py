@@ -1,0 +1,251 @@
+"""Smooth activations: what they compute, and their derivatives as functions of x alone.
+
+Each keeps x. Where a formula meets 0 times infinity, x is clipped to where the function is its
+limit already to the last bit, beyond every rounding of float64: those clips are what makes an
+infinite x give a value and a gradient. The sigmoid is that of x itself, which XLA can share between
+the passes; the clips of the passes differ, because XLA would share them too, as one more array.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from flax_customgrad.layers.activation.pointwise import Pointwise
+
+# gelu(x) = x Phi(x), with Phi the normal distribution. The approximate form is x (1 + tanh(u)) / 2,
+# which is x s(v) with v = 2 u and s the sigmoid: for negative x that loses no digits.
+
+_LINEAR = 2 * math.sqrt(2 / math.pi)
+_CUBIC = 0.044715 * _LINEAR
+
+
+def _gelu_sigmoid(x: jax.Array) -> jax.Array:
+    return lax.logistic(x * (_LINEAR + _CUBIC * (x * x)))
+
+
+def _gelu_tanh(x: jax.Array) -> jax.Array:
+    return jnp.maximum(x, -60.0) * _gelu_sigmoid(x)
+
+
+def _gelu_tanh_backward(g: jax.Array, x: jax.Array) -> jax.Array:
+    s, x = _gelu_sigmoid(x), jnp.clip(x, -30.0, 30.0)
+    return g * (s * (1 + x * (1 - s) * (_LINEAR + 3 * _CUBIC * (x * x))))
+
+
+def _gelu_erf(x: jax.Array) -> jax.Array:
+    return 0.5 * jnp.maximum(x, -60.0) * lax.erfc(-math.sqrt(0.5) * x)
+
+
+def _gelu_erf_backward(g: jax.Array, x: jax.Array) -> jax.Array:
+    distribution, x = 0.5 * lax.erfc(-math.sqrt(0.5) * x), jnp.clip(x, -40.0, 40.0)
+    return g * (distribution + x * (jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)))
+
+
+GELU_TANH = Pointwise(
+    functools.partial(jax.nn.gelu, approximate=True), _gelu_tanh, _gelu_tanh_backward
+)
+GELU_ERF = Pointwise(
+    functools.partial(jax.nn.gelu, approximate=False), _gelu_erf, _gelu_erf_backward
+)
+
+
+def gelu(x: ArrayLike, approximate: bool = True) -> jax.Array:
+    """The Gaussian error linear unit, x times the normal distribution function of x.
+
+    Args:
+        x: array of any shape.
+        approximate: whether to approximate the distribution by a tanh.
+
+    Returns:
+        Array like x. Its source is arXiv:1606.08415.
+    """
+    return (GELU_TANH if approximate else GELU_ERF)(x)
+
+
+# silu(x) = x s(x), with s(x) = 1 / (1 + exp(-x)).
+
+
+def _silu(x: jax.Array) -> jax.Array:
+    return jnp.maximum(x, -2e3) * lax.logistic(x)
+
+
+def _silu_backward(g: jax.Array, x: jax.Array) -> jax.Array:
+    s, x = lax.logistic(x), jnp.clip(x, -1e3, 1e3)
+    return g * (s * (1 + x * (1 - s)))
+
+
+SILU = Pointwise(jax.nn.silu, _silu, _silu_backward)
+
+
+def silu(x: ArrayLike) -> jax.Array:
+    """The sigmoid linear unit, x / (1 + exp(-x)); `swish` is another name for it.
+
+    Args:
+        x: array of any shape.
+
+    Returns:
+        Array like x. Its source is arXiv:1702.03118.
+    """
+    return SILU(x)
+
+
+swish = silu
+
+
+# mish(x) = x tanh(log(1 + e)), with e = exp(x); that is x n / (n + 2) with n = e (e + 2).
+
+
+def _mish(x: jax.Array) -> jax.Array:
+    x = jnp.maximum(x, -1e3)
+    e = jnp.exp(jnp.minimum(x, 25.0))
+    n = e * (e + 2)
+    return x * (n / (n + 2))
+
+
+def _mish_backward(g: jax.Array, x: jax.Array) -> jax.Array:
+    x = jnp.clip(x, -1e3, 25.0)
+    e = jnp.exp(x)
+    n = e * (e + 2)
+    r = 1 / (n + 2)
+    return g * (n * r + 4 * x * (e * r) * ((1 + e) * r))
+
+
+MISH = Pointwise(jax.nn.mish, _mish, _mish_backward)
+
+
+def mish(x: ArrayLike) -> jax.Array:
+    """Mish, x tanh(softplus(x)), from one exponential.
+
+    Args:
+        x: array of any shape.
+
+    Returns:
+        Array like x. Its source is arXiv:1908.08681.
+    """
+    return MISH(x)
+
+
+# softplus(x) = log(1 + exp(x)); log_sigmoid(x) = -softplus(-x).
+
+
+def _softplus(x: jax.Array) -> jax.Array:
+    return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+
+
+def _softplus_backward(g: jax.Array, x: jax.Array) -> jax.Array:
+    return g * lax.logistic(x)
+
+
+def _log_sigmoid(x: jax.Array) -> jax.Array:
+    return jnp.minimum(x, 0) - jnp.log1p(jnp.exp(-jnp.abs(x)))
+
+
+def _log_sigmoid_backward(g: jax.Array, x: jax.Array) -> jax.Array:
+    return g * lax.logistic(-x)
+
+
+SOFTPLUS = Pointwise(jax.nn.softplus, _softplus, _softplus_backward)
+LOG_SIGMOID = Pointwise(jax.nn.log_sigmoid, _log_sigmoid, _log_sigmoid_backward)
+
+
+def softplus(x: ArrayLike) -> jax.Array:
+    """Softplus, log(1 + exp(x)).
+
+    Args:
+        x: array of any shape.
+
+    Returns:
+        Array like x.
+    """
+    return SOFTPLUS(x)
+
+
+def log_sigmoid(x: ArrayLike) -> jax.Array:
+    """The logarithm of the sigmoid, -log(1 + exp(-x)).
+
+    Args:
+        x: array of any shape.
+
+    Returns:
+        Array like x.
+    """
+    return LOG_SIGMOID(x)
+
+
+# squareplus(x) = (x + r) / 2, with r = sqrt(x^2 + b). For x < 0, where that cancels, it is
+# b / (2 (r - x)). Its derivative is squareplus(x) / r, and 1 / (4 r) by b.
+
+
+def _root(x: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.where(_is_far(x, b), jnp.abs(x), jnp.sqrt(x * x + b))
+
+
+def _is_far(x: jax.Array, b: jax.Array) -> jax.Array:
+    """Where b is lost in rounding; further out x^2 overflows, and at last |x| + r."""
+    return jnp.abs(b) <= jnp.finfo(x.dtype).eps * (x * x)
+
+
+def _squareplus(x: jax.Array, b: jax.Array) -> jax.Array:
+    y = jnp.where(_is_far(x, b), jnp.abs(x), 0.5 * (jnp.abs(x) + jnp.sqrt(x * x + b)))
+    return jnp.where(x < 0, 0.25 * b / y, y)
+
+
+def _squareplus_backward(g: jax.Array, x: jax.Array, b: jax.Array) -> jax.Array:
+    limits = jnp.finfo(x.dtype)
+    x = jnp.clip(x, limits.min, limits.max)
+    return g * (_squareplus(x, b) / jnp.maximum(_root(x, b), limits.tiny))
+
+
+def _squareplus_backward_b(g: jax.Array, x: jax.Array, b: jax.Array) -> jax.Array:
+    return g * (0.25 / _root(x, b))
+
+
+SQUAREPLUS = Pointwise(
+    jax.nn.squareplus, _squareplus, _squareplus_backward, of_parameters=(_squareplus_backward_b,)
+)
+
+
+def squareplus(x: ArrayLike, b: ArrayLike = 4) -> jax.Array:
+    """Squareplus, (x + sqrt(x^2 + b)) / 2, accurate for negative x as well.
+
+    Args:
+        x: array of any shape.
+        b: a number, or an array that broadcasts against x: how smooth the bend is.
+
+    Returns:
+        Array like x. Its source is arXiv:2112.11687.
+    """
+    return SQUAREPLUS(x, b)
+
+
+# soft_sign(x) = x / (1 + |x|).
+
+
+def _soft_sign(x: jax.Array) -> jax.Array:
+    largest = float(jnp.finfo(x.dtype).max)
+    x = jnp.clip(x, -largest, largest)
+    return x / (jnp.abs(x) + 1)
+
+
+def _soft_sign_backward(g: jax.Array, x: jax.Array) -> jax.Array:
+    r = 1 / (jnp.abs(x) + 1)
+    return g * (r * r)
+
+
+SOFT_SIGN = Pointwise(jax.nn.soft_sign, _soft_sign, _soft_sign_backward)
+
+
+def soft_sign(x: ArrayLike) -> jax.Array:
+    """Soft sign, `x / (1 + abs(x))`.
+
+    Args:
+        x: array of any shape.
+
+    Returns:
+        Array like x.
+    """
+    return SOFT_SIGN(x)

@@ -1,0 +1,1 @@
+"""Convolutions, with lowerings chosen for the shape and the platform."""

@@ -1,0 +1,52 @@
+"""What the drop-ins share: layers that take the place of one of flax.nnx.
+
+A drop-in subclasses the layer of nnx and holds nothing more, so that one can become the other. Its
+`__call__` hands its parameters to an operation with a hand-written backward, where that applies,
+and otherwise calls nnx's own.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from flax_customgrad.numerics import arrays
+
+Parameters = Mapping[str, jax.Array]
+"""An `nnx.State` of exactly the parameters that an operation differentiates, as bare arrays."""
+
+
+def parameters(layer: nnx.Module, *names: str) -> Parameters:
+    """The values of a layer's parameters by name; one that the layer does without is left out."""
+    variables = {name: getattr(layer, name) for name in names}
+    return nnx.State({name: v[...] for name, v in variables.items() if v is not None})
+
+
+def applies(inputs: Any, params: Parameters) -> bool:
+    """Whether the hand-written backwards apply to an input and a layer's parameters."""
+    return arrays.applies(arrays.as_array(inputs), *params.values())
+
+
+def shown(of: Callable[..., None], more: Callable[..., None]) -> inspect.Signature:
+    """The signature of a constructor of nnx, and behind it the keywords that another one adds.
+
+    Args:
+        of: the constructor of nnx.
+        more: a constructor of any arguments and some keywords.
+    """
+    signature = inspect.signature(of)
+    added = [p for p in inspect.signature(more).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return signature.replace(parameters=[*signature.parameters.values(), *added])
+
+
+def become(layer: nnx.Module, cls: type[nnx.Module]) -> None:
+    """Changes what a layer is, in place: its class, and nothing that it holds.
+
+    Args:
+        layer: a layer of nnx, or a drop-in.
+        cls: a class that holds the same attributes.
+    """
+    # Not `layer.__class__ = cls`: nnx would note `__class__` down as an attribute of the layer.
+    object.__setattr__(layer, "__class__", cls)

@@ -1,0 +1,230 @@
+"""Einsum: an einsum of the input and a kernel, and a bias.
+
+Written for 'nta,hab->nthb'; any equation of two operands follows the same pattern, because an
+einsum is linear in each operand:
+
+    forward   y[n,t,h,b]  = sum_a x[n,t,a] W[h,a,b] + c[h,b]
+    backward  dx[n,t,a]   = sum_hb g[n,t,h,b] W[h,a,b]
+              dW[h,a,b]   = sum_nt x[n,t,a] g[n,t,h,b]
+              dc[h,b]     = sum_nt g[n,t,h,b]
+    kept      x and the parameters, as they came: no copy of W in the compute dtype.
+
+A label that only one operand has, and y has not, is summed away in the forward, so the gradient is
+the same at each of its places. The sums run in float32 and are cast once.
+"""
+
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+
+from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.layers.drop_in import Parameters, applies, parameters
+from flax_customgrad.numerics.accumulation import total
+from flax_customgrad.numerics.arithmetic import Arithmetic, input_gradient, parameter_gradient
+
+
+@dataclass(frozen=True)
+class Equation:
+    """An einsum equation without ellipsis: the labels of x, of the kernel and of y."""
+
+    x: str
+    kernel: str
+    y: str
+
+    @classmethod
+    def parse(cls, equation: str, x_ndim: int, kernel_ndim: int) -> "Equation":
+        """Reads 'nta,hab->nthb'; an ellipsis becomes labels that the equation does not use.
+
+        Raises:
+            ValueError: an operand has other axes than the equation has labels for it.
+        """
+        operands, y = equation.split("->")
+        pairs = list(zip(operands.split(","), (x_ndim, kernel_ndim), strict=True))
+        # How many axes the ellipsis of each operand stands for.
+        hidden = [ndim - len(labels.replace("...", "")) for labels, ndim in pairs]
+        if any(n < 0 or (n and "..." not in s) for (s, _), n in zip(pairs, hidden, strict=True)):
+            raise ValueError(
+                f"einsum {equation!r} does not fit an input of rank {x_ndim} and a kernel of rank "
+                f"{kernel_ndim}"
+            )
+        unused = "".join(c for c in string.ascii_letters if c not in equation)[: max(hidden)]
+        x, kernel = (
+            labels.replace("...", unused[len(unused) - n :])
+            for (labels, _), n in zip(pairs, hidden, strict=True)
+        )
+        return cls(x, kernel, y.replace("...", unused))
+
+    @property
+    def bias_axes(self) -> tuple[int, ...]:
+        """The axes of y that the bias does not have: those that are no axis of the kernel."""
+        return tuple(i for i, label in enumerate(self.y) if label not in self.kernel)
+
+    def is_regular(self, x_shape: tuple[int, ...], kernel_shape: tuple[int, ...]) -> bool:
+        """Whether no operand repeats a label and each label has one size."""
+        sizes: dict[str, int] = {}
+        pairs = [*zip(self.x, x_shape, strict=True), *zip(self.kernel, kernel_shape, strict=True)]
+        return all(sizes.setdefault(label, size) == size for label, size in pairs) and all(
+            len(set(labels)) == len(labels) for labels in (self.x, self.kernel, self.y)
+        )
+
+
+Labelled = tuple[str, jax.Array]
+"""An array, and a label for each of its axes."""
+
+
+class Residuals(NamedTuple):
+    """What the backward of `einsum` keeps: only what the caller holds anyway."""
+
+    params: Parameters
+    x: jax.Array
+    equation: Equation
+    how: Arithmetic
+
+
+@custom_vjp
+def einsum(params: Parameters, x: jax.Array, equation: Equation, how: Arithmetic) -> jax.Array:
+    """Computes an einsum of an input and a kernel, and adds a bias.
+
+    Args:
+        params: `kernel`, float, with an axis per label of `equation.kernel`; `bias` with as many
+            elements as those axes of y that the kernel has, or no bias.
+        x: inputs, float, with an axis per label of `equation.x`.
+        equation: the labels; regular, see `Equation.is_regular`.
+        how: dtype, precision and sharding.
+
+    Returns:
+        Array with an axis per label of `equation.y`, in the dtype of the computation.
+    """
+    x, kernel, bias = how.promote(x, params["kernel"], params.get("bias"))
+    labels = f"{equation.x},{equation.kernel}->{equation.y}"
+    y = jnp.einsum(labels, x, kernel, **how.forward())
+    if bias is None:
+        return y
+    return y + jnp.reshape(
+        bias, [1 if i in equation.bias_axes else y.shape[i] for i in range(y.ndim)]
+    )
+
+
+def _fwd(
+    params: Parameters, x: jax.Array, equation: Equation, how: Arithmetic
+) -> tuple[jax.Array, Residuals]:
+    return einsum(params, x, equation, how), Residuals(params, x, equation, how)
+
+
+def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None]:
+    params, labels, how = res.params, res.equation, res.how
+    x, kernel = how.promote(res.x, params["kernel"])
+    g_, kernel_, x_ = (labels.y, g), (labels.kernel, kernel), (labels.x, x)
+    dx = _onto(labels.x, g_, kernel_, input_gradient, like=res.x, precision=how.precision)
+    dkernel = _onto(labels.kernel, x_, g_, parameter_gradient, like=kernel, precision=how.precision)
+    chex.assert_equal_shape([dx, x])
+    chex.assert_equal_shape([dkernel, kernel])
+    grads = {"kernel": dkernel}
+    if "bias" in params:
+        grads["bias"] = jnp.reshape(total(g, labels.bias_axes), params["bias"].shape)
+    return nnx.State(grads), dx, None, None
+
+
+def _onto(
+    labels: str, lhs: Labelled, rhs: Labelled, gradient: Callable[..., jax.Array], **how: Any
+) -> jax.Array:
+    """The product of two labelled arrays, summed over every label that is not in `labels`.
+
+    It is a `dot_general` rather than an einsum, which would put the contracted axes in alphabetical
+    order and copy g for it.
+    """
+    (a, lhs_), (b, rhs_) = _without_idle(lhs, labels + rhs[0]), _without_idle(rhs, labels + lhs[0])
+    batch = [c for c in a if c in b and c in labels]
+    contracted = [c for c in a if c in b and c not in labels]
+    free = [c for c in a if c not in b] + [c for c in b if c not in a]
+    numbers = [([a.index(c) for c in cs], [b.index(c) for c in cs]) for cs in (contracted, batch)]
+    order = [labels.index(c) for c in batch + free]
+    out = gradient(lhs_, rhs_, numbers, order=order, **how)
+    summed_away = [i for i in range(len(labels)) if i not in order]
+    return jnp.broadcast_to(jnp.expand_dims(out, summed_away), how["like"].shape)
+
+
+def _without_idle(array: Labelled, used: str) -> Labelled:
+    """Sums over the axes whose labels nothing else uses."""
+    labels, value = array
+    idle = [i for i, c in enumerate(labels) if c not in used]
+    return "".join(c for c in labels if c in used), total(value, idle) if idle else value
+
+
+einsum.defvjp(_fwd, _bwd)
+
+
+class Einsum(nnx.Einsum):
+    """`nnx.Einsum` with float32 sums in its backward and no copy of the kernel kept.
+
+    Constructor, parameters, initial values and results are those of `flax.nnx.Einsum`. With an
+    `einsum_op` or `promote_dtype` of the user's own, for integer or complex inputs, and for an
+    equation that repeats a label within an operand or broadcasts an axis of size 1, the layer
+    computes as nnx does and JAX differentiates that.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> from flax import nnx
+        >>> layer = fcg.Einsum('nta,hab->nthb', (8, 2, 4), (8, 4), rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((16, 11, 2))).shape
+        (16, 11, 8, 4)
+    """
+
+    def __call__(
+        self, inputs: jax.Array, einsum_str: str | None = None, out_sharding: Any = None
+    ) -> jax.Array:
+        """Applies the layer.
+
+        Args:
+            inputs: array with an axis per label of the first operand.
+            einsum_str: an equation that goes before that of the constructor, or None.
+            out_sharding: sharding of the result on a mesh with Explicit axes, or None.
+
+        Returns:
+            Array with an axis per label behind the arrow.
+
+        Raises:
+            ValueError: there is no equation, or it does not fit inputs and kernel.
+        """
+        injected = (
+            self.einsum_op is not jnp.einsum or self.promote_dtype is not dtypes.promote_dtype
+        )
+        params = parameters(self, "kernel", "bias")
+        if injected or not applies(inputs, params):
+            return super().__call__(inputs, einsum_str, out_sharding)
+        equation = self._equation(einsum_str, inputs, params["kernel"])
+        # nnx says what is wrong with a missing equation.
+        if equation is None:
+            return super().__call__(inputs, einsum_str, out_sharding)
+        how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        return einsum(params, inputs, equation, how)
+
+    def _equation(self, einsum_str: str | None, x: jax.Array, kernel: jax.Array) -> Equation | None:
+        """The equation, where there is one and it is regular."""
+        given = self.einsum_str if einsum_str is None else einsum_str
+        if given is None:
+            return None
+        text = given.replace(" ", "")
+        self._einsum_str_check(text)
+        equation = Equation.parse(text, x.ndim, kernel.ndim)
+        return equation if equation.is_regular(x.shape, kernel.shape) else None
+
+    def _regular_equation(
+        self, einsum_str: str | None, x: jax.Array, kernel: jax.Array
+    ) -> Equation:
+        """The equation, for a layer that cannot fall back to nnx where it is not regular."""
+        equation = self._equation(einsum_str, x, kernel)
+        if equation is None:
+            raise ValueError(
+                f"{type(self).__name__}: einsum_str={einsum_str or self.einsum_str!r} must be an "
+                "equation whose labels have one size each, and occur once in an operand; got "
+                f"inputs of shape {x.shape} and a kernel of shape {kernel.shape}"
+            )
+        return equation

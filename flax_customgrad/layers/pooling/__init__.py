@@ -1,0 +1,1 @@
+"""Pooling: maxima, minima and means of windows."""

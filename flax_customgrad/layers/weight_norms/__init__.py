@@ -1,0 +1,1 @@
+"""Wrappers that normalize the weights of a layer."""

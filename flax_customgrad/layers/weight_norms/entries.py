@@ -1,0 +1,122 @@
+"""The catalogue's entries of the normalization family that normalize a wrapped layer's weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from flax_customgrad.layers.weight_norms.spectral_norm import SpectralNorm
+from flax_customgrad.layers.weight_norms.weight_norm import WeightNorm
+from flax_customgrad.layers.weight_norms.weight_standardization import WeightStandardization
+from flax_customgrad.registry.entry import Entry, Example, normal
+
+
+def _around(
+    layer: Callable[[nnx.Rngs], nnx.Module],
+    inputs: Callable[[], jax.Array],
+    call: Any = None,
+    **kwargs: Any,
+) -> Example:
+    """An example whose layer is built as `cls(layer, **kwargs, rngs=...)`."""
+
+    def make(cls: Any) -> tuple[Any, ...]:
+        made = cls(layer(nnx.Rngs(1)), **kwargs, rngs=nnx.Rngs(0))
+        return (made, inputs()) if call is None else (call, made, inputs())
+
+    return make
+
+
+def _on_a_copy(layer: Any, x: jax.Array) -> jax.Array:
+    """Calls a layer that changes its weights where `check_vjp` calls it more than once."""
+    return nnx.clone(layer)(x)
+
+
+def _linear(rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(6, 4, rngs=rngs)
+
+
+def _one_direction(rngs: nnx.Rngs) -> nnx.Linear:
+    """Its kernel has one large singular value, to which two steps of power iteration converge."""
+    layer = _linear(rngs)
+    layer.kernel[...] = 0.02 * layer.kernel[...] + normal(6, 1) * normal(4)
+    return layer
+
+
+def _heads(rngs: nnx.Rngs) -> nnx.LinearGeneral:
+    return nnx.LinearGeneral(6, (3, 4), rngs=rngs)
+
+
+def _two_layers(rngs: nnx.Rngs) -> nnx.Sequential:
+    return nnx.Sequential(_linear(rngs), nnx.Linear(4, 2, rngs=rngs))
+
+
+def _wide(rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(1024, 1024, rngs=rngs)
+
+
+def _image(rngs: nnx.Rngs) -> nnx.Conv:
+    return nnx.Conv(128, 128, kernel_size=(3, 3), rngs=rngs)
+
+
+_CONSTANT = nnx.initializers.constant(1.5)
+_WORKLOADS = {
+    "Linear, 4096x1024 to 1024": (_wide, lambda: normal(4096, 1024)),
+    "Conv 3x3, 8x32x32x128 to 128": (_image, lambda: normal(8, 32, 32, 128)),
+}
+
+WEIGHTS = (
+    Entry(
+        "WeightNorm",
+        "weight_norms",
+        WeightNorm,
+        nnx.WeightNorm,
+        "exact",
+        keeps="kernel, scale, one norm per feature",
+        gain="trains its scales; right for tiny and huge kernels and in half precision",
+        source="arXiv:1602.07868",
+        examples={
+            "scale": _around(_linear, lambda: normal(8, 6), _on_a_copy, scale_init=_CONSTANT),
+            "whole kernels of two layers": _around(
+                _two_layers,
+                lambda: normal(8, 6),
+                _on_a_copy,
+                feature_axes=None,
+                scale_init=_CONSTANT,
+            ),
+            "no scale, two feature axes": _around(
+                _heads, lambda: normal(8, 6), _on_a_copy, feature_axes=(1, -1), use_scale=False
+            ),
+        },
+        workloads={name: _around(*made) for name, made in _WORKLOADS.items()},
+    ),
+    Entry(
+        "SpectralNorm",
+        "weight_norms",
+        SpectralNorm,
+        nnx.SpectralNorm,
+        "exact",
+        keeps="kernel, its singular vectors and value",
+        gain="keeps the kernel alone; right for tiny and huge kernels and in half precision",
+        source="arXiv:1802.05957",
+        examples={
+            "matrix": _around(_one_direction, lambda: normal(8, 6), _on_a_copy, n_steps=2),
+        },
+        workloads={name: _around(*made) for name, made in _WORKLOADS.items()},
+    ),
+    Entry(
+        "WeightStandardization",
+        "weight_norms",
+        WeightStandardization,
+        None,
+        "exact",
+        keeps="kernel, scale, three numbers per feature",
+        gain="right for kernels with a large mean",
+        source="arXiv:1903.10520",
+        examples={
+            "two feature axes": _around(_heads, lambda: normal(8, 6), feature_axes=(1, 2)),
+            "scale": _around(_linear, lambda: normal(8, 6), use_scale=True, scale_init=_CONSTANT),
+        },
+        workloads={name: _around(*made) for name, made in _WORKLOADS.items()},
+    ),
+)

@@ -1,0 +1,102 @@
+"""The catalogue's entries of the fp8 family."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from flax_customgrad.low_bit.fp8.fp8_einsum import Fp8Einsum
+from flax_customgrad.low_bit.fp8.fp8_linear import Fp8Linear
+from flax_customgrad.registry.entry import Entry, made, normal
+
+_KEEPS = "the codes of x, one byte an element; scales"
+_SOURCE = "arXiv:2209.05433"
+
+
+def _rounded(a: jax.Array, dtype: Any, margin: int) -> jax.Array:
+    """An array rounded to an 8-bit float by its own scale, with the derivative of the array."""
+    scale = jnp.abs(a).max() * 2**margin / float(jnp.finfo(dtype).max)
+    codes = (a / scale).astype(jnp.float32).astype(dtype)
+    return a + lax.stop_gradient(codes.astype(a.dtype) * scale - a)
+
+
+def _stated(
+    f: Callable[[jax.Array, jax.Array], jax.Array],
+    layer: Any,
+    bias_axes: tuple[int, ...],
+    x: jax.Array,
+    g: jax.Array,
+) -> tuple[nnx.State, jax.Array]:
+    """The gradients of f(kernel, x) in E4M3, of a cotangent in E5M2; current scaling."""
+    operands = [_rounded(a, jnp.float8_e4m3fn, layer.margin) for a in (layer.kernel[...], x)]
+    dw, dx = jax.vjp(f, *operands)[1](_rounded(g, jnp.float8_e5m2, layer.margin))
+    grads = {"kernel": dw}
+    if layer.bias is not None:
+        grads["bias"] = g.sum(bias_axes)
+    return nnx.State(grads), dx
+
+
+def _linear(layer: Any, x: jax.Array, g: jax.Array) -> tuple[nnx.State, jax.Array]:
+    return _stated(lambda w, x: x @ w, layer, tuple(range(g.ndim - 1)), x, g)
+
+
+def _einsum(layer: Any, x: jax.Array, g: jax.Array) -> tuple[nnx.State, jax.Array]:
+    return _stated(lambda w, x: jnp.einsum(layer.einsum_str, x, w), layer, (0, 1), x, g)
+
+
+# The gradient of delayed scaling depends on the steps before, and each moves its state.
+FP8 = (
+    Entry(
+        "Fp8Linear",
+        "fp8",
+        Fp8Linear,
+        None,
+        "surrogate",
+        keeps=_KEEPS,
+        gain="products in fp8; delayed scaling that no optimizer has to know of",
+        source=_SOURCE,
+        formula=_linear,
+        examples={
+            "current scaling, margin": made(
+                8, 6, scaling="current", margin=1, inputs=(lambda: normal(8, 8),)
+            ),
+        },
+        workloads={
+            "4096x1024 to 1024": made(1024, 1024, inputs=(lambda: normal(4096, 1024),)),
+            "4096x1024 to 1024, current scaling": made(
+                1024, 1024, scaling="current", inputs=(lambda: normal(4096, 1024),)
+            ),
+        },
+    ),
+    Entry(
+        "Fp8Einsum",
+        "fp8",
+        Fp8Einsum,
+        None,
+        "surrogate",
+        keeps=_KEEPS,
+        gain="products in fp8; delayed scaling that no optimizer has to know of",
+        source=_SOURCE,
+        formula=_einsum,
+        examples={
+            "heads, current scaling": made(
+                "nta,ahb->nthb",
+                (4, 2, 3),
+                (2, 3),
+                scaling="current",
+                inputs=(lambda: normal(8, 3, 4),),
+            ),
+        },
+        workloads={
+            "64x64x1024 to 16 heads of 64": made(
+                "nta,ahb->nthb",
+                (1024, 16, 64),
+                (16, 64),
+                inputs=(lambda: normal(64, 64, 1024),),
+            ),
+        },
+    ),
+)

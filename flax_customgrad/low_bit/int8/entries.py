@@ -1,0 +1,117 @@
+"""The catalogue's entries of the int8 family."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from flax_customgrad.low_bit.int8.int8_conv import Int8Conv
+from flax_customgrad.low_bit.int8.int8_linear import Int8Linear
+from flax_customgrad.registry.entry import Entry, made, normal
+
+
+def _scale(a: jax.Array, axes: Any) -> jax.Array:
+    return lax.stop_gradient(jnp.abs(a).max(axes, keepdims=True)) / 127
+
+
+def _straight_through(a: jax.Array, scale: jax.Array) -> jax.Array:
+    """Multiples of a scale, with the derivative of what is rounded."""
+    return a + lax.stop_gradient(jnp.round(a / scale) * scale - a)
+
+
+def _stated(
+    f: Callable[[jax.Array, jax.Array], jax.Array],
+    layer: Any,
+    x: jax.Array,
+    row: Any,
+    g: jax.Array,
+) -> tuple[nnx.State, jax.Array]:
+    """The gradients of f(kernel, x), whose operands are rounded, and in int8 its cotangent."""
+    w = layer.kernel[...]
+    channels = tuple(range(w.ndim - 1)), tuple(range(g.ndim - 1))
+    of_w, of_x = _scale(w, channels[0]), _scale(x, row)
+    rounded_w, rounded_x = _straight_through(w, of_w), _straight_through(x, of_x)
+    if layer.rounding.backward == "float":
+        dw, dx = jax.vjp(f, rounded_w, rounded_x)[1](g)
+    else:
+        u, v = g * of_w.reshape(-1), g * of_x
+        u, v = _straight_through(u, _scale(u, row)), _straight_through(v, _scale(v, channels[1]))
+        dx = jax.vjp(f, rounded_w / of_w, x)[1](u)[1]
+        dw = jax.vjp(f, w, rounded_x / of_x)[1](v)[0]
+    grads = {"kernel": dw}
+    if layer.bias is not None:
+        grads["bias"] = g.sum(channels[1])
+    return nnx.State(grads), dx
+
+
+def _linear(layer: Any, x: jax.Array, g: jax.Array) -> tuple[nnx.State, jax.Array]:
+    return _stated(lambda w, x: x @ w, layer, x, -1, g)
+
+
+def _conv(layer: Any, x: jax.Array, g: jax.Array) -> tuple[nnx.State, jax.Array]:
+    def f(w: jax.Array, x: jax.Array) -> jax.Array:
+        numbers = ("NWC", "WIO", "NWC") if w.ndim == 3 else ("NHWC", "HWIO", "NHWC")
+        strides = (layer.strides,) * (w.ndim - 2)
+        return lax.conv_general_dilated(
+            x,
+            w,
+            strides,
+            layer.padding,
+            dimension_numbers=numbers,
+            feature_group_count=layer.feature_group_count,
+        )
+
+    return _stated(f, layer, x, tuple(range(1, x.ndim)), g)
+
+
+INT8 = (
+    Entry(
+        "Int8Linear",
+        "int8",
+        Int8Linear,
+        None,
+        "surrogate",
+        keeps="int8 codes of x and their scales",
+        gain="products in int8, forward and if wanted backward; a quarter of the input is kept",
+        source="arXiv:2105.03536",
+        formula=_linear,
+        examples={
+            "float backward": made(8, 6, inputs=(lambda: normal(8, 8),)),
+            "int8 backward, no bias, two batch axes": made(
+                8, 5, use_bias=False, backward="int8", inputs=(lambda: normal(8, 2, 8),)
+            ),
+        },
+        workloads={"4096x1024 to 1024": made(1024, 1024, inputs=(lambda: normal(4096, 1024),))},
+    ),
+    Entry(
+        "Int8Conv",
+        "int8",
+        Int8Conv,
+        None,
+        "surrogate",
+        keeps="int8 codes of x and their scales",
+        gain="convolutions in int8, forward and if wanted backward; a quarter of the input is kept",
+        source="arXiv:2105.03536",
+        formula=_conv,
+        examples={
+            "float backward, strides": made(
+                4, 3, (3,), strides=2, inputs=(lambda: normal(8, 7, 4),)
+            ),
+            "int8 backward, groups": made(
+                4,
+                6,
+                (2, 2),
+                strides=1,
+                feature_group_count=2,
+                backward="int8",
+                inputs=(lambda: normal(8, 3, 4, 4),),
+            ),
+        },
+        workloads={
+            "16x28x28x64 3x3 to 64": made(64, 64, (3, 3), inputs=(lambda: normal(16, 28, 28, 64),))
+        },
+    ),
+)

@@ -1,0 +1,45 @@
+"""`Int8Kernel`: the weights of an int8 layer in int8, as the layer multiplies them."""
+
+from typing import Any
+
+import jax
+
+from flax_customgrad.low_bit.int8.int8_codes import Int8
+from flax_customgrad.low_bit.quant_layers.packed_kernel import Packed, PackedWeights
+
+
+class Int8Kernel(PackedWeights):
+    """The int8 codes and the scales of a kernel, in the place of the kernel.
+
+    A layer multiplies them as they are. They are computed in the dtype of the layer, or else in
+    that of the kernel, so the scales of float32 weights are float32 for a float64 input too.
+
+    Attributes:
+        codes: int8, of the shape of the kernel.
+        scale: what a code is a multiple of, float32 or wider.
+        shape: of the kernel.
+        dtype: of the kernel.
+        bits: 8.
+    """
+
+    def __init__(self, kernel: Int8, dtype: Any):
+        """Takes the codes of a kernel.
+
+        Args:
+            kernel: its codes and scales.
+            dtype: its dtype.
+        """
+        self.codes = Packed(kernel.codes)
+        self.scale = Packed(kernel.scale)
+        self.shape = kernel.codes.shape
+        self.dtype = dtype
+        self.bits = 8
+
+    @property
+    def int8(self) -> Int8:
+        """The codes and scales, which have no derivative."""
+        return Int8(self.codes[...], self.scale[...], None)
+
+    def __getitem__(self, key: Any) -> jax.Array:
+        """The values, of which a key takes a part."""
+        return self.int8.values(self.dtype)[key]

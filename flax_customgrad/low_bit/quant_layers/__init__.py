@@ -1,0 +1,1 @@
+"""Layers whose weights, inputs and gradients go through quantizers."""

@@ -1,0 +1,375 @@
+"""The catalogue's entries of the quantized layers.
+
+Their formula is stop_gradient's: JAX differentiates the layer of flax.nnx, of operands a + (q - a)
+whose second term is held for a constant.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from flax_customgrad.low_bit.quant_layers.binary_layers import BinaryConv, BinaryLinear
+from flax_customgrad.low_bit.quant_layers.bit_linear import BitLinear
+from flax_customgrad.low_bit.quant_layers.quant_conv import QuantConv
+from flax_customgrad.low_bit.quant_layers.quant_conv_transpose import QuantConvTranspose
+from flax_customgrad.low_bit.quant_layers.quant_einsum import QuantEinsum
+from flax_customgrad.low_bit.quant_layers.quant_embed import QuantEmbed
+from flax_customgrad.low_bit.quant_layers.quant_linear import QuantLinear
+from flax_customgrad.low_bit.quant_layers.quant_linear_general import QuantLinearGeneral
+from flax_customgrad.low_bit.quant_layers.ternary_layers import TernaryConv, TernaryLinear
+from flax_customgrad.low_bit.quantizers.binary import BinaryActivation, BinaryWeight
+from flax_customgrad.low_bit.quantizers.fake_quant import FakeQuant
+from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
+from flax_customgrad.low_bit.quantizers.ternary import TWN, AbsMean
+from flax_customgrad.registry.entry import Entry, Example, made, normal
+
+
+def _within_one(a: jax.Array) -> jax.Array:
+    """The array, with a gradient where |a| <= 1."""
+    return jnp.where(jnp.abs(a) <= 1, a, lax.stop_gradient(a))
+
+
+def _instead(a: jax.Array, q: jax.Array) -> jax.Array:
+    """The second array, with the gradient of the first."""
+    return a + lax.stop_gradient(q - a)
+
+
+def _others(axis: Any, a: jax.Array) -> tuple[int, ...]:
+    """The axes that share a range."""
+    own = {a.ndim - 1} if axis == "token" else {i % a.ndim for i in axis or ()}
+    return (a.ndim - 1,) if axis == "token" else tuple(set(range(a.ndim)) - own)
+
+
+def _rounded(quantizer: Any, a: jax.Array) -> jax.Array:
+    high = 2 ** (quantizer.bits - 1) - 1
+    shared = _others(quantizer.sharing.axis, a)
+    s = lax.stop_gradient(jnp.max(jnp.abs(a), shared, keepdims=True) / high)
+    return _instead(a, s * jnp.round(a / s))
+
+
+def _scaled_sign(quantizer: Any, w: jax.Array) -> jax.Array:
+    scale = jnp.mean(jnp.abs(w), _others(quantizer.sharing.axis, w), keepdims=True)
+    return lax.stop_gradient(scale) * _instead(_within_one(w), jnp.where(w >= 0, 1, -1))
+
+
+def _sign(quantizer: Any, x: jax.Array) -> jax.Array:
+    return _instead(_within_one(x), jnp.where(x >= 0, 1, -1).astype(x.dtype))
+
+
+def _large(quantizer: Any, w: jax.Array) -> jax.Array:
+    large = jnp.abs(w) > quantizer.threshold * jnp.mean(jnp.abs(w))
+    scale = jnp.sum(jnp.abs(w) * large) / jnp.sum(large)
+    return _instead(w, scale * large * jnp.sign(w))
+
+
+def _abs_mean(quantizer: Any, w: jax.Array) -> jax.Array:
+    scale = jnp.mean(jnp.abs(w))
+    return _instead(w, scale * jnp.clip(jnp.round(w / scale), -1, 1))
+
+
+_FORMULAS: dict[type[Quantizer], Callable[..., jax.Array]] = {
+    FakeQuant: _rounded,
+    BinaryWeight: _scaled_sign,
+    BinaryActivation: _sign,
+    TWN: _large,
+    AbsMean: _abs_mean,
+}
+
+
+def _through(quantizer: Quantizer | None, a: jax.Array) -> jax.Array:
+    """What a quantizer makes of an array, computed in float32 or wider and rounded once."""
+    if quantizer is None:
+        return a
+    wide = a.astype(jnp.result_type(a, jnp.float32))
+    return _FORMULAS[type(quantizer)](quantizer, wide).astype(a.dtype)
+
+
+def _of(
+    method: Callable[..., jax.Array],
+    kernel: str = "kernel",
+    before: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> Callable[..., tuple[Any, ...]]:
+    """JAX's gradient of a method of flax.nnx, of quantized operands.
+
+    Args:
+        method: of the layer of flax.nnx.
+        kernel: the name of its kernel.
+        before: what its input goes through first.
+    """
+
+    def formula(layer: Any, x: jax.Array, g: jax.Array) -> tuple[Any, ...]:
+        graphdef, params, rest = nnx.split(layer, nnx.Param, ..., graph=True)
+        is_integer = jnp.issubdtype(x.dtype, jnp.integer)
+
+        def call(params: nnx.State, x: jax.Array) -> jax.Array:
+            w: Any = params[kernel]
+            quantized = w.replace(_through(layer.weight, w[...]))
+            merged = nnx.merge(graphdef, nnx.State({**params, kernel: quantized}), rest)
+            x = x if is_integer else _through(layer.activation, before(x))
+            return method(merged, x)
+
+        if is_integer:
+            return *jax.vjp(lambda params: call(params, x), params)[1](g), None
+        return jax.vjp(call, params, x)[1](g)
+
+    return formula
+
+
+def _standardized(x: jax.Array) -> jax.Array:
+    """The input of a BitLinear divided by its root mean square."""
+    wide = x.astype(jnp.result_type(x, jnp.float32))
+    rms = jnp.sqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-6)
+    return (wide / rms).astype(x.dtype)
+
+
+def _few_bits(bits: int, *args: Any, of: Any = -1, **kwargs: Any) -> Example:
+    """A layer whose weights and inputs have a few bits.
+
+    Args:
+        bits: how many.
+        *args: of the layer's constructor.
+        of: the axes of the kernel along which each index has a range of its own.
+        **kwargs: as for `made`.
+    """
+
+    def make(cls: Any) -> tuple[Any, ...]:
+        quantizers = {"weight": FakeQuant(bits, axis=of), "activation": FakeQuant(bits)}
+        return made(*args, **quantizers, **kwargs)(cls)
+
+    return make
+
+
+def _bit_linear(layer: Any, x: jax.Array, g: jax.Array) -> tuple[Any, ...]:
+    """The gradient of a product with the input divided by its root mean square, or as it is."""
+    before = _standardized if layer.norm is not None else lambda x: x
+    return _of(nnx.Linear.__call__, before=before)(layer, x, g)
+
+
+def _attend(embed: nnx.Embed, query: jax.Array) -> jax.Array:
+    return embed.attend(query)
+
+
+def _embed(layer: Any, x: jax.Array, g: jax.Array) -> tuple[Any, ...]:
+    """The gradient of a look-up, or of the products with a query."""
+    is_query = jnp.issubdtype(x.dtype, jnp.floating)
+    method = nnx.Embed.attend if is_query else nnx.Embed.__call__
+    return _of(method, "embedding")(layer, x, g)
+
+
+_SMALL = "training in few bits, and few bits kept between the passes"
+_TAKEN = "codes of x and kernel, their scales"
+_BINARY = "a sign and a bit of its mask for each element of x and kernel"
+
+QUANTIZED = (
+    Entry(
+        "QuantLinear",
+        "quant_layers",
+        QuantLinear,
+        None,
+        "surrogate",
+        keeps=_TAKEN,
+        gain=_SMALL,
+        source="arXiv:1308.3432",
+        formula=_of(nnx.Linear.__call__),
+        examples={
+            "8 bits": _few_bits(8, 6, 4, inputs=(lambda: normal(8, 6),)),
+            "2 bits, no bias, two batch axes": _few_bits(
+                2, 6, 4, use_bias=False, inputs=(lambda: normal(8, 2, 6),)
+            ),
+        },
+        workloads={
+            "W4A4, 4096x1024 to 1024": _few_bits(
+                4, 1024, 1024, inputs=(lambda: normal(4096, 1024),)
+            )
+        },
+    ),
+    Entry(
+        "QuantLinearGeneral",
+        "quant_layers",
+        QuantLinearGeneral,
+        None,
+        "surrogate",
+        keeps=_TAKEN,
+        gain=_SMALL,
+        source="arXiv:1308.3432",
+        formula=_of(nnx.LinearGeneral.__call__),
+        examples={
+            "two axes": _few_bits(
+                4, (2, 3), (4, 2), of=(-2, -1), axis=(1, -1), inputs=(lambda: normal(8, 2, 3),)
+            ),
+        },
+        workloads={
+            "W4A4, heads, 8x512x512 to 8x64": _few_bits(
+                4, 512, (8, 64), inputs=(lambda: normal(8, 512, 512),)
+            )
+        },
+    ),
+    Entry(
+        "QuantEinsum",
+        "quant_layers",
+        QuantEinsum,
+        None,
+        "surrogate",
+        keeps=_TAKEN,
+        gain=_SMALL,
+        source="arXiv:1308.3432",
+        formula=_of(nnx.Einsum.__call__),
+        examples={
+            "heads": _few_bits(
+                3, "nta,hab->nthb", (3, 5, 2), (3, 2), inputs=(lambda: normal(8, 2, 5),)
+            ),
+        },
+        workloads={
+            "W4A4, heads, 8x512x512": _few_bits(
+                4, "nta,hab->nthb", (8, 512, 64), inputs=(lambda: normal(8, 512, 512),)
+            )
+        },
+    ),
+    Entry(
+        "QuantConv",
+        "quant_layers",
+        QuantConv,
+        None,
+        "surrogate",
+        keeps=_TAKEN,
+        gain="training in few bits, of grouped and depthwise kernels too, and few bits kept",
+        source="arXiv:1308.3432",
+        formula=_of(nnx.Conv.__call__),
+        examples={
+            "8 bits": _few_bits(8, 2, 2, (2, 2), inputs=(lambda: normal(8, 3, 2, 2),)),
+            "4 bits, grouped, strided, circular": _few_bits(
+                4,
+                4,
+                6,
+                2,
+                2,
+                padding="CIRCULAR",
+                feature_group_count=2,
+                use_bias=False,
+                inputs=(lambda: normal(8, 5, 4),),
+            ),
+        },
+        workloads={
+            "W4A4, 3x3, 16x32x32x128": _few_bits(
+                4, 128, 128, (3, 3), inputs=(lambda: normal(16, 32, 32, 128),)
+            )
+        },
+    ),
+    Entry(
+        "QuantConvTranspose",
+        "quant_layers",
+        QuantConvTranspose,
+        None,
+        "surrogate",
+        keeps=_TAKEN,
+        gain=_SMALL,
+        source="arXiv:1308.3432",
+        formula=_of(nnx.ConvTranspose.__call__),
+        examples={
+            "strided": _few_bits(8, 3, 2, 3, strides=2, inputs=(lambda: normal(8, 3, 3),)),
+        },
+        workloads={
+            "W4A4, 4x4, 16x16x16x128": _few_bits(
+                4, 128, 128, (4, 4), strides=2, inputs=(lambda: normal(16, 16, 16, 128),)
+            )
+        },
+    ),
+    Entry(
+        "QuantEmbed",
+        "quant_layers",
+        QuantEmbed,
+        None,
+        "surrogate",
+        keeps="ids; attend: codes of query and table, their scales",
+        gain=_SMALL,
+        source="arXiv:1308.3432",
+        formula=_embed,
+        examples={
+            "lookup": _few_bits(
+                4, 5, 3, of=0, inputs=(lambda: jnp.array([0, 4, 1, -1, 1, 2, 0, 1]),)
+            ),
+            "attend": _few_bits(4, 5, 3, of=0, inputs=(lambda: normal(8, 3),), call=_attend),
+        },
+        workloads={
+            "4 bits, attend, 4096x512 to 8192": _few_bits(
+                4, 8192, 512, of=0, inputs=(lambda: normal(4096, 512),), call=_attend
+            )
+        },
+    ),
+    Entry(
+        "BinaryLinear",
+        "quant_layers",
+        BinaryLinear,
+        None,
+        "surrogate",
+        keeps=_BINARY,
+        gain="weights and inputs of one bit, kept in one bit",
+        source="arXiv:1603.05279",
+        formula=_of(nnx.Linear.__call__),
+        examples={"bias": made(6, 4, inputs=(lambda: normal(8, 6),))},
+        workloads={"4096x1024 to 1024": made(1024, 1024, inputs=(lambda: normal(4096, 1024),))},
+    ),
+    Entry(
+        "BinaryConv",
+        "quant_layers",
+        BinaryConv,
+        None,
+        "surrogate",
+        keeps=_BINARY,
+        gain="weights and inputs of one bit, kept in one bit",
+        source="arXiv:1603.05279",
+        formula=_of(nnx.Conv.__call__),
+        examples={"padded": made(3, 4, 2, inputs=(lambda: normal(8, 4, 3),))},
+        workloads={
+            "3x3, 16x32x32x128": made(128, 128, (3, 3), inputs=(lambda: normal(16, 32, 32, 128),))
+        },
+    ),
+    Entry(
+        "TernaryLinear",
+        "quant_layers",
+        TernaryLinear,
+        None,
+        "surrogate",
+        keeps="x, codes of the kernel and their scale",
+        gain="weights of -1, 0 and 1, kept in two bits",
+        source="arXiv:1605.04711",
+        formula=_of(nnx.Linear.__call__),
+        examples={"bias": made(6, 4, inputs=(lambda: normal(8, 6),))},
+        workloads={"4096x1024 to 1024": made(1024, 1024, inputs=(lambda: normal(4096, 1024),))},
+    ),
+    Entry(
+        "TernaryConv",
+        "quant_layers",
+        TernaryConv,
+        None,
+        "surrogate",
+        keeps="x, codes of the kernel and their scale",
+        gain="weights of -1, 0 and 1, kept in two bits",
+        source="arXiv:1605.04711",
+        formula=_of(nnx.Conv.__call__),
+        examples={"padded": made(3, 4, 2, inputs=(lambda: normal(8, 4, 3),))},
+        workloads={
+            "3x3, 16x32x32x128": made(128, 128, (3, 3), inputs=(lambda: normal(16, 32, 32, 128),))
+        },
+    ),
+    Entry(
+        "BitLinear",
+        "quant_layers",
+        BitLinear,
+        None,
+        "surrogate",
+        keeps="x, its rms, codes of both operands, their scales",
+        gain="ternary weights and 8-bit inputs, with the norm of BitNet",
+        source="arXiv:2402.17764",
+        formula=_bit_linear,
+        examples={
+            "with its norm": made(6, 4, use_bias=False, inputs=(lambda: normal(8, 6),)),
+            "bias, no norm": made(6, 4, norm=False, inputs=(lambda: normal(8, 2, 6),)),
+        },
+        workloads={"4096x1024 to 1024": made(1024, 1024, inputs=(lambda: normal(4096, 1024),))},
+    ),
+)

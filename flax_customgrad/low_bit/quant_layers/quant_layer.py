@@ -1,0 +1,201 @@
+"""What the quantized layers share: their quantizers, and how operands go through them."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, Self
+
+import jax
+from flax import nnx
+
+from flax_customgrad.layers.drop_in import Parameters, parameters, shown
+from flax_customgrad.layers.replaced_matmul import adopt, checked, refuse_injected
+from flax_customgrad.low_bit.quant_layers.packed_kernel import PackedKernel
+from flax_customgrad.low_bit.quant_layers.quantized_product import Map, product
+from flax_customgrad.low_bit.quantizers.codes import Codes
+from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
+
+Keeping = Literal["quantized", "original"]
+Shaper = Callable[[jax.Array], jax.Array]
+"""A layer that changes nothing but the gradient."""
+
+
+class Quantized:
+    """Mixed into a layer with a kernel, which, and its input, then go through quantizers.
+
+    It comes after the layer among the bases: only then can a layer of nnx become one of these.
+
+    Attributes:
+        weight: the quantizer of the kernel, or None.
+        activation: the quantizer of the input, or None.
+        gradient: the layer that the output goes through for the sake of its gradient, or None.
+        residuals: what is kept between the passes, "quantized" or "original".
+    """
+
+    __slots__ = ()
+    weight: Quantizer | None
+    activation: Quantizer | None
+    gradient: Shaper | None
+    residuals: Keeping
+
+    _kernel: ClassVar[str] = "kernel"
+    """What the kernel is called."""
+    _defaults: ClassVar[Mapping[str, Callable[[], Quantizer]]] = {}
+    """What makes the quantizers that are not given, by argument."""
+
+    @classmethod
+    def from_layer(
+        cls,
+        layer: nnx.Module,
+        *,
+        weight: Quantizer | None = None,
+        activation: Quantizer | None = None,
+        gradient: Shaper | None = None,
+        residuals: Keeping = "quantized",
+    ) -> Self:
+        """Turns a layer of nnx, or a drop-in, into a quantized one, in place.
+
+        Args:
+            layer: of the class of nnx that this one subclasses.
+            weight: as for the constructor.
+            activation: as for the constructor.
+            gradient: as for the constructor.
+            residuals: as for the constructor.
+
+        Raises:
+            TypeError: it is another layer, or a quantizer is none.
+            ValueError: an operation is injected, or `residuals` is another word.
+        """
+        quantized: Any = adopt(cls, layer, _of_nnx(cls))  # type: ignore[type-var]
+        quantized._set_quantizers(weight, activation, gradient, residuals)
+        return quantized
+
+    def _set_quantizers(
+        self,
+        weight: Quantizer | None,
+        activation: Quantizer | None,
+        gradient: Shaper | None,
+        residuals: Keeping,
+    ) -> None:
+        """Gives the layer its quantizers; that of the weights observes them."""
+        name = type(self).__name__
+        given = {"weight": weight, "activation": activation}
+        for argument, quantizer in given.items():
+            if quantizer is None and argument in self._defaults:
+                given[argument] = self._defaults[argument]()
+            elif quantizer is not None and not isinstance(quantizer, Quantizer):
+                raise TypeError(
+                    f"{name}: {argument}={quantizer!r} must be a quantizer, such as "
+                    "flax_customgrad.FakeQuant(bits=8), or None"
+                )
+        if gradient is not None and not callable(gradient):
+            raise TypeError(f"{name}: gradient={gradient!r} must be a layer to call, or None")
+        if residuals not in ("quantized", "original"):
+            raise ValueError(f'{name}: residuals={residuals!r} must be "quantized" or "original"')
+        self.weight = nnx.data(given["weight"])
+        self.activation = nnx.data(given["activation"])
+        self.gradient = nnx.data(None) if gradient is None else gradient
+        self.residuals = residuals
+        if self.weight is not None:
+            self.weight.observe(self.to_quantize())
+
+    def to_quantize(self) -> jax.Array:
+        """What the quantizer of the weights is given: the kernel, times its mask."""
+        return self._parameters()[self._kernel]
+
+    def pack_weights(self) -> bool:
+        """Puts the codes of the weights in their place; see `flax_customgrad.pack`.
+
+        Returns:
+            Whether there is a quantizer for them.
+        """
+        if self.weight is None:
+            return False
+        setattr(self, self._kernel, PackedKernel(self.to_quantize(), self.weight))
+        self.weight = nnx.data(None)
+        return True
+
+    def unpack_weights(self) -> bool:
+        """Puts a Param and its quantizer in the place of codes; see `flax_customgrad.unpack`.
+
+        Returns:
+            Whether there are codes.
+        """
+        packed = getattr(self, self._kernel)
+        if not isinstance(packed, PackedKernel):
+            return False
+        setattr(self, self._kernel, nnx.Param(packed[...]))
+        self.weight = packed.quantizer
+        return True
+
+    def _parameters(self) -> Parameters:
+        """The parameters of the product."""
+        return parameters(self, self._kernel, "bias")  # type: ignore[arg-type]
+
+    def _operands(self, x: Any) -> tuple[Parameters, jax.Array]:
+        """The parameters and the input, as they go into the product."""
+        return checked(self, self._parameters(), x)
+
+    def _product(
+        self, params: Parameters, x: jax.Array, op: Callable[..., jax.Array], *statics: Any
+    ) -> jax.Array:
+        """The output: an operation of quantized operands.
+
+        Args:
+            params: the parameters.
+            x: the input.
+            op: the operation, called as `op(params, x, *statics)`.
+            *statics: its choices that are not arrays.
+        """
+        kernel = params[self._kernel]
+        quantized = [_quantized(self.weight, kernel), _quantized(self.activation, x)]
+        values = [a.values if isinstance(a, Codes) else a for a in quantized]
+        kept = quantized if self.residuals == "quantized" else [kernel, x]
+        params = nnx.State({**params, self._kernel: values[0]})
+        return self._shaped(product(params, values[1], *kept, Map(op, statics, self._kernel)))
+
+    def _shaped(self, y: jax.Array) -> jax.Array:
+        """The output, with a gradient of another shape."""
+        return y if self.gradient is None else self.gradient(y)
+
+
+def quantizing(of: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Puts quantizers beside the arguments of a constructor.
+
+    Args:
+        of: the constructor of nnx, whose signature is shown.
+
+    Returns:
+        A decorator, of a constructor that takes what that of nnx does. It raises a TypeError where
+        a quantizer is none, and a ValueError where `residuals` is another word or an operation is
+        injected.
+    """
+
+    def decorate(init: Callable[..., None]) -> Callable[..., None]:
+        def with_quantizers(
+            self: Quantized,
+            *args: Any,
+            weight: Quantizer | None = None,
+            activation: Quantizer | None = None,
+            gradient: Shaper | None = None,
+            residuals: Keeping = "quantized",
+            **kwargs: Any,
+        ) -> None:
+            init(self, *args, **kwargs)
+            refuse_injected(type(self).__name__, self)
+            self._set_quantizers(weight, activation, gradient, residuals)
+
+        signature = shown(of, with_quantizers)
+        functools.update_wrapper(with_quantizers, of)
+        with_quantizers.__signature__ = signature  # type: ignore[attr-defined]
+        return with_quantizers
+
+    return decorate
+
+
+def _of_nnx(cls: type) -> type:
+    """The class of nnx that a class subclasses."""
+    return next(base for base in cls.__mro__ if getattr(nnx, base.__name__, None) is base)
+
+
+def _quantized(quantizer: Quantizer | None, a: jax.Array) -> Codes | jax.Array:
+    return a if quantizer is None else quantizer.quantize(a)

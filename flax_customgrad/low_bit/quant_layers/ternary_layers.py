@@ -1,0 +1,57 @@
+"""TernaryLinear and TernaryConv: layers whose weights are -1, 0 or 1, times a scale.
+
+    forward   y  = f(x, q_w(W)) + b
+    backward  dx = df/dx at q_w(W),  dW = dq_w(df/dW at x),  db = sum g
+    kept      x, and 2 bits for each weight
+
+f is a product or a convolution, linear in each of its operands, and dq_w the backward of the
+ternary quantizer. Source: arXiv:1605.04711.
+"""
+
+from typing import ClassVar
+
+from flax_customgrad.low_bit.quant_layers.quant_conv import QuantConv
+from flax_customgrad.low_bit.quant_layers.quant_linear import QuantLinear
+from flax_customgrad.low_bit.quantizers.ternary import TWN
+
+
+class TernaryLinear(QuantLinear):
+    """A linear layer of ternary weights, arXiv:1605.04711.
+
+    Takes what `QuantLinear` takes. Where none is given, `weight` is a `TWN()`; a `TTQ()` learns
+    its two scales.
+
+    Raises:
+        TypeError: a quantizer is none.
+        ValueError: `residuals` is another word, or an operation is injected.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> from flax import nnx
+        >>> layer = fcg.TernaryLinear(16, 3, rngs=nnx.Rngs(0))
+        >>> sorted(set(layer.weight.quantize(layer.kernel[...]).codes.ravel().tolist()))
+        [0, 1, 2]
+    """
+
+    _defaults: ClassVar = {"weight": TWN}
+
+
+class TernaryConv(QuantConv):
+    """A convolution of ternary weights, arXiv:1605.04711.
+
+    Takes what `QuantConv` takes. Where none is given, `weight` is a `TWN()`; a `TTQ()` learns its
+    two scales.
+
+    Raises:
+        TypeError: a quantizer is none.
+        ValueError: `residuals` is another word, or an operation is injected.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> from flax import nnx
+        >>> layer = fcg.TernaryConv(4, 8, (3, 3), rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 16, 16, 4))).shape
+        (2, 16, 16, 8)
+    """
+
+    _defaults: ClassVar = {"weight": TWN}

@@ -1,0 +1,151 @@
+"""Binary weights and activations: a sign, of one bit.
+
+    forward   y  = a sign(x),  a = mean |w| over the n weights of a channel, or 1
+    backward  BinaryActivation         dx = g where |x| <= c             arXiv:1602.02830
+              BinaryWeight  "bi_real"  dw = a g where |w| <= c           arXiv:1808.00278
+                            "xnor"     dw = g (1 / n + a where |w| <= c)    arXiv:1603.05279
+    kept      a bit an element, nothing without a bound; and a
+
+The bound c is inclusive, and 0 has the sign 1. "bi_real" holds a for a constant; "xnor" has XNOR-
+Net's gradient, in which each weight's share of the mean scales its own sign alone. `SteSign`,
+`MagnitudeAwareSign` and `XNORSign` have the same gradients, and no codes for a layer to keep.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from flax_customgrad.low_bit.quantizers.calibration import Axis, mean_magnitude, sharing
+from flax_customgrad.low_bit.quantizers.codes import Codes, coded
+from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
+from flax_customgrad.low_bit.quantizers.scheme import Bounded
+from flax_customgrad.numerics.argument_checks import bound
+
+
+@dataclass(frozen=True)
+class Sign(Bounded):
+    """0 for what is negative and 1 for the rest, which stand for -1 and 1."""
+
+    def encode(self, x: jax.Array, *scale: jax.Array) -> jax.Array:
+        """Whether x >= 0."""
+        return (x >= 0).astype(x.dtype)
+
+    def decode(self, q: jax.Array, *scale: jax.Array) -> jax.Array:
+        """-1 for 0, 1 for 1."""
+        return 2 * q - 1
+
+
+@dataclass(frozen=True)
+class ScaledSign(Sign):
+    """0 and 1, which stand for -a and a.
+
+    Attributes:
+        share: 1 / n, which the gradient of the mean adds; 0 where a is held for a constant.
+    """
+
+    share: float
+
+    def decode(self, q: jax.Array, *scale: jax.Array) -> jax.Array:
+        """-a for 0, a for 1."""
+        return super().decode(q) * scale[0]
+
+    def keep(self, x: jax.Array, *scale: jax.Array) -> tuple[jax.Array, ...]:
+        """The scale, and which elements lie within the bound."""
+        return *scale, *super().keep(x)
+
+    def backward(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
+        """The gradient within the bound, times a, and the share of the mean."""
+        scale, *mask = kept
+        (dw,) = super().backward(scale * g, *mask)
+        return (dw + self.share * g if self.share else dw,)
+
+
+class BinaryActivation(Quantizer):
+    """The sign of activations, in one bit, whose gradient passes near 0; arXiv:1602.02830.
+
+    Args:
+        clip_value: the gradient passes where |x| <= clip_value; None for everywhere.
+
+    Raises:
+        ValueError: the bound is not positive.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
+        >>> x = jnp.array([-2.0, -0.5, 0.0, 1.0])
+        >>> fcg.BinaryActivation().quantize(x).codes
+        Array([0, 0, 1, 1], dtype=uint8)
+        >>> jax.grad(lambda x: fcg.BinaryActivation()(x).sum())(x)
+        Array([0., 1., 1., 1.], dtype=float32)
+    """
+
+    def __init__(self, clip_value: float | None = 1.0):
+        self.clip_value = bound("BinaryActivation", clip_value)
+
+    def quantize(self, x: jax.Array) -> Codes:
+        """The sign of each element, and a bit that says which.
+
+        Args:
+            x: array of any shape, float.
+        """
+        return coded(jnp.asarray(x), (), Sign(0, 1, self.clip_value))
+
+
+class BinaryWeight(Quantizer):
+    """The sign of weights times the mean magnitude of their channel, in one bit.
+
+    Args:
+        axis: the axes along which each index has a mean of its own: the output channels, last in
+            a kernel of flax.nnx. None for one mean.
+        scaled: whether there is a scale; without one the values are 1 and -1.
+        clip_value: the gradient passes where |w| <= clip_value; None for everywhere.
+        gradient: "bi_real" holds the scale for a constant, arXiv:1808.00278; "xnor" adds the
+            gradient of the mean as XNOR-Net has it, arXiv:1603.05279.
+
+    Raises:
+        ValueError: the bound is not positive, or `gradient` is another word or has no scale to
+            differentiate.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
+        >>> w = jnp.array([[0.5, -2.0], [-0.25, 0.0]])
+        >>> fcg.BinaryWeight()(w)
+        Array([[ 0.375, -1.   ],
+               [-0.375,  1.   ]], dtype=float32)
+        >>> jax.grad(lambda w: fcg.BinaryWeight()(w).sum())(w)
+        Array([[0.375, 0.   ],
+               [0.375, 1.   ]], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        *,
+        axis: Axis = -1,
+        scaled: bool = True,
+        clip_value: float | None = 1.0,
+        gradient: Literal["bi_real", "xnor"] = "bi_real",
+    ):
+        if gradient not in ("bi_real", "xnor"):
+            raise ValueError(f'BinaryWeight: gradient={gradient!r} must be "bi_real" or "xnor"')
+        if gradient == "xnor" and not scaled:
+            raise ValueError(
+                'BinaryWeight: gradient="xnor" is that of the scale: leave out scaled=False'
+            )
+        self.sharing = sharing("BinaryWeight", axis)
+        self.scaled = scaled
+        self.clip_value = bound("BinaryWeight", clip_value)
+        self.gradient = gradient
+
+    def quantize(self, x: jax.Array) -> Codes:
+        """The sign of each weight with its scale, and a bit that says which.
+
+        Args:
+            x: array of any shape, float.
+        """
+        x = jnp.asarray(x)
+        if not self.scaled:
+            return coded(x, (), Sign(0, 1, self.clip_value))
+        scale = mean_magnitude(x, self.sharing)
+        share = scale.size / max(x.size, 1) if self.gradient == "xnor" else 0.0
+        return coded(x, (scale,), ScaledSign(0, 1, self.clip_value, share))

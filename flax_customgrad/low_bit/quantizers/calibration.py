@@ -1,0 +1,180 @@
+"""Calibration: the range that an array is quantized in, and its scale.
+
+    symmetric   s = a / high                        a = max |x|, or a percentile of |x|
+    affine      s = (b - a) / (high - low)          a = min(x, 0), b = max(x, 0), or percentiles
+                z = round(-a / s)                   the integer of 0, which has no error
+
+The range is of the whole array, of each channel, or of each block, in float32 or wider; it has no
+gradient. Where it is empty the scale is 1, so that zeros stay zeros. A NaN or an infinity makes the
+range, and with it all values that share it, non-finite.
+
+Where a divisor is a constant, its inverse is a factor: XLA replaces such a division in some
+programs and not in others, and codes would depend on what is compiled with them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.scaling import magnitude
+
+Axis = int | Sequence[int] | Literal["token"] | None
+
+
+class Range(NamedTuple):
+    """The smallest and the largest value; arrays that broadcast to x once they are spread."""
+
+    low: jax.Array
+    high: jax.Array
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Which elements share a range.
+
+    Attributes:
+        axis: the axes along which each index has a range of its own; "token" for all but the last
+            one; None for one range. With a block the one axis along which blocks lie.
+        block: how many neighbours along the axis share a range, each index of every other axis
+            apart; None for no blocks. The last block may be shorter.
+    """
+
+    axis: tuple[int, ...] | Literal["token"] | None
+    block: int | None = None
+
+    def grouped(self, x: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
+        """x, in blocks where there are any, and the axes that share a range."""
+        own = (-1,) if self.axis == "token" else self.axis or ()
+        if not all(-x.ndim <= axis < x.ndim for axis in own):
+            raise ValueError(f"a quantizer's axis={own} is none of an array of shape {x.shape}")
+        if self.block is not None:
+            assert isinstance(self.axis, tuple)
+            axis = self.axis[0] % x.ndim
+            n = x.shape[axis]
+            pads = [(0, -n % self.block if i == axis else 0) for i in range(x.ndim)]
+            shape = (*x.shape[:axis], -(-n // self.block), self.block, *x.shape[axis + 1 :])
+            return jnp.pad(x, pads).reshape(shape), (axis + 1,)
+        if self.axis is None:
+            return x, tuple(range(x.ndim))
+        if self.axis == "token":
+            return x, (x.ndim - 1,)
+        own = [axis % x.ndim for axis in self.axis]
+        return x, tuple(axis for axis in range(x.ndim) if axis not in own)
+
+    def shared(self, parameter: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        """A parameter of groups, without the axis that `grouped` put in for blocks."""
+        return parameter if self.block is None else lax.squeeze(parameter, axes)
+
+    def spread(self, parameter: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """A parameter of ranges, such that it broadcasts to an array of some shape."""
+        if self.block is None or not parameter.ndim:
+            return parameter
+        assert isinstance(self.axis, tuple)
+        axis = self.axis[0] % len(shape)
+        repeated = jnp.repeat(parameter, self.block, axis)
+        return lax.slice_in_dim(repeated, 0, shape[axis], axis=axis)
+
+
+def sharing(layer: str, axis: Axis, block: int | None = None) -> Sharing:
+    """Which elements share a range, from the arguments of a quantizer.
+
+    Args:
+        layer: the name of the quantizer, for the errors.
+        axis: the axes along which each index has a range of its own; "token"; or None.
+        block: how many neighbours along the one axis share a range, or None.
+
+    Raises:
+        ValueError: the block is no positive integer, or has not one axis.
+    """
+    if isinstance(axis, int):
+        axis = (axis,)
+    elif axis is not None and axis != "token":
+        axis = tuple(axis)
+    if block is not None:
+        if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+            raise ValueError(f"{layer}: block={block!r} must be a positive integer, or None")
+        if not isinstance(axis, tuple) or len(axis) != 1:
+            raise ValueError(
+                f"{layer}: block={block} needs the one axis along which blocks lie, such as "
+                f"axis=0; got axis={axis!r}"
+            )
+    return Sharing(axis, block)  # type: ignore[arg-type]
+
+
+def own_range(
+    x: jax.Array, sharing: Sharing, symmetric: bool, percentile: float | None = None
+) -> Range:
+    """The range of an array.
+
+    Args:
+        x: array of any shape, float.
+        sharing: which elements share a range.
+        symmetric: whether it lies around 0.
+        percentile: from 50 to 100, of the values that are within; None for all of them.
+    """
+    x, axes = sharing.grouped(lax.stop_gradient(x).astype(accumulator(x)))
+    # One range is a number, so that a recorded one fits arrays of any rank.
+    apart = sharing.axis is not None
+
+    def upper(a: jax.Array) -> jax.Array:
+        if percentile is None or not a.size:
+            return jnp.max(a, axes, keepdims=apart, initial=0)
+        return jnp.maximum(jnp.percentile(a, jnp.float32(percentile), axes, keepdims=apart), 0)
+
+    if symmetric:
+        high = upper(jnp.abs(x))
+        low = -high
+    else:
+        low, high = -upper(-x), upper(x)
+    return Range(sharing.shared(low, axes), sharing.shared(high, axes))
+
+
+def mean_magnitude(x: jax.Array, sharing: Sharing) -> jax.Array:
+    """The mean of |x| over the elements that share it, a constant to every derivative; 0 of none.
+
+    Args:
+        x: array of any shape, float.
+        sharing: which elements share a mean; without blocks.
+    """
+    size, axes = sharing.grouped(jnp.abs(lax.stop_gradient(x).astype(accumulator(x))))
+    n = math.prod(size.shape[axis] for axis in axes)
+    power = magnitude(size, axes)
+    return jnp.sum(size / power, axes, keepdims=True) * (1 / max(n, 1)) * power
+
+
+def mean_where(x: jax.Array, where: jax.Array, sharing: Sharing) -> jax.Array:
+    """The mean of some of the elements that share it; 0 of none.
+
+    Args:
+        x: array of any shape, float32 or wider.
+        where: which elements; booleans of that shape.
+        sharing: which elements share a mean; without blocks.
+    """
+    x, axes = sharing.grouped(jnp.where(where, x, 0))
+    n = jnp.sum(where, axes, dtype=x.dtype, keepdims=True)
+    power = magnitude(x, axes)
+    return jnp.sum(x / power, axes, keepdims=True) / jnp.maximum(n, 1) * power
+
+
+def scale_of(found: Range, low: int, high: int, symmetric: bool) -> tuple[jax.Array, ...]:
+    """The scale of a range, and its zero point unless it is symmetric.
+
+    Args:
+        found: the range.
+        low: the smallest integer.
+        high: the largest integer.
+        symmetric: whether 0 is the integer 0.
+    """
+    if symmetric:
+        scale = found.high * (1 / high)
+    else:
+        # Halves, whose difference does not overflow.
+        scale = (found.high / 2 - found.low / 2) * (2 / (high - low))
+    scale = jnp.where(scale == 0, 1, scale)
+    return (scale,) if symmetric else (scale, low + jnp.round(-found.low / scale))

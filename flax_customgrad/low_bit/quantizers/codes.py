@@ -1,0 +1,112 @@
+"""`Codes`: a quantized array between the passes, in as few bytes as its codes take.
+
+The backward of a product reads its operands again, and quantized ones are decoded from codes of 1
+to 8 bits: 4-bit ones take an eighth of float32. Codes have no derivative, so the values stay beside
+them for second derivatives to run through; the first backward reads the codes alone, and XLA drops
+what nobody reads. Outside of a trace nothing is dropped, and the values alone are kept.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+
+from flax_customgrad.contract import residual_storage as kept
+from flax_customgrad.low_bit.quantizers.scheme import Scheme, quantize
+from flax_customgrad.numerics.arrays import in_dtype, widened
+from flax_customgrad.numerics.packing import pack, packs, unpack, width
+
+
+class Codes(NamedTuple):
+    """An array and the codes of its elements.
+
+    Attributes:
+        values: what the codes stand for, of any shape, float.
+        codes: uint8 array of that shape, the integers less the scheme's lowest.
+        parameters: of the scheme, such as a scale.
+        scheme: how values are decoded.
+    """
+
+    values: jax.Array
+    codes: jax.Array
+    parameters: tuple[jax.Array, ...]
+    scheme: Scheme
+
+
+def coded(x: jax.Array, parameters: tuple[jax.Array, ...], scheme: Scheme) -> Codes:
+    """Quantizes an array, with the gradient of the scheme.
+
+    Args:
+        x: array of any shape, float.
+        parameters: of the scheme, such as a scale; float, of shapes that fit x.
+        scheme: how.
+    """
+    values, codes = quantize(x, parameters, scheme)
+    return Codes(values, codes, parameters, scheme)
+
+
+class KeptCodes(NamedTuple):
+    """What is kept of `Codes`.
+
+    Attributes:
+        values: for second derivatives; None while residuals are looked at.
+        packed: the codes, several to a byte; None where the values alone are kept.
+        parameters: of the scheme.
+        scheme: how values are decoded.
+        width: how many bits a code takes.
+        like: shape and dtype of the values.
+    """
+
+    values: jax.Array | None
+    packed: jax.Array | None
+    parameters: tuple[jax.Array, ...]
+    scheme: Scheme
+    width: int
+    like: Any
+
+
+def keep(codes: Codes) -> KeptCodes:
+    """Packs codes for the backward.
+
+    Args:
+        codes: what a quantizer made of an array.
+    """
+    values, q, parameters, scheme = codes
+    like = jax.ShapeDtypeStruct(values.shape, values.dtype)
+    bits = width(scheme.bits) if packs(q.shape, jax.typeof(q).sharding) else 8
+    if not isinstance(values, jax.core.Tracer):
+        return KeptCodes(values, None, (), scheme, bits, like)
+    return KeptCodes(kept.beside(values), pack(q, bits), parameters, scheme, bits, like)
+
+
+def restore(codes: KeptCodes) -> jax.Array:
+    """The values again.
+
+    Args:
+        codes: what `keep` returned.
+    """
+    values, packed, parameters, scheme, bits, like = codes
+    if packed is None:
+        assert values is not None
+        return values
+    decoded = decode(packed, parameters, scheme, bits, like)
+    return decoded if values is None else kept.standing_for(decoded, values)
+
+
+def decode(
+    packed: jax.Array, parameters: tuple[jax.Array, ...], scheme: Scheme, bits: int, like: Any
+) -> jax.Array:
+    """The values that packed codes stand for.
+
+    Args:
+        packed: uint8 array, packed along the last axis.
+        parameters: of the scheme.
+        scheme: how values are decoded.
+        bits: how many bits a code takes.
+        like: shape and dtype of the values.
+    """
+    q = packed if bits == 8 else unpack(packed, bits, like.shape[-1])
+    wide = jnp.result_type(jnp.float32, like.dtype)
+    integers, *p = widened(like.dtype, q.astype(wide) + scheme.low, *parameters)
+    return in_dtype(scheme.decode(integers, *p), like.dtype)

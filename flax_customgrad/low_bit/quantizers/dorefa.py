@@ -1,0 +1,129 @@
+"""DoReFa: weights and activations in [-1, 1] and [0, 1], arXiv:1606.06160.
+
+    forward   DoReFaWeight      y  = 2 q(tanh(w) / (2 M) + 1 / 2) - 1,   M = max |tanh(w)|
+              DoReFaActivation  y  = q(clip(x, 0, 1))
+              q(r) = round(n r) / n,   n = 2^bits - 1
+    backward  DoReFaWeight      dw = g (1 - tanh(w)^2) / M
+              DoReFaActivation  dx = g where 0 <= x <= 1, else 0
+    kept      DoReFaWeight w and M; DoReFaActivation a bit an element
+
+M is held for a constant. 0 is no value of a weight: of two bits they are -1, -1/3, 1/3 and 1. What
+DoReFa-Net has of one bit is `BinaryWeight(axis=None, clip_value=None)`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_customgrad.low_bit.quantizers.calibration import own_range, sharing
+from flax_customgrad.low_bit.quantizers.codes import Codes, coded
+from flax_customgrad.low_bit.quantizers.lsq import checked_bits
+from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
+from flax_customgrad.low_bit.quantizers.scheme import Scheme, quotient
+from flax_customgrad.numerics.hyperbolic import sech_squared
+from flax_customgrad.numerics.packing import masked, pack_mask
+
+
+@dataclass(frozen=True)
+class Squashed(Scheme):
+    """Integers at equal distances in [-1, 1], of which tanh(w) / M is one; M is the parameter."""
+
+    def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """The nearest integer to n (tanh(w) / (2 M) + 1 / 2)."""
+        half = quotient(jnp.tanh(x), 2 * parameters[0]) + 0.5
+        return jnp.clip(jnp.round(self.high * half), 0, self.high)
+
+    def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """2 q / n - 1, rounded once."""
+        return (2 * q - self.high) * (1 / self.high)
+
+    def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
+        """W and M."""
+        return x, *parameters
+
+    def backward(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
+        """The gradient of tanh(w) / M."""
+        w, most = kept
+        return (g * sech_squared(w) / most,)
+
+
+@dataclass(frozen=True)
+class Unit(Scheme):
+    """Integers at equal distances in [0, 1]."""
+
+    def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """The nearest integer to n x in [0, n]."""
+        return jnp.round(self.high * jnp.clip(x, 0, 1))
+
+    def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """The integers over n."""
+        return q * (1 / self.high)
+
+    def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
+        """Which elements lie inside."""
+        return (pack_mask((x >= 0) & (x <= 1)),)
+
+    def backward(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
+        """The gradient inside."""
+        return (masked(g, *kept),)
+
+
+class DoReFaWeight(Quantizer):
+    """The weights of DoReFa-Net, arXiv:1606.06160: tanh(w), relative to its largest, in [-1, 1].
+
+    Args:
+        bits: from 2 to 8; the values are odd multiples of 1 / (2^bits - 1).
+
+    Raises:
+        ValueError: bits out of range.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> fcg.DoReFaWeight(bits=2)(jnp.array([-0.5, -0.1, 0.2, 0.4]))
+        Array([-1.        , -0.33333334,  0.33333334,  1.        ], dtype=float32)
+    """
+
+    def __init__(self, bits: int = 8):
+        self.bits = checked_bits("DoReFaWeight", bits)
+
+    def quantize(self, x: jax.Array) -> Codes:
+        """Quantizes weights, and says which code each value has.
+
+        Args:
+            x: array of any shape, float.
+        """
+        x = jnp.asarray(x)
+        most = jnp.tanh(own_range(x, sharing("DoReFaWeight", None), True).high)
+        return coded(x, (jnp.where(most == 0, 1, most),), Squashed(0, 2**self.bits - 1))
+
+
+class DoReFaActivation(Quantizer):
+    """The activations of DoReFa-Net, arXiv:1606.06160: clipped to [0, 1].
+
+    Args:
+        bits: from 1 to 8; the values are multiples of 1 / (2^bits - 1).
+
+    Raises:
+        ValueError: bits out of range.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
+        >>> quantizer, x = fcg.DoReFaActivation(bits=2), jnp.array([-1.0, 0.4, 0.9, 1.0, 2.0])
+        >>> quantizer.quantize(x).codes
+        Array([0, 1, 3, 3, 3], dtype=uint8)
+        >>> jax.grad(lambda x: quantizer(x).sum())(x)
+        Array([0., 1., 1., 1., 0.], dtype=float32)
+    """
+
+    def __init__(self, bits: int = 8):
+        self.bits = checked_bits("DoReFaActivation", bits, least=1)
+
+    def quantize(self, x: jax.Array) -> Codes:
+        """Quantizes activations, and says which code each value has.
+
+        Args:
+            x: array of any shape, float.
+        """
+        return coded(jnp.asarray(x), (), Unit(0, 2**self.bits - 1))

@@ -1,0 +1,161 @@
+"""EWGS: element-wise gradient scaling, in an interval that is learned, arXiv:2104.00903.
+
+    forward   r  = clip((x - l) / (u - l), 0, 1),   h = round(n r) / n,   n = 2^bits - 1
+              y  = a h,  or, signed, a (2 h - 1)
+    backward  k  = a g,  or, signed, 2 a g;   k' = k (1 + delta sign(k) (r - h))
+              dx = k' / (u - l) where l <= x <= u, else 0
+              dl = sum of k' (r - 1) / (u - l) inside,   du = - sum of k' r / (u - l) inside
+              da = sum of g y / a
+    kept      x, l, u and a
+
+A gradient whose step leads r to the h that it was rounded to is made larger, one that leads away
+smaller; with delta = 0 it is the straight-through estimator's. Both ends are inside. The
+width is that of |u - l|, and at least 2^-23, where an optimizer closes the interval or turns it
+around; its derivative then has the other sign. The paper has the scale a at the output of a layer,
+here it is each quantizer's own.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from flax_customgrad.low_bit.quantizers.codes import Codes, coded
+from flax_customgrad.low_bit.quantizers.lsq import checked_bits, side, size
+from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
+from flax_customgrad.low_bit.quantizers.scheme import Scheme, quotient
+from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.arrays import summed_to
+from flax_customgrad.numerics.scaling import magnitude
+
+_NARROWEST = 2.0**-23
+
+
+@dataclass(frozen=True)
+class Interval(Scheme):
+    """Integers from 0 to n in an interval; parameters are its ends and a scale.
+
+    Attributes:
+        signed: whether they stand for values in [-a, a], or in [0, a].
+        delta: how much of the rounding error scales the gradient.
+    """
+
+    signed: bool
+    delta: float
+
+    def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """The nearest integer to n r."""
+        low, high, _ = parameters
+        return jnp.round(self.high * jnp.clip(quotient(x - low, _width(low, high)), 0, 1))
+
+    def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """Integers, of which n stands for a."""
+        return self._integer(q) * (parameters[2] * (1 / self.high))
+
+    def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
+        """X and the parameters."""
+        return x, *parameters
+
+    def backward(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
+        """The gradient of x inside, those of both ends, and that of the scale."""
+        x, low, high, scale = kept
+        width = _width(low, high)
+        r = quotient(x - low, width)
+        inside = (r >= 0) & (r <= 1)
+        q = jnp.round(self.high * jnp.clip(r, 0, 1))
+        k = (2 if self.signed else 1) * lax.stop_gradient(scale) * g
+        error = lax.stop_gradient(r - q * (1 / self.high))
+        k = k * (1 + self.delta * jnp.sign(k) * error)
+        dx = jnp.where(inside, k, 0) / width
+        turned = side(high - low)
+        dlow, dhigh = dx * (turned * r - 1), dx * -turned * r
+        dscale = g * self._integer(q) * (1 / self.high)
+        return dx, *(summed_to(d, scale.shape) for d in (dlow, dhigh, dscale))
+
+    def _integer(self, q: jax.Array) -> jax.Array:
+        return 2 * q - self.high if self.signed else q
+
+
+def _width(low: jax.Array, high: jax.Array) -> jax.Array:
+    return size(high - low, _NARROWEST)
+
+
+class EWGS(Quantizer):
+    """Element-wise gradient scaling, arXiv:2104.00903, in an interval that is learned.
+
+    The gradient of rounding is larger or smaller by a share of the rounding error.
+
+    Attributes:
+        low: the lower end of the interval, learned; float32. `observe` sets all three.
+        high: the upper end, learned.
+        scale: the largest value, learned.
+
+    Args:
+        bits: from 1 to 8.
+        signed: whether values are in [-scale, scale], for weights, or in [0, scale], for what
+            comes from a relu.
+        delta: how much of the rounding error scales the gradient; 0 for none.
+
+    Raises:
+        ValueError: bits or delta out of range.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
+        >>> quantizer = fcg.EWGS(bits=2, delta=0.5)
+        >>> x = jnp.array([-4.0, -0.8, 1.2, 2.2])
+        >>> quantizer(x)
+        Array([-3., -1.,  1.,  3.], dtype=float32)
+        >>> jax.grad(lambda x: quantizer(x).sum())(x).round(2)
+        Array([0.  , 1.02, 1.02, 0.93], dtype=float32)
+    """
+
+    def __init__(self, bits: int = 8, *, signed: bool = True, delta: float = 1e-3):
+        self.bits, self.signed = checked_bits("EWGS", bits, least=1), signed
+        if not 0 <= delta < math.inf:
+            raise ValueError(f"EWGS: delta={delta!r} must be a number from 0 on")
+        self.delta = delta
+        # 3 standard deviations of a unit normal distribution, as `observe` has it.
+        low, high, scale = (-3.0, 3.0, 3.0) if signed else (0.0, 3.0, 3.0)
+        self.low, self.high, self.scale = (
+            nnx.Param(jnp.full((), value)) for value in (low, high, scale)
+        )
+
+    def quantize(self, x: jax.Array) -> Codes:
+        """Quantizes an array, and says which code each value has.
+
+        Args:
+            x: array of any shape, float.
+        """
+        parameters = self.low[...], self.high[...], self.scale[...]
+        scheme = Interval(0, 2**self.bits - 1, self.signed, self.delta)
+        return coded(jnp.asarray(x), parameters, scheme)
+
+    def observe(self, x: jax.Array) -> None:
+        """Sets the interval as the paper does, and the scale such that values are close to x.
+
+        Signed, the interval is 3 standard deviations on either side of 0; unsigned, it is from the
+        least value to 3 standard deviations of the normal distribution that a relu would have made
+        x of. What is not finite is left out.
+
+        Args:
+            x: array of any shape, float, like those to come.
+        """
+        wide = lax.stop_gradient(x).astype(accumulator(x))
+        wide = jnp.where(jnp.isfinite(wide), wide, 0)
+        power = magnitude(wide, range(wide.ndim)).reshape(())
+        deviation = power * (jnp.std(wide / power) if wide.size else 0)
+        # The width of an interval of largest numbers would overflow.
+        deviation = 3 * jnp.minimum(deviation, jnp.finfo(wide.dtype).max / 64)
+        if self.signed:
+            low, high = -deviation, deviation
+        else:
+            low = jnp.min(wide, initial=0)
+            high = deviation / math.sqrt(1 - 2 / math.pi)
+        high = jnp.where(high > low, high, low + 1)
+        scale = jnp.maximum(jnp.abs(low), jnp.abs(high))
+        for parameter, value in ((self.low, low), (self.high, high), (self.scale, scale)):
+            parameter[...] = jnp.asarray(value, parameter.dtype)

@@ -1,0 +1,270 @@
+"""FakeQuant: rounding to integers of few bits, in a range that is measured.
+
+    symmetric   y = s clip(round(x / s), -n, n),                     n = 2^(bits-1) - 1
+    affine      y = s (clip(round(x / s) + z, 0, n) - z),            n = 2^bits - 1
+    stochastic  x + (u - 1/2) s in the place of x,                   u uniform in [0, 1)
+    backward    dx = g where the range holds x, else 0
+    kept        nothing where the range is that of x itself; else a bit an element
+
+Scale s and zero point z come from the range (`calibration`), which is held for a constant: a
+gradient of the scale is what `LSQ` is for. Halves are rounded to the even integer, and the ends of
+the range are inside of it. The largest magnitude is 127 steps of 8 bits; qwix and AQT take 127.5,
+which clips half a step of it.
+
+Rounded to the nearest after a noise of half a step, a value is on average what it was,
+arXiv:1502.02551. The gradient does not see the noise: the range holds x or it does not. Under
+`jax.vmap` examples have the same noise.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from flax_customgrad.contract.residual_storage import standing_for
+from flax_customgrad.low_bit.quantizers.calibration import (
+    Axis,
+    Range,
+    Sharing,
+    own_range,
+    scale_of,
+    sharing,
+)
+from flax_customgrad.low_bit.quantizers.codes import Codes, coded
+from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
+from flax_customgrad.low_bit.quantizers.scheme import Scheme, quantize, quotient
+from flax_customgrad.numerics.arrays import in_dtype, widened
+from flax_customgrad.numerics.noise_stream import stream
+from flax_customgrad.numerics.packing import masked, pack_mask
+
+Calibration = Literal["absmax", "percentile", "moving_average"]
+Rounding = Literal["nearest", "stochastic"]
+
+
+@dataclass(frozen=True)
+class InRange(Scheme):
+    """Integers in a range, of which a scale and perhaps a zero point are the parameters.
+
+    Attributes:
+        sharing: which elements share a range.
+        clips: whether an element may lie outside of it.
+    """
+
+    sharing: Sharing
+    clips: bool
+
+    def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """round(x / s) + z, clipped."""
+        scale, zero = self._spread(x, parameters)
+        return jnp.clip(jnp.round(quotient(x, scale)) + zero, self.low, self.high)
+
+    def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """S (q - z)."""
+        scale, zero = self._spread(q, parameters)
+        return (q - zero) * scale
+
+    def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
+        """Which elements the range holds."""
+        if not self.clips:
+            return ()
+        scale, zero = self._spread(x, parameters)
+        v = quotient(x, scale) + zero
+        # The ends are inside, whichever way the scale was rounded.
+        slack = 4 * jnp.finfo(v.dtype).eps * (self.high - self.low)
+        return (pack_mask((v >= self.low - slack) & (v <= self.high + slack)),)
+
+    def backward(self, g: jax.Array, *inside: jax.Array) -> tuple[Any, ...]:
+        """G where the range holds x."""
+        return (masked(g, *inside) if inside else g,)
+
+    def _spread(self, x: jax.Array, parameters: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+        scale, *zero = (self.sharing.spread(p, x.shape) for p in parameters)
+        return scale, zero[0] if zero else 0
+
+
+class QuantStat(nnx.Variable):
+    """A range that a quantizer has recorded."""
+
+
+class FakeQuant(Quantizer):
+    """Rounds to integers of few bits, and passes the gradient of what its range holds.
+
+    Args:
+        bits: from 2 to 8.
+        symmetric: whether the range lies around 0, where 0 is exact and there is no zero point.
+        axis: the axes along which each index has a range of its own, such as -1 for the output
+            channels of a kernel; "token" for each vector along the last axis; None for one range.
+        block: how many neighbours along the one `axis` share a range; None for no blocks.
+        calibration: "absmax", the largest magnitude; "percentile", what so many of the values stay
+            under; "moving_average", that of the largest magnitudes of training calls.
+        percentile: from 50 to 100, for that calibration.
+        momentum: of the moving average.
+        dynamic: whether the range is that of each array itself; False for the range that
+            `observe` has recorded. None means True, and False for a moving average.
+        rounding: "nearest"; "stochastic", to one of both neighbours at random in each call, such
+            that the mean is exact, and to the nearest in eval mode (see `nnx.Module.eval`).
+        rng_collection: the stream of `rngs` to draw from.
+        rngs: the streams; needed for stochastic rounding.
+
+    Raises:
+        ValueError: an argument is out of range, a moving average is to be dynamic, or there are no
+            streams to draw from.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
+        >>> fcg.FakeQuant(bits=2)(jnp.array([-1.0, 0.2, 0.6]))
+        Array([-1.,  0.,  1.], dtype=float32)
+        >>> static = fcg.FakeQuant(bits=4, dynamic=False)
+        >>> static.observe(jnp.array([0.7, -0.1]))
+        >>> static(jnp.array([0.52, 2.0]))
+        Array([0.5, 0.7], dtype=float32)
+        >>> jax.grad(lambda x: static(x).sum())(jnp.array([0.52, 2.0]))
+        Array([1., 0.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        bits: int = 8,
+        *,
+        symmetric: bool = True,
+        axis: Axis = None,
+        block: int | None = None,
+        calibration: Calibration = "absmax",
+        percentile: float = 99.9,
+        momentum: float = 0.99,
+        dynamic: bool | None = None,
+        rounding: Rounding = "nearest",
+        rng_collection: str = "noise",
+        rngs: nnx.Rngs | None = None,
+    ):
+        if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+            raise ValueError(f"FakeQuant: bits={bits!r} must be an integer from 2 to 8")
+        if calibration not in ("absmax", "percentile", "moving_average"):
+            raise ValueError(
+                f'FakeQuant: calibration={calibration!r} must be "absmax", "percentile" or '
+                '"moving_average"'
+            )
+        if not 50 <= percentile <= 100:
+            raise ValueError(f"FakeQuant: percentile={percentile!r} must be from 50 to 100")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"FakeQuant: momentum={momentum!r} must be in [0, 1)")
+        averaged = calibration == "moving_average"
+        if averaged and dynamic:
+            raise ValueError(
+                "FakeQuant: a moving average is of several arrays: leave dynamic out, or write "
+                'calibration="absmax" for the range of each array'
+            )
+        if rounding not in ("nearest", "stochastic"):
+            raise ValueError(f'FakeQuant: rounding={rounding!r} must be "nearest" or "stochastic"')
+        self.bits = bits
+        self.symmetric = symmetric
+        self.sharing = sharing("FakeQuant", axis, block)
+        self.calibration = calibration
+        self.percentile = percentile
+        self.momentum = momentum
+        self.dynamic = not averaged if dynamic is None else dynamic
+        self.use_running_average = False
+        self.deterministic = False
+        self.rngs = nnx.data(None)
+        if rounding == "stochastic":
+            self.rngs = stream('FakeQuant: rounding="stochastic"', rng_collection, rngs)
+        self.low: QuantStat | None = nnx.data(None)
+        self.high: QuantStat | None = nnx.data(None)
+        if averaged and self.sharing.axis is None:
+            # NaN stands for a range that nothing has set yet.
+            self.low, self.high = (QuantStat(jnp.full((), jnp.nan)) for _ in range(2))
+
+    @property
+    def integers(self) -> tuple[int, int]:
+        """The smallest and the largest integer."""
+        if not self.symmetric:
+            return 0, 2**self.bits - 1
+        largest = 2 ** (self.bits - 1) - 1
+        return -largest, largest
+
+    def quantize(self, x: jax.Array) -> Codes:
+        """Quantizes an array, and says which code each value has.
+
+        In training (see `nnx.Module.train`) a moving average takes the range of x in first.
+
+        Args:
+            x: array of any shape, float.
+
+        Raises:
+            ValueError: the range is to be a recorded one, and nothing has been observed.
+        """
+        x = jnp.asarray(x)
+        low, high = self.integers
+        found = lax.stop_gradient(self._range(x))
+        # Rounding a zero point can leave the ends of an affine range half a step outside, clipped
+        # by no more than rounding does: the gradient passes there.
+        scheme = InRange(low, high, self.sharing, not self.dynamic or self._is_percentile)
+        parameters = scale_of(found, low, high, self.symmetric)
+        nearest = coded(x, parameters, scheme)
+        if self.rngs is None or self.deterministic:
+            return nearest
+        values, codes = quantize(self._dithered(x, parameters[0]), parameters, scheme)
+        values = standing_for(in_dtype(values, x.dtype), nearest.values)
+        return nearest._replace(values=values, codes=codes)
+
+    def _dithered(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+        """X and a noise of half a step, in float32 or wider; a constant to every derivative."""
+        assert self.rngs is not None
+        x, step = widened(x.dtype, lax.stop_gradient(x), self.sharing.spread(scale, x.shape))
+        noise = jax.random.uniform(self.rngs(), x.shape, x.dtype) - 0.5
+        # A little less than half a step: what is on the grid stays there, however it is rounded.
+        dithered = x + (1 - 2**-14) * noise * step
+        # The sum overflows only beyond the range, where the nearest is its end.
+        return jnp.where(jnp.isfinite(dithered), dithered, x)
+
+    def observe(self, x: jax.Array) -> None:
+        """Takes the range of an array into the recorded one; a dynamic quantizer records nothing.
+
+        The first array sets it. After that "absmax" takes the wider of the two, "percentile" and
+        "moving_average" move by 1 - momentum of the way. What is not finite is left out.
+
+        Args:
+            x: array of any shape, float, like those to come.
+        """
+        if self.dynamic:
+            return
+        own = self._own(jnp.asarray(x))
+        if self.low is None or self.high is None:
+            self.low, self.high = QuantStat(own.low), QuantStat(own.high)
+            return
+        self.low[...] = self._moved(self.low[...], own.low, jnp.minimum)
+        self.high[...] = self._moved(self.high[...], own.high, jnp.maximum)
+
+    def _moved(self, old: jax.Array, new: jax.Array, wider: Any) -> jax.Array:
+        """One end of the range, after a new one has been taken in."""
+        if self.calibration == "absmax":
+            moved = wider(old, new)
+        else:
+            moved = old + (1 - self.momentum) * (new - old)
+        moved = jnp.where(jnp.isnan(old), new, moved)
+        return jnp.where(jnp.isfinite(new), moved, old).astype(old.dtype)
+
+    @property
+    def _is_percentile(self) -> bool:
+        return self.calibration == "percentile"
+
+    def _own(self, x: jax.Array) -> Range:
+        percentile = self.percentile if self._is_percentile else None
+        return own_range(x, self.sharing, self.symmetric, percentile)
+
+    def _range(self, x: jax.Array) -> Range:
+        if self.dynamic:
+            return self._own(x)
+        if self.calibration == "moving_average" and not self.use_running_average:
+            self.observe(x)
+        if self.low is None or self.high is None:
+            raise ValueError(
+                "FakeQuant: no range has been recorded: call observe(x) with an array like those "
+                "to come, outside of jit, or calibrate the model"
+            )
+        found = Range(self.low[...], self.high[...])
+        # A moving average that nothing has set: the range of x itself.
+        return jax.tree.map(lambda a, own: jnp.where(jnp.isnan(a), own, a), found, self._own(x))

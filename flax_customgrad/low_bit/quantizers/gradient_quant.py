@@ -1,0 +1,186 @@
+"""Quantizing a gradient: the identity, whose backward rounds what comes through it.
+
+    forward   y  = x
+    backward  GradientQuant   dx = M round(n g / M) / n,                 n = 2^(bits-1) - 1
+              DoReFaGradient  dx = M (2 round(n (g / M + 1) / 2) / n - 1),   n = 2^bits - 1
+                              M = max |g|;  round to the nearest, or to one of both neighbours at
+                              random, such that the mean is exact
+    kept      the key of the noise, or nothing
+
+A gradient of zeros stays zeros, though 0 is no value of DoReFa-Net's. A NaN or an infinity makes
+all that shares its range non-finite. Under `jax.vmap` examples have the same noise. Second
+derivatives are those of the identity.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.contract.residual_storage import standing_for
+from flax_customgrad.estimators.rounding.rounding import up_where_below
+from flax_customgrad.low_bit.quantizers.calibration import Axis, Sharing, own_range, sharing
+from flax_customgrad.low_bit.quantizers.lsq import checked_bits
+from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.noise_stream import stream
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How a gradient is quantized, in units of its largest magnitude.
+
+    Attributes:
+        n: how many steps there are: from 0 to the largest, or between the two of them.
+        has_zero: which of both, and so whether 0 is a value.
+        sharing: which elements share a range.
+    """
+
+    n: int
+    has_zero: bool
+    sharing: Sharing
+
+    def __call__(self, g: jax.Array, key: jax.Array | None) -> jax.Array:
+        """The quantized gradient.
+
+        Args:
+            g: array of any shape, float32 or wider.
+            key: of the noise; None to round to the nearest.
+        """
+        most = own_range(g, self.sharing, symmetric=True).high
+        r = g / jnp.where(most == 0, 1, most)
+        v = self.n * (r if self.has_zero else (r + 1) / 2)
+        if key is None:
+            q = jnp.round(v)
+        else:
+            q = up_where_below(v, jax.random.uniform(key, v.shape, jnp.float32))
+        q = jnp.minimum(q, self.n)
+        quantized = most * ((q if self.has_zero else 2 * q - self.n) * (1 / self.n))
+        return standing_for(lax.stop_gradient(quantized), g)
+
+
+class Residuals(NamedTuple):
+    """What the backward of `requantized` keeps."""
+
+    key: jax.Array | None
+    steps: Steps
+
+
+@custom_vjp(surrogate=True)
+def requantized(x: jax.Array, key: jax.Array | None, steps: Steps) -> jax.Array:
+    """Returns x.
+
+    Args:
+        x: array of any shape, float.
+        key: of the noise in its gradient, or None.
+        steps: how the gradient is quantized.
+    """
+    return x
+
+
+def _fwd(x: jax.Array, key: jax.Array | None, steps: Steps) -> tuple[jax.Array, Residuals]:
+    return requantized(x, key, steps), Residuals(key, steps)
+
+
+def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, None, None]:
+    dx = res.steps(g.astype(accumulator(g)), res.key)
+    chex.assert_equal_shape([dx, g])
+    return dx, None, None
+
+
+requantized.defvjp(_fwd, _bwd)
+
+
+class GradientQuant(nnx.Module):
+    """The identity, whose gradient is rounded to integers of few bits in its own range.
+
+    What a quantized layer takes as `gradient`.
+
+    Args:
+        bits: from 2 to 8.
+        stochastic: whether it is rounded at random, such that its mean is exact, arXiv:1502.02551;
+            else to the nearest.
+        axis: the axes along which each index has a range of its own, such as 0 for examples;
+            "token" for each vector along the last axis; None for one range.
+        rng_collection: the stream of `rngs` to draw from.
+        rngs: the streams; needed for stochastic rounding.
+
+    Raises:
+        ValueError: bits out of range, or there are no streams to draw from.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
+        >>> layer = fcg.GradientQuant(bits=2, stochastic=False)
+        >>> jax.grad(lambda x: layer(x) @ jnp.array([0.9, -0.5, 0.3]))(jnp.ones(3))
+        Array([ 0.9, -0.9,  0. ], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        bits: int = 8,
+        *,
+        stochastic: bool = True,
+        axis: Axis = None,
+        rng_collection: str = "noise",
+        rngs: nnx.Rngs | None = None,
+    ):
+        self.bits = checked_bits("GradientQuant", bits)
+        self.sharing = sharing("GradientQuant", axis)
+        self.rngs = nnx.data(None)
+        if stochastic:
+            self.rngs = stream("GradientQuant: stochastic=True", rng_collection, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns x.
+
+        Args:
+            x: array of any shape, float.
+        """
+        key = None if self.rngs is None else self.rngs()
+        return requantized(x, key, Steps(2 ** (self.bits - 1) - 1, True, self.sharing))
+
+
+class DoReFaGradient(nnx.Module):
+    """The identity with the quantized gradient of DoReFa-Net, arXiv:1606.06160.
+
+    What a quantized layer takes as `gradient`.
+
+    Args:
+        bits: from 1 to 8; values are odd multiples of M / (2^bits - 1).
+        axis: the axes along which each index has a range of its own: 0, each example, as in the
+            paper; None for one range.
+        rng_collection: the stream of `rngs` to draw from.
+        rngs: the streams.
+
+    Raises:
+        ValueError: bits out of range.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> from flax import nnx
+        >>> def loss(layer, x):
+        ...     return (layer(x) @ jnp.array([3.0, -1.0])).sum()
+        >>> layer = fcg.DoReFaGradient(bits=1, rngs=nnx.Rngs(0))
+        >>> g = nnx.grad(loss, argnums=1)(layer, jnp.ones((1000, 2)))
+        >>> jnp.unique(g), g.mean(0).round()
+        (Array([-3.,  3.], dtype=float32), Array([ 3., -1.], dtype=float32))
+    """
+
+    def __init__(
+        self, bits: int = 8, *, axis: Axis = 0, rng_collection: str = "noise", rngs: nnx.Rngs
+    ):
+        self.bits = checked_bits("DoReFaGradient", bits, least=1)
+        self.sharing = sharing("DoReFaGradient", axis)
+        self.rngs = stream("DoReFaGradient", rng_collection, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns x.
+
+        Args:
+            x: array of any shape, float.
+        """
+        return requantized(x, self.rngs(), Steps(2**self.bits - 1, False, self.sharing))

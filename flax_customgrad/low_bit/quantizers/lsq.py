@@ -1,0 +1,258 @@
+"""LSQ: integers in units of a scale that is learned, arXiv:1902.08153.
+
+    forward   y  = s clip(round(v), low, high),   v = x / s,   s = max(|p|, least)
+    backward  dx = g where low <= v <= high, else 0
+              ds = G sum of g {round(v) - v inside, low, high},   dp = sign(p) ds
+              G  = 1 / sqrt(N high)
+    kept      x and p
+
+The parameter p is the scale. Where an optimizer drives it to zero or below, its magnitude is, and
+at 0 the least normal number, with the gradient that p has from above: it can grow again on either
+side. The ends of the range are inside of it. The integers are -2^(bits-1) to 2^(bits-1) - 1, or 0
+to 2^bits - 1; torch and Brevitas look whether the rounded v is in the range, this whether v is.
+
+N is the number of weights that share a scale; of activations it is the number of features, and
+examples are not counted, so that a gradient is the same for a batch and for its parts.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from flax_customgrad.low_bit.quantizers.calibration import Axis, mean_where, sharing
+from flax_customgrad.low_bit.quantizers.codes import Codes, coded
+from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
+from flax_customgrad.low_bit.quantizers.scheme import Scheme, quotient
+from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.arrays import broadcasts, summed_to
+
+
+def size(parameter: jax.Array, least: float = 2.0**-126) -> jax.Array:
+    """The magnitude of a learned size, and not less than the least one.
+
+    Args:
+        parameter: array of any shape, float32 or wider.
+        least: the least size, by default the least normal number of float32.
+    """
+    return jnp.maximum(jnp.abs(parameter), least)
+
+
+def side(parameter: jax.Array) -> jax.Array:
+    """The derivative of `size`: -1 below 0, else 1.
+
+    Args:
+        parameter: array of any shape, float.
+    """
+    return jnp.where(parameter < 0, -1, 1)
+
+
+@dataclass(frozen=True)
+class LearnedScale(Scheme):
+    """Integers in units of a scale, the one parameter.
+
+    Attributes:
+        grad_scale: what the scale's gradient is multiplied by; None for 1 / sqrt(N high).
+        features: how many of the last axes N is counted over; None for all of them.
+    """
+
+    grad_scale: float | None
+    features: int | None
+
+    def scale(self, parameter: jax.Array) -> jax.Array:
+        """The scale that a parameter stands for."""
+        return size(parameter)
+
+    def slope(self, parameter: jax.Array) -> jax.Array:
+        """The derivative of the scale."""
+        return side(parameter)
+
+    def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """The nearest integer to x / s in [low, high]."""
+        return jnp.clip(jnp.round(quotient(x, self.scale(parameters[0]))), self.low, self.high)
+
+    def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """The integers times s."""
+        return q * self.scale(parameters[0])
+
+    def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
+        """X and the parameters."""
+        return x, *parameters
+
+    def backward(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
+        """The gradient of x inside of the range, and that of the scale."""
+        x, p = kept
+        v = quotient(x, self.scale(p))
+        inside = (v >= self.low) & (v <= self.high)
+        slope = jnp.where(inside, jnp.round(v) - v, jnp.clip(v, self.low, self.high))
+        # Where round passes a gradient on, as here, the slope has no derivative.
+        ds = self.gain(x.shape, p) * summed_to(g * lax.stop_gradient(slope), p.shape)
+        return jnp.where(inside, g, 0), self.slope(p) * ds
+
+    def gain(self, shape: tuple[int, ...], p: jax.Array) -> float:
+        """G for an array of some shape."""
+        if self.grad_scale is not None:
+            return self.grad_scale
+        counted = shape if self.features is None else shape[max(len(shape) - self.features, 0) :]
+        return 1 / math.sqrt(max(math.prod(counted) / p.size, 1) * self.high)
+
+
+class LSQ(Quantizer):
+    """Learned step size quantization, arXiv:1902.08153: a scale that trains with the weights.
+
+    For activations give `features`, so that the gradient of the scale does not depend on how many
+    examples there are.
+
+    Attributes:
+        scale: the learned scale, or scales; float32. `observe` sets it to 2 mean |x| / sqrt(high),
+            and until then it is what a normal distribution has. With an axis there is none before.
+
+    Args:
+        bits: from 2 to 8.
+        signed: whether the integers are -2^(bits-1) to 2^(bits-1) - 1, or 0 to 2^bits - 1, such as
+            for what comes from a relu.
+        axis: the axes along which each index has a scale of its own, such as -1 for the output
+            channels of a kernel; None for one scale.
+        features: how many of the last axes are the features of an activation: 1, or 3 for images.
+            None for weights, where every element counts.
+        grad_scale: what the scale's gradient is multiplied by: "lsq" for 1 / sqrt(N high), or a
+            number.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> from flax import nnx
+        >>> quantizer = fcg.LSQ(bits=2)
+        >>> quantizer.observe(jnp.array([0.5, -0.25, 0.0, 1.25]))
+        >>> quantizer.scale[...]
+        Array(1., dtype=float32)
+        >>> quantizer(jnp.array([-3.0, -0.4, 0.6, 1.2]))
+        Array([-2., -0.,  1.,  1.], dtype=float32)
+        >>> nnx.grad(lambda q: q(jnp.array([-3.0, -0.4, 0.6, 1.2])).sum())(quantizer).scale[...]
+        Array(-0.1..., dtype=float32)
+    """
+
+    def __init__(
+        self,
+        bits: int = 8,
+        *,
+        signed: bool = True,
+        axis: Axis = None,
+        features: int | None = None,
+        grad_scale: Literal["lsq"] | float = "lsq",
+    ):
+        name = type(self).__name__
+        self.bits, self.signed = checked_bits(name, bits), signed
+        if axis == "token":
+            raise ValueError(f'{name}: axis="token" has no scales to learn: give axes, or None')
+        if features is not None and not (isinstance(features, int) and features > 0):
+            raise ValueError(f"{name}: features={features!r} must be a positive integer, or None")
+        if isinstance(grad_scale, str) and grad_scale != "lsq":
+            raise ValueError(f'{name}: grad_scale={grad_scale!r} must be "lsq" or a number')
+        self.sharing = sharing(name, axis)
+        self.features = features
+        self.grad_scale = grad_scale
+        # Of a unit normal distribution, whose mean magnitude is sqrt(2 / pi).
+        normal = 2 * math.sqrt(2 / math.pi / self.integers[1])
+        self.scale = nnx.data(None) if axis is not None else nnx.Param(jnp.full((), normal))
+
+    @property
+    def integers(self) -> tuple[int, int]:
+        """The smallest and the largest integer."""
+        return integers(self.bits, self.signed)
+
+    def quantize(self, x: jax.Array) -> Codes:
+        """Quantizes an array, and says which code each value has.
+
+        Args:
+            x: array of any shape, float.
+
+        Raises:
+            ValueError: there are no scales yet, or they do not fit x.
+        """
+        x = jnp.asarray(x)
+        return coded(x, (learned(self, "scale", x),), self._scheme(LearnedScale))
+
+    def observe(self, x: jax.Array) -> None:
+        """Sets the scale to 2 mean |x| / sqrt(high), 1 for zeros; what is not finite is left out.
+
+        Args:
+            x: array of any shape, float, like those to come.
+        """
+        size = jnp.abs(lax.stop_gradient(x).astype(accumulator(x)))
+        mean = mean_where(size, jnp.isfinite(size), self.sharing)
+        scale = mean * (2 / math.sqrt(self.integers[1]))
+        set_learned(self, "scale", jnp.where(scale > 0, scale, 1))
+
+    def _scheme(self, kind: type[LearnedScale]) -> LearnedScale:
+        grad_scale = None if isinstance(self.grad_scale, str) else self.grad_scale
+        return kind(*self.integers, grad_scale, self.features)
+
+
+def checked_bits(name: str, bits: int, least: int = 2) -> int:
+    """A number of bits.
+
+    Args:
+        name: the quantizer, for the error.
+        bits: the number.
+        least: how few there may be.
+
+    Raises:
+        ValueError: it is no integer from the least to 8.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= 8:
+        raise ValueError(f"{name}: bits={bits!r} must be an integer from {least} to 8")
+    return bits
+
+
+def integers(bits: int, signed: bool) -> tuple[int, int]:
+    """The smallest and the largest integer of so many bits, with a sign or without."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+def learned(quantizer: LSQ, name: str, x: jax.Array) -> jax.Array:
+    """A learned parameter, for an array.
+
+    Args:
+        quantizer: whose parameter.
+        name: of the parameter.
+        x: the array.
+
+    Raises:
+        ValueError: it has not been set, or does not fit the array.
+    """
+    parameter = getattr(quantizer, name)
+    layer = type(quantizer).__name__
+    if parameter is None:
+        raise ValueError(
+            f"{layer}: axis={quantizer.sharing.axis} has as many scales as there are channels: "
+            "call observe(x) first, with an array like those to come"
+        )
+    if not broadcasts(parameter.shape, x.shape):
+        raise ValueError(
+            f"{layer}: `{name}` has shape {parameter.shape}, which does not fit an input of shape "
+            f"{x.shape}: call observe(x) with an array like those to come"
+        )
+    return parameter[...]
+
+
+def set_learned(quantizer: LSQ, name: str, value: jax.Array) -> None:
+    """Sets a learned parameter, or makes it where there is none of that shape.
+
+    Args:
+        quantizer: whose parameter.
+        name: of the parameter.
+        value: of ones for what is shared, as `calibration` has it.
+    """
+    value = value.reshape(()) if quantizer.sharing.axis is None else value
+    parameter = getattr(quantizer, name)
+    if parameter is not None and parameter.shape == value.shape:
+        parameter[...] = value.astype(parameter.dtype)
+    else:
+        setattr(quantizer, name, nnx.Param(value))

@@ -1,0 +1,103 @@
+"""LSQ+: integers in units of a learned scale from a learned offset on, arXiv:2004.09576.
+
+    forward   y  = s clip(round(v), low, high) + b,   v = (x - b) / s,   s = max(|p|, least)
+    backward  dx = g where low <= v <= high, else 0
+              ds = G sum of g {round(v) - v inside, low, high},   dp = sign(p) ds
+              db = G sum of g {0 inside, 1 outside}
+              G  = 1 / sqrt(N high)
+    kept      x, p and b
+
+What p and N are is said of `LSQ`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from flax_customgrad.low_bit.quantizers.codes import Codes, coded
+from flax_customgrad.low_bit.quantizers.lsq import LSQ, LearnedScale, learned, set_learned
+from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.arrays import summed_to
+
+
+@dataclass(frozen=True)
+class LearnedOffset(LearnedScale):
+    """Integers in units of a scale from an offset on; parameters are both."""
+
+    def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """The nearest integer to (x - b) / s in [low, high]."""
+        p, b = parameters
+        return super().encode(x - b, p)
+
+    def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """The integers times s, plus b."""
+        p, b = parameters
+        # The minimum changes nothing but the rounding: XLA cannot fuse the product with the sum.
+        most = super().decode(jnp.asarray(self.high, q.dtype), p)
+        return jnp.minimum(super().decode(q, p), most) + b
+
+    def backward(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
+        """The gradient of x inside of the range, and those of scale and offset."""
+        x, p, b = kept
+        dx, dp = super().backward(g, x - b, p)
+        return dx, dp, self.gain(x.shape, b) * summed_to(g - dx, b.shape)
+
+
+class LSQPlus(LSQ):
+    """LSQ with an offset that trains too, for activations that are not centred; arXiv:2004.09576.
+
+    Arguments are those of `LSQ`.
+
+    Attributes:
+        scale: the learned scale; float32. `observe` spreads the integers from the least to the
+            largest value.
+        offset: the value of the integer 0, learned; 0 until `observe` sets it.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> quantizer = fcg.LSQPlus(bits=2, signed=False)
+        >>> quantizer.observe(jnp.array([-0.5, 0.0, 2.5]))
+        >>> quantizer.scale[...], quantizer.offset[...]
+        (Array(1., dtype=float32), Array(-0.5, dtype=float32))
+        >>> quantizer(jnp.array([-0.4, 0.1, 1.4]))
+        Array([-0.5,  0.5,  1.5], dtype=float32)
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.offset = nnx.data(None) if self.scale is None else nnx.Param(jnp.zeros(()))
+
+    def quantize(self, x: jax.Array) -> Codes:
+        """Quantizes an array, and says which code each value has.
+
+        Args:
+            x: array of any shape, float.
+
+        Raises:
+            ValueError: there are no scales yet, or they do not fit x.
+        """
+        x = jnp.asarray(x)
+        parameters = learned(self, "scale", x), learned(self, "offset", x)
+        return coded(x, parameters, self._scheme(LearnedOffset))
+
+    def observe(self, x: jax.Array) -> None:
+        """Spreads the integers over the values of an array; what is not finite is left out.
+
+        Args:
+            x: array of any shape, float, like those to come.
+        """
+        wide = lax.stop_gradient(x).astype(accumulator(x))
+        wide, axes = self.sharing.grouped(wide)
+        finite = {"where": jnp.isfinite(wide), "axis": axes, "keepdims": True}
+        least = jnp.min(wide, initial=jnp.inf, **finite)
+        largest = jnp.max(wide, initial=-jnp.inf, **finite)
+        low, high = self.integers
+        # Halves, whose difference does not overflow.
+        scale = (largest / 2 - least / 2) * (2 / (high - low))
+        scale = jnp.where(scale > 0, scale, 1)
+        set_learned(self, "scale", scale)
+        set_learned(self, "offset", jnp.where(largest >= least, least, 0) - low * scale)

@@ -1,0 +1,103 @@
+"""PACT: an activation that is clipped at a learned bound, arXiv:1805.06085.
+
+    forward   y  = s round(clip(x, 0, a) / s),   s = a / high,   a = |p|
+    backward  dx = g where 0 <= x < a, else 0
+              da = sum of g where x >= a,   dp = sign(p) da
+    kept      two bits an element, and p
+
+The bound takes the place of the one that relu6 has, and is regularized like a weight. Driven to
+zero or below it is the magnitude of p, and a and s at least the least normal number, with the
+gradient that p has from above.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from flax_customgrad.low_bit.quantizers.codes import Codes, coded
+from flax_customgrad.low_bit.quantizers.lsq import checked_bits, side, size
+from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
+from flax_customgrad.low_bit.quantizers.scheme import Scheme, quotient
+from flax_customgrad.numerics.accumulation import accumulator, total
+from flax_customgrad.numerics.argument_checks import positive
+from flax_customgrad.numerics.packing import masked, pack_mask
+
+
+@dataclass(frozen=True)
+class Clipped(Scheme):
+    """Integers from 0 to a bound, the one parameter."""
+
+    def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """The nearest integer to x / s in [0, high]."""
+        return jnp.clip(jnp.round(quotient(x, self._scale(*parameters))), 0, self.high)
+
+    def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """The integers times s."""
+        return q * self._scale(*parameters)
+
+    def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
+        """Which elements lie inside, and which at the bound or beyond; and the parameter."""
+        a = size(parameters[0])
+        return pack_mask((x >= 0) & (x < a)), pack_mask(x >= a), *parameters
+
+    def backward(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
+        """The gradient inside, and the sum of what is beyond."""
+        inside, beyond, p = kept
+        return masked(g, inside), side(p) * total(masked(g, beyond), range(g.ndim))
+
+    def _scale(self, p: jax.Array) -> jax.Array:
+        return size(p * (1 / self.high))
+
+
+class PACT(Quantizer):
+    """Parameterized clipping activation, arXiv:1805.06085: the bound of the range is learned.
+
+    It clips at 0 as well, so that it takes the place of a relu.
+
+    Attributes:
+        alpha: the bound, learned; float32. `observe` takes the largest value for it.
+
+    Args:
+        bits: from 1 to 8; the integers are 0 to 2^bits - 1.
+        alpha: the bound before; the paper starts at 10.
+
+    Raises:
+        ValueError: bits out of range, or the bound is not positive.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
+        >>> from flax import nnx
+        >>> quantizer, x = fcg.PACT(bits=2, alpha=3.0), jnp.array([-1.0, 0.6, 2.4, 3.0, 7.0])
+        >>> quantizer(x)
+        Array([0., 1., 2., 3., 3.], dtype=float32)
+        >>> jax.grad(lambda x: quantizer(x).sum())(x)
+        Array([0., 1., 1., 0., 0.], dtype=float32)
+        >>> nnx.grad(lambda q: q(x).sum())(quantizer).alpha[...]
+        Array(2., dtype=float32)
+    """
+
+    def __init__(self, bits: int = 8, *, alpha: float = 10.0):
+        self.bits = checked_bits("PACT", bits, least=1)
+        self.alpha = nnx.Param(jnp.full((), positive("PACT", "alpha", alpha), jnp.float32))
+
+    def quantize(self, x: jax.Array) -> Codes:
+        """Quantizes an array, and says which code each value has.
+
+        Args:
+            x: array of any shape, float.
+        """
+        return coded(jnp.asarray(x), (self.alpha[...],), Clipped(0, 2**self.bits - 1))
+
+    def observe(self, x: jax.Array) -> None:
+        """Takes the largest value for the bound, 1 where none is positive; only finite ones count.
+
+        Args:
+            x: array of any shape, float, like those to come.
+        """
+        wide = lax.stop_gradient(x).astype(accumulator(x))
+        largest = jnp.max(wide, initial=0, where=jnp.isfinite(wide))
+        self.alpha[...] = jnp.where(largest > 0, largest, 1).astype(self.alpha.dtype)

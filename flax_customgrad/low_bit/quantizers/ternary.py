@@ -1,0 +1,121 @@
+"""Ternary weights: -1, 0 or 1, times the size of the weights.
+
+    forward   TWN      y = a sign(w) where |w| > d, else 0         arXiv:1605.04711
+                       d = 0.7 mean |w|,  a = mean of |w| where |w| > d
+              AbsMean  y = a clip(round(w / a), -1, 1)             BitNet b1.58, arXiv:2402.17764
+                       a = mean |w|
+    backward  dw = g, or g where |w| <= c
+    kept      nothing, or a bit an element
+
+Scale and threshold are held for constants. |w| = d is 0; so is |w| = a / 2 for AbsMean, which
+rounds halves to the even integer: its threshold is 0.5 mean |w|, not 0.7. The bound c is
+inclusive.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_customgrad.low_bit.quantizers.calibration import Axis, mean_magnitude, mean_where, sharing
+from flax_customgrad.low_bit.quantizers.codes import Codes, coded
+from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
+from flax_customgrad.low_bit.quantizers.scheme import Bounded, quotient
+from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.argument_checks import bound, positive
+
+
+@dataclass(frozen=True)
+class Ternary(Bounded):
+    """-1, 0 and 1 times a scale, which is the first parameter; the second is a threshold."""
+
+    def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """The sign of what is beyond the threshold."""
+        return jnp.where(jnp.abs(x) > parameters[1], jnp.sign(x), 0)
+
+    def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """The integers times a."""
+        return q * parameters[0]
+
+
+@dataclass(frozen=True)
+class Rounded(Ternary):
+    """-1, 0 and 1 times a scale, whichever is nearest."""
+
+    def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """The nearest of -1, 0 and 1 to x / a."""
+        return jnp.clip(jnp.round(quotient(x, parameters[0])), self.low, self.high)
+
+
+class TWN(Quantizer):
+    """Ternary weight networks, arXiv:1605.04711: what is large keeps its sign, what is small is 0.
+
+    Args:
+        threshold: in units of the mean magnitude; up to there weights become 0.
+        axis: the axes along which each index has a mean of its own; None for one, as in the paper.
+        clip_value: the gradient passes where |w| <= clip_value; None, as in the paper, for
+            everywhere.
+
+    Raises:
+        ValueError: threshold or bound is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> fcg.TWN()(jnp.array([-2.0, 0.1, 0.0, 1.0]))
+        Array([-1.5,  0. ,  0. ,  1.5], dtype=float32)
+    """
+
+    def __init__(
+        self, threshold: float = 0.7, *, axis: Axis = None, clip_value: float | None = None
+    ):
+        self.threshold = positive("TWN", "threshold", threshold)
+        self.sharing = sharing("TWN", axis)
+        self.clip_value = bound("TWN", clip_value)
+
+    def quantize(self, x: jax.Array) -> Codes:
+        """Quantizes weights, and says which code each value has.
+
+        Args:
+            x: array of any shape, float.
+        """
+        x = jnp.asarray(x)
+        size = jnp.abs(lax.stop_gradient(x).astype(accumulator(x)))
+        threshold = self.threshold * mean_magnitude(x, self.sharing)
+        # NaN is beyond no threshold, and must not leave the scale finite.
+        scale = mean_where(size, ~(size <= threshold), self.sharing)
+        return coded(x, (scale, threshold), Ternary(-1, 1, self.clip_value))
+
+
+class AbsMean(Quantizer):
+    """The ternary weights of BitNet b1.58, arXiv:2402.17764, in units of their mean magnitude.
+
+    Args:
+        axis: the axes along which each index has a mean of its own; None for one, as in the paper.
+        clip_value: the gradient passes where |w| <= clip_value; None, as in the paper, for
+            everywhere.
+
+    Raises:
+        ValueError: the bound is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> codes = fcg.AbsMean().quantize(jnp.array([-2.0, 0.5, 0.25, 0.75]))
+        >>> codes.values, codes.codes
+        (Array([-0.875,  0.875,  0.   ,  0.875], dtype=float32), Array([0, 2, 1, 2], dtype=uint8))
+    """
+
+    def __init__(self, *, axis: Axis = None, clip_value: float | None = None):
+        self.sharing = sharing("AbsMean", axis)
+        self.clip_value = bound("AbsMean", clip_value)
+
+    def quantize(self, x: jax.Array) -> Codes:
+        """Quantizes weights, and says which code each value has.
+
+        Args:
+            x: array of any shape, float.
+        """
+        x = jnp.asarray(x)
+        scale = mean_magnitude(x, self.sharing)
+        scale = jnp.where(scale == 0, 1, scale)
+        return coded(x, (scale,), Rounded(-1, 1, self.clip_value))

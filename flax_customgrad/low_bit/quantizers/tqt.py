@@ -1,0 +1,93 @@
+"""TQT: trained quantization thresholds, arXiv:1903.08066: a scale that is a power of two.
+
+    forward   y  = s clip(round(v), low, high),   v = x / s,   s = 2^ceil(l) / (high + 1)
+    backward  dx = g where low <= v <= high, else 0
+              dl = s ln 2 sum of g {round(v) - v inside, low, high}
+    kept      x and l
+
+What is learned is l, the logarithm of the threshold to base 2; its gradient is that of s without
+the ceiling. Multiplying by a power of two is exact, and a shift on integer hardware. No l makes the
+scale zero or negative: it stays within the normal numbers.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from flax_customgrad.low_bit.quantizers.codes import Codes, coded
+from flax_customgrad.low_bit.quantizers.lsq import LearnedScale, checked_bits, integers
+from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
+from flax_customgrad.numerics.accumulation import accumulator
+
+
+@dataclass(frozen=True)
+class PowerOfTwo(LearnedScale):
+    """Integers in units of a power of two, whose exponent is the parameter."""
+
+    def scale(self, parameter: jax.Array) -> jax.Array:
+        """The power of two from the threshold on, over the number of steps to it."""
+        limits = jnp.finfo(parameter.dtype)
+        exponent = jnp.ceil(parameter) - math.log2(self.high + 1)
+        exponent = jnp.clip(exponent, limits.minexp, limits.maxexp - 9).astype(jnp.int32)
+        power = jnp.ldexp(jnp.ones_like(parameter), exponent)
+        return jnp.where(jnp.isnan(parameter), parameter, power)
+
+    def slope(self, parameter: jax.Array) -> jax.Array:
+        """The derivative of the scale, were there no ceiling."""
+        return math.log(2) * self.scale(parameter)
+
+
+class TQT(Quantizer):
+    """Trained quantization thresholds, arXiv:1903.08066: power-of-two scales that are learned.
+
+    Attributes:
+        log2_t: the logarithm of the threshold to base 2, learned; float32. `observe` takes the
+            largest magnitude for the threshold; it is 1 before.
+
+    Args:
+        bits: from 2 to 8.
+        signed: whether the integers are -2^(bits-1) to 2^(bits-1) - 1, or 0 to 2^bits - 1.
+
+    Raises:
+        ValueError: bits out of range.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> quantizer = fcg.TQT(bits=3)
+        >>> quantizer.observe(jnp.array([1.5, -0.7]))
+        >>> quantizer(jnp.array([0.6, -0.9, 1.5]))
+        Array([ 0.5, -1. ,  1.5], dtype=float32)
+    """
+
+    def __init__(self, bits: int = 8, *, signed: bool = True):
+        self.bits, self.signed = checked_bits("TQT", bits), signed
+        self.log2_t = nnx.Param(jnp.zeros(()))
+
+    @property
+    def integers(self) -> tuple[int, int]:
+        """The smallest and the largest integer."""
+        return integers(self.bits, self.signed)
+
+    def quantize(self, x: jax.Array) -> Codes:
+        """Quantizes an array, and says which code each value has.
+
+        Args:
+            x: array of any shape, float.
+        """
+        scheme = PowerOfTwo(*self.integers, grad_scale=1.0, features=None)
+        return coded(jnp.asarray(x), (self.log2_t[...],), scheme)
+
+    def observe(self, x: jax.Array) -> None:
+        """Takes the largest magnitude for the threshold, 1 for zeros; only what is finite counts.
+
+        Args:
+            x: array of any shape, float, like those to come.
+        """
+        size = jnp.abs(lax.stop_gradient(x).astype(accumulator(x)))
+        largest = jnp.max(size, initial=0, where=jnp.isfinite(size))
+        threshold = jnp.log2(jnp.where(largest > 0, largest, 1))
+        self.log2_t[...] = threshold.astype(self.log2_t.dtype)

@@ -1,0 +1,115 @@
+"""TTQ: trained ternary quantization, arXiv:1612.01064.
+
+    forward   y   = p where w > d,  -n where w < -d,  else 0;   d = t max |w|
+    backward  dw  = p g,  n g,  g  at the three
+              dp  = sum of g where w > d,  dn = - sum of g where w < -d
+    kept      two bits an element, p and n
+
+The sizes p and n are learned, and the threshold is a constant to the gradient. The paper prints
+the gradient of n without its sign. A size that becomes zero or negative stands for itself.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from flax_customgrad.low_bit.quantizers.calibration import mean_where, own_range, sharing
+from flax_customgrad.low_bit.quantizers.codes import Codes, coded
+from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
+from flax_customgrad.low_bit.quantizers.scheme import Scheme
+from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.arrays import summed_to
+from flax_customgrad.numerics.packing import pack, packs, unpack
+
+
+@dataclass(frozen=True)
+class Trained(Scheme):
+    """-1, 0 and 1, which stand for -n, 0 and p; parameters are p, n and the threshold."""
+
+    def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """The sign of what is beyond the threshold."""
+        return jnp.where(jnp.abs(x) > parameters[2], jnp.sign(x), 0)
+
+    def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """The size on each side."""
+        p, n, _ = parameters
+        return jnp.where(q > 0, p, jnp.where(q < 0, -n, jnp.zeros_like(q)))
+
+    def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
+        """The integers, in two bits, and the sizes."""
+        p, n, _ = parameters
+        sides = (self.encode(x, *parameters) + 1).astype(jnp.uint8)
+        bits = 2 if packs(sides.shape, jax.typeof(sides).sharding) else 8
+        return pack(sides, bits), p, n
+
+    def backward(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
+        """The gradient times the size on each side, and its sum over each."""
+        sides, p, n = kept
+        if sides.shape != g.shape:
+            sides = unpack(sides, 2, g.shape[-1])
+        above, below = sides == 2, sides == 0
+        dw = g * lax.stop_gradient(jnp.where(above, p, jnp.where(below, n, 1)))
+        dp, dn = (jnp.where(above, g, 0), jnp.where(below, -g, 0))
+        return dw, summed_to(dp, p.shape), summed_to(dn, n.shape), None
+
+
+class TTQ(Quantizer):
+    """Ternary weights whose two sizes are learned, arXiv:1612.01064.
+
+    Attributes:
+        positive: what a large weight becomes; `observe` makes it the mean of them.
+        negative: likewise for the magnitude of large negative ones.
+
+    Args:
+        threshold: in units of the largest magnitude, from 0 to 1; up to there weights become 0.
+
+    Raises:
+        ValueError: the threshold is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> from flax import nnx
+        >>> quantizer = fcg.TTQ()
+        >>> w = jnp.array([-2.0, 0.1, 0.5, 1.0])
+        >>> quantizer.observe(w)
+        >>> quantizer(w)
+        Array([-2.  ,  0.  ,  0.75,  0.75], dtype=float32)
+        >>> nnx.grad(lambda q: q(w).sum())(quantizer).positive[...]
+        Array(2., dtype=float32)
+    """
+
+    def __init__(self, threshold: float = 0.05):
+        if not 0 <= threshold < 1:
+            raise ValueError(f"TTQ: threshold={threshold!r} must be in [0, 1)")
+        self.threshold = threshold
+        self.positive = nnx.Param(jnp.ones(()))
+        self.negative = nnx.Param(jnp.ones(()))
+
+    def quantize(self, x: jax.Array) -> Codes:
+        """Quantizes weights, and says which code each value has.
+
+        Args:
+            x: array of any shape, float.
+        """
+        x = jnp.asarray(x)
+        parameters = self.positive[...], self.negative[...], self._threshold_of(x)
+        return coded(x, parameters, Trained(-1, 1))
+
+    def observe(self, x: jax.Array) -> None:
+        """Sets both sizes to the mean magnitude of the weights on their side of the threshold.
+
+        Args:
+            x: array of any shape, float.
+        """
+        wide = lax.stop_gradient(x).astype(accumulator(x))
+        threshold = self._threshold_of(x)
+        for size, w in ((self.positive, wide), (self.negative, -wide)):
+            mean = mean_where(w, w > threshold, sharing("TTQ", None)).reshape(())
+            size[...] = jnp.where(mean > 0, mean, 1).astype(size.dtype)
+
+    def _threshold_of(self, x: jax.Array) -> jax.Array:
+        return self.threshold * own_range(x, sharing("TTQ", None), True).high.reshape(())

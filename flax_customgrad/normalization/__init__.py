@@ -1,1 +1,0 @@
-"""The normalizations: of activations, and of weights."""

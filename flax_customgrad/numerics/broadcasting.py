@@ -1,0 +1,30 @@
+"""Broadcasting: which shapes fit, and the sum that a broadcast array gets for its gradient."""
+
+from collections.abc import Sequence
+
+import jax
+from jax import lax
+
+from flax_customgrad.numerics.accumulation import total
+
+
+def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether an array of one shape broadcasts to another."""
+    lead = len(to) - len(shape)
+    return lead >= 0 and all(n in (1, m) for n, m in zip(shape, to[lead:], strict=True))
+
+
+def summed_to(g: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """What a broadcast array gets of a gradient: the sum over the axes along which it was repeated.
+
+    Args:
+        g: a gradient, of the shape that was broadcast to.
+        shape: the shape before.
+
+    Returns:
+        An array of that shape; float32 or wider where anything was summed.
+    """
+    lead = g.ndim - len(shape)
+    repeated = [lead + i for i, n in enumerate(shape) if n == 1 != g.shape[lead + i]]
+    axes = (*range(lead), *repeated)
+    return lax.expand_dims(total(g, axes), [axis - lead for axis in repeated]) if axes else g

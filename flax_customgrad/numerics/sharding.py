@@ -1,0 +1,61 @@
+"""Sharding: where a result lies on a mesh with Explicit axes, and over which devices it varies."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from flax_customgrad.contract.compat import varying_axes
+
+
+def explicit_sharding(aval: Any, order: Sequence[int] | None = None) -> NamedSharding | None:
+    """The sharding of an array where it is part of the array's type, for a product to ask for.
+
+    Args:
+        aval: the type of an array, `jax.typeof(array)`.
+        order: the array's axes in the order in which the product yields them.
+
+    Returns:
+        A sharding on a mesh with Explicit axes, None elsewhere.
+    """
+    sharding = aval.sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    if order is None:
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec[axis] for axis in order)))
+
+
+def by_compiler(function: Callable[..., Any], specs: Any, *arrays: Any) -> Any:
+    """Applies a function; on a mesh with Explicit axes the compiler decides what lies where.
+
+    Args:
+        function: a function of arrays.
+        specs: where its results shall lie, a `PartitionSpec` for each.
+        *arrays: trees of arrays.
+    """
+    found = (explicit_sharding(jax.typeof(a)) for a in jax.tree.leaves(arrays))
+    on_mesh = next((sharding for sharding in found if sharding is not None), None)
+    if on_mesh is None:
+        return function(*arrays)
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(on_mesh.mesh, spec),
+        specs,
+        is_leaf=lambda spec: isinstance(spec, PartitionSpec),
+    )
+    on_any = jax.sharding.auto_axes(function, out_sharding=shardings)
+    return on_any(*arrays)  # pyright: ignore[reportCallIssue]
+
+
+def spec(array: jax.Array) -> PartitionSpec:
+    """Where an array lies on a mesh with Explicit axes; everywhere if on none."""
+    sharding = explicit_sharding(jax.typeof(array))
+    return PartitionSpec(*(None,) * array.ndim) if sharding is None else sharding.spec
+
+
+def varying_like(a: jax.Array, like: jax.Array) -> jax.Array:
+    """An array that varies over the devices of a `shard_map` wherever another does."""
+    missing = varying_axes(like) - varying_axes(a)
+    return lax.pcast(a, tuple(sorted(missing)), to="varying") if missing else a

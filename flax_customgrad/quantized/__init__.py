@@ -1,1 +1,0 @@
-"""Quantizers with the gradients of their papers, and the layers whose operands go through them."""

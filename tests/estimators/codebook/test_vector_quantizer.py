@@ -1,0 +1,363 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flax_customgrad as fcg
+from flax_customgrad.estimators.codebook.usage import perplexity
+from flax_customgrad.estimators.codebook.vector_quantizer import Codebook
+
+
+def random(*shape, seed=0, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def quantizer(num_codes=16, features=4, **kwargs):
+    return fcg.VectorQuantizer(num_codes, features, rngs=nnx.Rngs(0), **kwargs)
+
+
+def statistics(layer):
+    return [np.asarray(v[...]) for v in (layer.codebook, layer.counts, layer.sums)]
+
+
+def assert_close(got, expected, rtol=1e-5):
+    for g, e in zip(got, expected, strict=True):
+        np.testing.assert_allclose(g, e, rtol=rtol, atol=1e-6)
+
+
+# What it returns.
+
+
+def test_values_are_the_nearest_codes():
+    layer, z = quantizer(), random(5, 7, 4)
+    out = layer(z)
+    codes = np.asarray(layer.codebook[...])
+    nearest = np.argmin(((np.asarray(z)[..., None, :] - codes) ** 2).sum(-1), -1)
+    np.testing.assert_array_equal(out.indices, nearest)
+    np.testing.assert_array_equal(out.values, codes[nearest])
+    expected = 1.25 * np.mean((np.asarray(z) - codes[nearest]) ** 2)
+    np.testing.assert_allclose(out.loss, expected, rtol=1e-6)
+    counts = np.bincount(nearest.ravel(), minlength=16)
+    p = counts[counts > 0] / counts.sum()
+    np.testing.assert_allclose(out.perplexity, np.exp(-(p * np.log(p)).sum()), rtol=1e-6)
+    np.testing.assert_allclose(out.usage, np.mean(counts > 0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("learning", ["loss", "ema"])
+def test_half_precision(dtype, learning):
+    layer = quantizer(param_dtype=dtype, learning=learning)
+    out = layer(random(8, 4, dtype=dtype))
+    assert out.values.dtype == dtype
+    assert out.loss.dtype == out.perplexity.dtype == jnp.float32
+    assert layer.codebook.dtype == (dtype if learning == "loss" else jnp.float32)
+    # Squares beyond 65504 would be infinite in float16.
+    assert jnp.isfinite(layer(jnp.full((3, 4), 1e4, dtype)).loss)
+
+
+@pytest.mark.parametrize("learning", ["loss", "ema"])
+def test_no_vectors(learning):
+    layer = quantizer(learning=learning)
+    before = layer.codebook[...]
+
+    def total(layer, z):
+        out = layer(z)
+        return out.values.sum() + out.loss, out
+
+    (_, dz), out = nnx.grad(total, argnums=(0, 1), has_aux=True)(layer, jnp.zeros((0, 4)))
+    assert dz.shape == (0, 4)
+    assert (out.loss, out.usage, out.perplexity) == (0, 0, 1)
+    np.testing.assert_array_equal(layer.codebook[...], before)
+
+
+def test_a_vector_with_nan_stays_one_and_spoils_nothing_else():
+    layer = quantizer(learning="ema", dead_below=0.999)
+    z = random(8, 4)
+    out = layer(z.at[3, 2].set(jnp.nan))
+    assert out.indices[3] == 16
+    assert jnp.isnan(out.values[3]).all()
+    assert jnp.isfinite(jnp.delete(out.values, 3, 0)).all()
+    assert all(np.isfinite(part).all() for part in statistics(layer))
+
+
+def test_perplexity_of_equal_and_of_single_codes():
+    assert perplexity(jnp.full(8, 3)) == pytest.approx(8)
+    assert perplexity(jnp.array([0, 5, 0])) == 1
+    assert perplexity(jnp.zeros(4)) == 1
+
+
+# The gradient: its formula is in the catalogue.
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
+def test_the_loss_is_taken_before_the_estimator(gradient):
+    """Of the estimator's output it would be 0, or its gradient for z would be."""
+    layer, z = quantizer(gradient=gradient), random(8, 4)
+    codes, loss = layer.codebook[...], lambda m, z: m(z).loss
+    dlayer, dz = nnx.grad(loss, argnums=(0, 1))(layer, z)
+    apart = z - codes[layer(z).indices]
+    np.testing.assert_allclose(dz, 0.25 * 2 * apart / z.size, rtol=1e-5)
+    dcodes = jnp.zeros_like(codes).at[layer(z).indices].add(-2 * apart / z.size)
+    np.testing.assert_allclose(dlayer.codebook[...], dcodes, rtol=1e-5, atol=1e-8)
+
+
+def test_only_four_bytes_a_vector_are_kept():
+    z = random(64, 8)
+    graphdef, state = nnx.split(quantizer(16, 8, gradient="rotation"))
+
+    def call(state, z):
+        out = nnx.merge(graphdef, state)(z)
+        return out.values, out.loss
+
+    assert fcg.residual_bytes(call, state, z) == 4 * 64
+
+
+# The moving average.
+
+
+def moved(layer, z, indices):
+    """One update, in NumPy."""
+    codes, counts, sums = (np.asarray(a, np.float64) for a in statistics(layer))
+    chosen = np.eye(len(codes))[np.asarray(indices).ravel()]
+    vectors = np.asarray(z, np.float64).reshape(-1, z.shape[-1])
+    counts = layer.decay * counts + (1 - layer.decay) * chosen.sum(0)
+    sums = layer.decay * sums + (1 - layer.decay) * chosen.T @ vectors
+    smoothed = (counts + layer.epsilon) / (counts.sum() + len(codes) * layer.epsilon)
+    moved = sums / (smoothed * counts.sum())[:, None]
+    return np.where(chosen.any(0)[:, None], moved, codes), counts, sums
+
+
+def test_statistics_follow_their_formula():
+    layer = quantizer(learning="ema", decay=0.8, epsilon=1e-2)
+    for seed in range(3):
+        z = random(6, 5, 4, seed=seed)
+        before = nnx.clone(layer)
+        out = layer(z)
+        assert_close(statistics(layer), moved(before, z, out.indices))
+        # The values are of the codebook before.
+        np.testing.assert_array_equal(out.values, before.codebook[...][out.indices])
+
+
+def test_codes_without_vectors_stay_to_the_bit():
+    layer = quantizer(learning="ema", decay=0.5)
+    far = layer.codebook[...].at[5:].add(1e3)
+    layer.codebook[...], layer.sums[...] = far, far
+    layer = steps(layer, random(200, 32, 4))
+    np.testing.assert_array_equal(layer.codebook[5:], far[5:])
+    assert jnp.isfinite(layer.codebook[...]).all()
+    # Their first vectors are where they go, however small their count has become.
+    layer(jnp.full((32, 4), 1e3))
+    assert jnp.abs(layer.codebook[5:] - far[5:]).max() > 0
+
+
+def test_no_drift_where_vectors_are_the_codes():
+    layer = quantizer(learning="ema", epsilon=1e-12)
+    codes = layer.codebook[...]
+    for _ in range(20):
+        layer(codes)
+    np.testing.assert_allclose(layer.codebook[...], codes, rtol=1e-5)
+
+
+def test_eval_and_train_switch_the_updates():
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), quantizer(learning="ema"))
+    layer, x = model.layers[1], random(8, 3)
+    before = layer.codebook[...]
+    model.eval()
+    model(x)
+    np.testing.assert_array_equal(layer.codebook[...], before)
+    model.train()
+    layer(random(8, 4), use_running_average=True)
+    np.testing.assert_array_equal(layer.codebook[...], before)
+    model(x)
+    assert (layer.codebook[...] != before).any()
+
+
+def test_codes_of_a_moving_average_are_no_parameters():
+    layer = quantizer(learning="ema", dead_below=0.5)
+    assert not nnx.state(layer, nnx.Param)
+    assert set(nnx.state(layer, Codebook)) == {"codebook", "counts", "sums"}
+    assert set(nnx.state(quantizer(), nnx.Param)) == {"codebook"}
+
+
+@pytest.mark.parametrize(("graph", "updates"), [(True, True), (True, False), (False, False)])
+def test_updates_arrive_under_nnx_jit_and_grad(graph, updates):
+    mode = {"graph": graph, "graph_updates": updates}
+    layer, z = quantizer(learning="ema", gradient="rotation", dead_below=0.5), random(8, 4)
+    expected = nnx.clone(layer)
+    expected(z)
+
+    def loss(layer, z):
+        out = layer(z)
+        return out.values.sum() + out.loss
+
+    if updates:
+        nnx.jit(nnx.grad(loss, argnums=1, **mode), **mode)(layer, z)
+    else:
+        # Without graph updates a transform of NNX hands state back as output.
+        def step(layer, z):
+            nnx.grad(loss, argnums=1, **mode)(layer, z)
+            return nnx.clone(nnx.state(layer))
+
+        nnx.update(layer, nnx.jit(step, **mode)(layer, z))
+    assert_close(statistics(layer), statistics(expected))
+
+
+def steps(layer, batches):
+    """State after some steps, compiled once."""
+    graphdef, state = nnx.split(layer)
+
+    def step(state, z):
+        layer = nnx.merge(graphdef, state)
+        layer(z)
+        return nnx.state(layer), None
+
+    return nnx.merge(graphdef, jax.lax.scan(step, state, batches)[0])
+
+
+def test_inside_scan():
+    layer, batches = quantizer(learning="ema", dead_below=0.6), random(4, 8, 4)
+    after = steps(layer, batches)
+    for z in batches:
+        layer(z)
+    assert_close(statistics(after), statistics(layer))
+
+
+# Dead codes.
+
+
+def test_dead_codes_become_vectors_of_the_batch():
+    layer = quantizer(learning="ema", decay=0.5, dead_below=0.6)
+    z = 0.1 * random(64, 4) + 5
+    nearest_before = layer(z, use_running_average=True).indices
+    layer(z)
+    codes, counts, sums = statistics(layer)
+    dead = ~np.isin(np.arange(16), nearest_before)
+    found = (codes[dead][:, None] == np.asarray(z)).all(-1)
+    assert found.any(1).all()
+    assert found.sum() == dead.sum() == len(np.unique(codes[dead], axis=0))
+    np.testing.assert_allclose(counts[dead], 0.6)
+    np.testing.assert_allclose(sums[dead], 0.6 * codes[dead], rtol=1e-6)
+
+
+def test_no_more_codes_are_replaced_than_there_are_vectors():
+    layer = quantizer(learning="ema", decay=0.5, dead_below=0.6)
+    before, z = layer.codebook[...], random(3, 4)
+    layer(z)
+    assert (layer.codebook[...] != before).any(-1).sum() <= 6
+
+
+def test_every_call_draws_anew():
+    layer = quantizer(learning="ema", decay=0.5, dead_below=1e9)
+    z = random(64, 4)
+    layer(z)
+    first = layer.codebook[...]
+    layer(z)
+    assert (layer.codebook[...] != first).any(-1).sum() > 8
+
+
+def test_codes_in_use_are_left_alone():
+    with_reset, without = quantizer(learning="ema", dead_below=1e-3), quantizer(learning="ema")
+    with_reset(random(8, 4))
+    without(random(8, 4))
+    assert_close(statistics(with_reset), statistics(without), rtol=0)
+
+
+# Devices.
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_under_a_mesh_statistics_are_of_the_whole_batch(axis_type):
+    layer, batches = quantizer(learning="ema", decay=0.8, dead_below=0.5), random(3, 32, 2, 4)
+    expected = statistics(steps(layer, batches))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(batches, NamedSharding(mesh, P(None, "data", None, None)))
+        found = statistics(jax.jit(functools.partial(_state_after, layer))(spread))
+    assert_close(found, expected)
+
+
+def _state_after(layer, batches):
+    after = steps(layer, batches)
+    return nnx.clone(after)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_in_shard_map_axis_name_adds_up(check_vma):
+    layer = quantizer(learning="ema", decay=0.8, axis_name="data")
+    expected = quantizer(learning="ema", decay=0.8)
+    z = random(32, 4)
+    whole = expected(z)
+    graphdef, state = nnx.split(layer)
+
+    def local(state, z):
+        layer = nnx.merge(graphdef, state)
+        out = layer(z)
+        return nnx.state(layer), out.values, out.perplexity
+
+    spread = jax.shard_map(
+        local,
+        mesh=jax.sharding.Mesh(np.array(jax.devices()), ("data",)),
+        in_specs=(P(), P("data")),
+        out_specs=(P(), P("data"), P()),
+        check_vma=check_vma,
+    )
+    state, values, perplexity = jax.jit(spread)(state, z)
+    assert_close(statistics(nnx.merge(graphdef, state)), statistics(expected))
+    np.testing.assert_array_equal(values, whole.values)
+    np.testing.assert_allclose(perplexity, whole.perplexity, rtol=1e-6)
+
+
+def test_in_shard_map_dead_codes_take_vectors_of_all_devices():
+    layer = quantizer(8, learning="ema", decay=0.5, dead_below=1e9, axis_name="data")
+    z = random(32, 4)
+    graphdef, state = nnx.split(layer)
+
+    def local(state, z):
+        layer = nnx.merge(graphdef, state)
+        layer(z)
+        return nnx.state(layer)
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    spread = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    codes, *_ = statistics(nnx.merge(graphdef, jax.jit(spread)(state, z)))
+    row, device = np.nonzero((codes[:, None] == np.asarray(z)).all(-1))
+    np.testing.assert_array_equal(row, np.arange(8))
+    np.testing.assert_array_equal(device // 4, np.arange(8))
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_codes": 0}, "num_codes=0 must be an integer of at least 1"),
+        ({"features": 2.0}, "features=2.0 must be an integer"),
+        ({"gradient": "ste"}, "gradient='ste' is unknown; write 'straight_through' or 'rotation'"),
+        ({"learning": "EMA"}, "learning='EMA' is unknown; write 'loss' or 'ema'"),
+        ({"commitment": -0.1}, "commitment=-0.1 must be a number of at least 0"),
+        ({"commitment": float("nan")}, "commitment=nan must be"),
+        ({"decay": 1.0}, "decay=1.0 must be at least 0 and below 1"),
+        ({"decay": float("nan")}, "decay=nan"),
+        ({"epsilon": 0}, "epsilon=0 must be positive"),
+        ({"dead_below": 1.0}, 'write learning="ema"'),
+        ({"dead_below": -1.0, "learning": "ema"}, "dead_below=-1.0 must be"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=f"VectorQuantizer: .*{message}"):
+        quantizer(**kwargs)
+
+
+def test_bad_inputs():
+    with pytest.raises(TypeError, match="VectorQuantizer: z is int32; write a floating array"):
+        quantizer()(jnp.zeros((3, 4), jnp.int32))
+    with pytest.raises(TypeError, match="z is list"):
+        quantizer()([1.0])
+    with pytest.raises(ValueError, match=r"z has shape \(3, 5\); its last axis must have 4"):
+        quantizer()(jnp.zeros((3, 5)))

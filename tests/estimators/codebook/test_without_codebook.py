@@ -1,0 +1,213 @@
+"""FSQ and LFQ: quantizers whose codes are not stored."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flax_customgrad as fcg
+from flax_customgrad.catalogue import find
+from flax_customgrad.estimators.codebook.code_entropy import code_entropy
+from flax_customgrad.estimators.codebook.usage import Quantized
+
+
+def random(*shape, seed=0, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def pulled(layer, z, g, dloss=0.0):
+    @jax.jit
+    def pull(z, g):
+        def outputs(z):
+            out = layer(z)
+            return out.values, out.loss
+
+        out, pull = jax.vjp(outputs, z)
+        return pull((g, jnp.asarray(dloss, out[1].dtype)))[0]
+
+    return pull(z, g)
+
+
+def stated(layer, z, g, dloss=0.0):
+    def formula(z, g):
+        return find(type(layer).__name__).formula(layer, z, Quantized(g, None, dloss, None, None))
+
+    return jax.jit(formula)(z, g)[1]
+
+
+ALL_LEVELS = (2, 3, 8, 500, 501, 1001, 4001)
+
+
+@pytest.mark.parametrize("levels", ALL_LEVELS)
+def test_all_levels_are_reached_and_no_more(levels):
+    with jax.enable_x64(True):
+        z = jnp.concatenate([jnp.linspace(-9, 9, 20001), jnp.array([-1e30, 1e30])])
+        out = jax.jit(fcg.FSQ((levels,)))(z[:, None])
+        numbers = np.unique(out.indices)
+        assert (numbers.min(), numbers.max()) == (0, levels - 1)
+        if levels < 1000:
+            assert len(numbers) == levels
+        expected = np.arange(levels) - levels // 2
+        half = levels // 2
+        np.testing.assert_allclose(np.unique(out.values), expected[numbers] / half, rtol=1e-12)
+
+
+@pytest.mark.parametrize("levels", ALL_LEVELS)
+def test_zero_is_a_level(levels):
+    assert fcg.FSQ((levels,))(jnp.zeros((1, 1))).values == 0
+
+
+def test_fsq_forward_is_the_paper_s():
+    levels = np.array([8, 5, 5, 4])
+    with jax.enable_x64(True):
+        z = random(500, 4, dtype=jnp.float64)
+        h = (levels - 1) * 1.001 / 2
+        offset = np.where(levels % 2, 0, 0.5)
+        bounded = np.tanh(z + np.arctanh(offset / h)) * h - offset
+        out = fcg.FSQ(levels.tolist())(z)
+        np.testing.assert_array_equal(out.values, np.round(bounded) / (levels // 2))
+
+
+def test_fsq_gradient_is_its_formula():
+    with jax.enable_x64(True):
+        layer = fcg.FSQ((8, 5, 5, 2))
+        z, g = random(100, 4, dtype=jnp.float64), random(100, 4, seed=1, dtype=jnp.float64)
+        expected = stated(layer, z, g)
+        np.testing.assert_allclose(pulled(layer, z, g), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_fsq_far_out(dtype):
+    layer = fcg.FSQ((5,))
+    z = jnp.array([[1e3], [-1e3], [6e4], [jnp.inf], [-jnp.inf]], dtype)
+    out = layer(z)
+    assert out.values.dtype == dtype
+    np.testing.assert_array_equal(out.values[:, 0], [1, -1, 1, 1, -1])
+    np.testing.assert_array_equal(pulled(layer, z, jnp.ones_like(z)), jnp.zeros_like(z))
+    # 1 - tanh^2 is rounding here in float32, and e^-20 is not.
+    slope = pulled(layer, jnp.full((1, 1), 10, jnp.float32), jnp.ones((1, 1)))
+    np.testing.assert_allclose(slope, 4 * np.exp(-20) * 2.002 / 2, rtol=1e-5)
+
+
+def test_fsq_half_precision_counts_many_levels():
+    z = random(64, 2, dtype=jnp.bfloat16)
+    layer = fcg.FSQ((1000, 999))
+    np.testing.assert_array_equal(layer(z).indices, layer(z.astype(jnp.float32)).indices)
+
+
+@pytest.mark.parametrize("layer", [fcg.FSQ((3, 4, 5)), fcg.LFQ(5, scale=0.5)])
+def test_numbers_and_codes_are_one_to_one(layer):
+    numbers = jnp.arange(layer.num_codes)
+    codes = layer.indices_to_codes(numbers)
+    assert len(np.unique(codes, axis=0)) == layer.num_codes
+    # Codes are not where FSQ's tanh leads; undo it.
+    if isinstance(layer, fcg.FSQ):
+        levels = np.array(layer.levels)
+        h, offset = (levels - 1) * 1.001 / 2, np.where(levels % 2, 0, 0.5)
+        z = jnp.arctanh((codes * (levels // 2) + offset) / h) - np.arctanh(offset / h)
+    else:
+        z = codes
+    out = layer(z)
+    np.testing.assert_array_equal(out.indices, numbers)
+    np.testing.assert_array_equal(out.values, codes)
+    np.testing.assert_allclose([out.usage, out.perplexity], [1, layer.num_codes], rtol=1e-5)
+    np.testing.assert_array_equal(layer.indices_to_codes(numbers.reshape(2, -1))[1, -1], codes[-1])
+
+
+def test_lfq_at_zero():
+    out = fcg.LFQ(3, scale=2.0)(jnp.array([[0.0, -0.0, -1e-30]]))
+    np.testing.assert_array_equal(out.values, [[2, 2, -2]])
+    assert out.indices[0] == 3
+
+
+@pytest.mark.parametrize("layer", [fcg.FSQ((3, 4)), fcg.LFQ(2)])
+def test_nan(layer):
+    out = layer(jnp.array([[1.0, jnp.nan], [1.0, 1.0]]))
+    assert jnp.isnan(out.values[0, 1])
+    assert out.indices[0] == layer.num_codes
+    assert out.indices[1] < layer.num_codes
+
+
+@pytest.mark.parametrize("bits", [1, 5])
+def test_lfq_gradient_is_its_formula(bits):
+    with jax.enable_x64(True):
+        layer = fcg.LFQ(bits, temperature=1.5, diversity=0.6, scale=0.7)
+        z, g = (random(6, 5, bits, seed=i, dtype=jnp.float64) for i in range(2))
+        expected = stated(layer, z, g, 1.3)
+        np.testing.assert_allclose(pulled(layer, z, g, 1.3), expected, rtol=1e-12, atol=1e-13)
+
+
+def brute_force_entropies(z, sharpness):
+    z = np.asarray(z, np.float64).reshape(-1, z.shape[-1])
+    words = np.arange(2 ** z.shape[1])[:, None] >> np.arange(z.shape[1]) & 1
+    p = 1 / (1 + np.exp(-sharpness * z))
+    each = np.prod(np.where(words, p[:, None], 1 - p[:, None]), -1)
+
+    def entropy(p):
+        return -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
+
+    return entropy(each).mean(), entropy(each.mean(0))
+
+
+@pytest.mark.parametrize("bits", [1, 7])
+def test_code_entropy_is_that_of_all_codes(bits):
+    with jax.enable_x64(True):
+        z = random(4, 3, bits, dtype=jnp.float64)
+        expected = brute_force_entropies(z, 2.0)
+        np.testing.assert_allclose(code_entropy(z, 2.0), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_code_entropy_of_what_is_sure(dtype):
+    z = 100 * jnp.sign(random(16, 6)).astype(dtype)
+    (each, together), pull = jax.vjp(lambda z: code_entropy(z, 400.0), z)
+    assert each == 0
+    np.testing.assert_allclose(together, brute_force_entropies(np.sign(z), 50.0)[1], rtol=1e-5)
+    np.testing.assert_array_equal(pull((jnp.ones(()), jnp.ones(())))[0], jnp.zeros_like(z))
+
+
+def test_code_entropy_never_has_all_codes_of_all_vectors():
+    def gradient(z):
+        return jax.grad(lambda z: sum(code_entropy(z, 1.0)))(z)
+
+    compiled = jax.jit(gradient).lower(jnp.zeros((512, 16))).compile()
+    # 512 x 2^16 numbers are 134 MB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 8e6
+
+
+def test_codes_that_are_too_many_are_not_counted():
+    layer = fcg.FSQ((2**10, 2**10, 2**10))
+    out = layer(jnp.zeros((2, 3)))
+    assert out.perplexity is None
+    assert out.usage is None
+    np.testing.assert_array_equal(layer.indices_to_codes(out.indices), out.values)
+    assert fcg.LFQ(30, entropy_weight=0)(jnp.ones((1, 30))).indices == 2**30 - 1
+
+
+@pytest.mark.parametrize("layer", [fcg.FSQ((3, 4)), fcg.LFQ(2)])
+def test_no_vectors(layer):
+    out = layer(jnp.zeros((0, 2)))
+    assert out.values.shape == (0, 2)
+    assert out.loss == 0
+    assert pulled(layer, jnp.zeros((0, 2)), jnp.zeros((0, 2)), 1.0).shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fcg.FSQ(()), "levels=\\(\\) must be integers of at least 2"),
+        (lambda: fcg.FSQ((3, 1)), "levels=\\(3, 1\\) must be"),
+        (lambda: fcg.FSQ((3.0,)), "must be integers"),
+        (lambda: fcg.FSQ((2**16, 2**15)), "int32 has numbers for less than"),
+        (lambda: fcg.LFQ(0), "features=0 must be"),
+        (lambda: fcg.LFQ(31), "make 2\\*\\*31 codes"),
+        (lambda: fcg.LFQ(3, temperature=0), "temperature=0 must be positive"),
+        (lambda: fcg.LFQ(3, scale=-1), "scale=-1 must be positive"),
+        (lambda: fcg.LFQ(3, commitment=-1), "commitment=-1 must be"),
+        (lambda: fcg.FSQ((3, 3))(jnp.zeros((2, 3))), "last axis must have 2"),
+        (lambda: fcg.LFQ(3)(jnp.zeros((2, 2))), "last axis must have 3"),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

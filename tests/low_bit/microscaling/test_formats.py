@@ -1,0 +1,187 @@
+"""Elements, blocks and scales: every code, every tie, both ends."""
+
+import functools
+import math
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from flax_customgrad.low_bit.microscaling.block_codes import coded, decoded
+from flax_customgrad.low_bit.microscaling.hadamard import rotated
+from flax_customgrad.low_bit.microscaling.mx import MX
+from flax_customgrad.low_bit.microscaling.nvfp4 import NVFP4
+from flax_customgrad.low_bit.microscaling.scaled_blocks import join, places, split
+from flax_customgrad.low_bit.microscaling.small_floats import (
+    E2M1,
+    E4M3,
+    E5M2,
+    decode,
+    encode,
+    round_to,
+)
+
+rounded = jax.jit(round_to, static_argnums=0)
+ELEMENTS = pytest.mark.parametrize("element", [E4M3, E5M2, E2M1])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def quantize(form, x):
+    return form.quantize(x, (1,))
+
+
+def every_value(element):
+    """The finite values of an element and their codes, as ml_dtypes has them; -0 is left out."""
+    codes = np.arange(2 ** ml_dtypes.finfo(element).bits, dtype=np.uint8)
+    values = codes.view(np.dtype(element)).astype(np.float64)
+    real = np.isfinite(values) & ~((values == 0) & np.signbit(values))
+    order = np.argsort(values[real])
+    return values[real][order], codes[real][order]
+
+
+@ELEMENTS
+def test_every_code_is_a_value(element):
+    values, codes = every_value(element)
+    np.testing.assert_array_equal(decode(element, jnp.asarray(codes), jnp.float32), values)
+    np.testing.assert_array_equal(encode(element, jnp.float32(values)), codes)
+
+
+@ELEMENTS
+@pytest.mark.parametrize("x64", [False, True])
+def test_values_round_to_the_nearest_and_ties_to_the_even_code(element, x64):
+    values, codes = every_value(element)
+    ties = (values[1:] + values[:-1]) / 2
+    even = np.where(codes[1:] % 2 == 0, values[1:], values[:-1])
+    dtype = np.float64 if x64 else np.float32
+    towards = np.nextafter(dtype(ties), dtype(np.inf)), np.nextafter(dtype(ties), dtype(-np.inf))
+    most = values.max()
+    beyond = np.array([most * 1.01, most * 100, 3e38, -3e38])
+    given = np.concatenate([values, ties, *towards, beyond, [np.nan]])
+    expected = [values, even, values[1:], values[:-1], [most, most, most, -most], [np.nan]]
+    with jax.enable_x64(x64):
+        got = rounded(element, jnp.asarray(given, dtype))
+        assert got.dtype == dtype
+    np.testing.assert_array_equal(got, np.concatenate(expected))
+
+
+@ELEMENTS
+def test_stochastic_rounding_goes_up_as_often_as_it_should(element):
+    values, _ = every_value(element)
+    low, high = values[:-1], values[1:]
+    for share in (0.25, 0.75):
+        v = jnp.float32(low + share * (high - low))
+        for noise, expected in ((share - 0.01, high), (share, low), (0.0, high), (0.999, low)):
+            got = rounded(element, v, jnp.full(v.shape, noise, jnp.float32))
+            np.testing.assert_array_equal(got, expected)
+    noise = jnp.linspace(0, 0.999, len(values), dtype=jnp.float32)
+    np.testing.assert_array_equal(round_to(element, jnp.float32(values), noise), values)
+
+
+@pytest.mark.parametrize(("shape", "axes"), [((5, 7), (0,)), ((5, 7), (1,)), ((8, 7), (0, 1))])
+def test_blocks_are_filled_up_with_zeros(shape, axes):
+    x = jnp.arange(1.0, 1 + math.prod(shape)).reshape(shape)
+    blocks = split(x, axes, 4)
+    assert all(blocks.shape[axis] == 4 for axis in places(axes))
+    assert blocks.sum() == x.sum()
+    np.testing.assert_array_equal(join(blocks, axes, jax.typeof(x)), x)
+
+
+@pytest.mark.parametrize("up", [True, False])
+@ELEMENTS
+def test_the_scale_of_mx_is_exact_beside_every_step(element, up):
+    """Largest elements at powers of two and at the largest element's multiples, and beside them."""
+    most = Fraction(float(ml_dtypes.finfo(element).max))
+    places = math.floor(math.log2(most))
+    steps = np.float32([float(f) * 2.0**k for k in (-110, -1, 0, 5, 100) for f in (1, most)])
+    amax = np.concatenate([steps, np.nextafter(steps, 0), np.nextafter(steps, np.float32(np.inf))])
+    scaled = quantize(MX(element, 2, up), np.stack([amax, -amax / 3], 1))
+    scales, elements = np.int32(scaled.scales[:, 0, 0]), scaled.elements[:, 0, 0]
+    for a, e in zip(amax, scales - 127, strict=True):
+        a, power = Fraction(float(a)), Fraction(2) ** int(e)
+        assert most * power / 2 < a <= most * power if up else power <= a / 2**places < 2 * power
+    quotients = np.clip(amax * np.exp2(127.0 - scales), 0, float(most))
+    np.testing.assert_array_equal(elements, quotients.astype(element).astype(np.float32))
+
+
+def test_the_ends_of_mx():
+    inf, nan, top = np.inf, np.nan, np.finfo(np.float32).max
+    x = jnp.float32([[0, 0], [-0.0, 0], [1e-44, 0], [2.0**-126, 0], [top, 1], [inf, 1], [1, nan]])
+    for up in (True, False):
+        form = MX(E4M3, 2, up)
+        scaled = quantize(form, x)
+        np.testing.assert_array_equal(scaled.scales[:, 0, 0], [1, 1, 1, 1, 246, 255, 255])
+        values = form.rounded(x, (1,))
+        np.testing.assert_array_equal(values[:4], np.float32([[0, 0]] * 3 + [[2.0**-126, 0]]))
+        np.testing.assert_array_equal(values[4], np.float32([448 * 2.0**119, 0]))
+        assert np.isnan(values[5:]).all()
+
+
+def exact_nvfp4(x, size):
+    """Codes by fractions, along the last axis."""
+    a = max(abs(Fraction(float(v))) for v in x.ravel())
+    scales, elements = [], []
+    for block in x.reshape(-1, size):
+        b = max(abs(Fraction(float(v))) for v in block)
+        scales.append(max(nearest(448 * b / a, E4M3), Fraction(1, 512)))
+        elements += [nearest(2688 * Fraction(float(v)) / a / scales[-1], E2M1) for v in block]
+    return np.array(list(map(float, scales))), np.array(list(map(float, elements)))
+
+
+def nearest(v, element):
+    values, codes = every_value(element)
+    candidates = ((abs(Fraction(u) - v), c % 2, u) for u, c in zip(values, codes, strict=True))
+    return Fraction(min(candidates)[2])
+
+
+def test_nvfp4_is_exact_also_at_ties():
+    """Small integers and data in bfloat16, whose quotients lie half way between elements often."""
+    x = np.concatenate([np.arange(-24, 24), [1, 2, 3, 5] * 4]).reshape(-1, 4).astype(np.float32)
+    x[3] = jax.random.normal(jax.random.key(0), (4,), jnp.bfloat16)
+    form = NVFP4(size=4)
+    scaled = quantize(form, x)
+    scales, elements = exact_nvfp4(x, 4)
+    np.testing.assert_array_equal(decode(E4M3, scaled.scales, jnp.float32).ravel(), scales)
+    np.testing.assert_array_equal(np.abs(scaled.elements.ravel()), np.abs(elements))
+    expected = (elements.reshape(-1, 4) * scales[:, None]).ravel() * 24 / 2688
+    np.testing.assert_allclose(form.rounded(jnp.asarray(x), (1,)).ravel(), expected, rtol=3e-7)
+
+
+def test_the_ends_of_nvfp4():
+    form, top = NVFP4(size=4), np.finfo(np.float32).max
+    for x in (np.zeros((2, 4)), np.zeros((0, 4)), np.zeros((0, 0))):
+        np.testing.assert_array_equal(form.rounded(jnp.float32(x), (1,)), x)
+    for a in (top, 1e-35):
+        x = np.float32([[a, a / 2, 0, -a / 3], [a * 2.0**-4, 0, 0, 0]])
+        values = form.rounded(jnp.asarray(x), (1,))
+        np.testing.assert_allclose(
+            values, [[a, a / 2, 0, -a / 3], [a * 2.0**-4, 0, 0, 0]], rtol=2e-6
+        )
+    small = quantize(form, jnp.float32([[1, 0, 0, 0], [2.0**-17, 0, 0, 0], [2.0**-30, 0, 0, 0]]))
+    np.testing.assert_array_equal(small.scales.ravel(), [126, 2, 1])
+    np.testing.assert_array_equal(small.elements[:, 0, 0], [6, 6, 0])
+    for bad in (np.inf, np.nan):
+        assert np.isnan(form.rounded(jnp.float32([[1, bad, 0, 0], [1, 2, 3, 4]]), (1,))).all()
+
+
+def test_the_transform_of_rows_is_orthonormal():
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(1), (20, 3), jnp.float64)
+        turned = rotated(x)
+        assert turned.shape == (32, 3)
+        np.testing.assert_allclose(turned.T @ turned, x.T @ x, rtol=1e-13)
+    spread = rotated(jnp.zeros((16, 1)).at[5].set(4.0))
+    np.testing.assert_array_equal(np.abs(spread), np.ones((16, 1)))
+
+
+@pytest.mark.parametrize("form", [MX(E4M3, 4), MX(E2M1, 4), NVFP4()], ids=["8 bits", "4", "NVFP4"])
+def test_codes_stand_for_what_was_rounded(form):
+    x = jax.random.normal(jax.random.key(2), (6, 5))
+    codes = coded(x, form)
+    bits = ml_dtypes.finfo(form.element).bits
+    assert codes.elements.shape == (6, math.ceil(5 * bits / 8))
+    assert codes.elements.dtype == codes.scales.dtype == jnp.uint8
+    values = jax.jit(lambda: decoded(codes, form))()
+    np.testing.assert_array_equal(values, form.rounded(x, (0,)))

@@ -1,0 +1,358 @@
+"""Quantizers: codes at every tie and bound, gradients, learned sizes, and what is kept."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import flax_customgrad as fcg
+from flax_customgrad.low_bit.quantizers.codes import decode
+
+NAN, INF = float("nan"), float("inf")
+
+
+def _observed(quantizer, x):
+    quantizer.observe(jnp.asarray(x, jnp.float32))
+    return quantizer
+
+
+def _with(quantizer, **parameters):
+    for name, value in parameters.items():
+        setattr(quantizer, name, nnx.Param(jnp.asarray(value, jnp.float32)))
+    return quantizer
+
+
+# Each with x that meet ties, both bounds and what lies beyond, its codes, and dx for a gradient 1.
+CODES = [
+    (
+        _with(fcg.LSQ(3), scale=0.5),
+        [-3.0, -2.0, -1.75, -0.25, 0.25, 0.75, 1.25, 1.5, 1.51, NAN],
+        [0, 0, 0, 4, 4, 6, 6, 7, 7, 0],
+        [0, 1, 1, 1, 1, 1, 1, 1, 0, 0],
+    ),
+    (
+        _with(fcg.LSQ(2, signed=False), scale=0.5),
+        [-0.1, 0.0, 0.25, 0.75, 1.25, 1.5, 1.51],
+        [0, 0, 0, 2, 2, 3, 3],
+        [0, 1, 1, 1, 1, 1, 0],
+    ),
+    (
+        _with(fcg.LSQPlus(2, signed=False), scale=0.5, offset=-0.5),
+        [-0.6, -0.5, -0.25, 0.25, 0.75, 1.0, 1.01],
+        [0, 0, 0, 2, 2, 3, 3],
+        [0, 1, 1, 1, 1, 1, 0],
+    ),
+    (
+        _with(fcg.TQT(3), log2_t=0.6),
+        [-2.1, -2.0, -1.75, -0.25, 0.25, 0.75, 1.5, 1.51],
+        [0, 0, 0, 4, 4, 6, 7, 7],
+        [0, 1, 1, 1, 1, 1, 1, 0],
+    ),
+    (
+        fcg.PACT(2, alpha=1.5),
+        [-0.1, 0.0, 0.25, 0.75, 1.25, 1.49, 1.5, 9.0],
+        [0, 0, 0, 2, 2, 3, 3, 3],
+        [0, 1, 1, 1, 1, 1, 0, 0],
+    ),
+    (
+        fcg.DoReFaActivation(1),
+        [-0.1, 0.0, 0.5, 0.51, 1.0, 1.1],
+        [0, 0, 0, 1, 1, 1],
+        [0, 1, 1, 1, 1, 0],
+    ),
+    (
+        _with(fcg.EWGS(2, signed=False, delta=0.0), low=0.0, high=1.5, scale=1.5),
+        [-0.1, 0.0, 0.25, 0.75, 1.25, 1.5, 1.51],
+        [0, 0, 0, 2, 2, 3, 3],
+        [0, 1, 1, 1, 1, 1, 0],
+    ),
+    (fcg.BinaryActivation(0.5), [-0.51, -0.5, -0.0, 0.0, 0.5, 0.51], [0, 0, 1, 1, 1, 1], None),
+    (fcg.TWN(1.0), [-2.0, -1.0, 0.0, 1.0, 1.5, 0.5], [0, 1, 1, 1, 2, 1], [1] * 6),
+    (fcg.AbsMean(), [-1.25, -0.5, 0.5, 0.75, 2.0, 1.0], [0, 1, 1, 2, 2, 2], [1] * 6),
+    (
+        _with(fcg.TTQ(0.5), positive=3.0, negative=0.25),
+        [-2.0, -1.0, 1.0, 1.5],
+        [0, 1, 1, 2],
+        [0.25, 1, 1, 3],
+    ),
+]
+
+
+@pytest.mark.parametrize(("quantizer", "x", "codes", "dx"), CODES, ids=lambda q: type(q).__name__)
+def test_codes_and_gradient_at_ties_and_bounds(quantizer, x, codes, dx):
+    x = jnp.array(x)
+    got = quantizer.quantize(x)
+    np.testing.assert_array_equal(got.codes, codes)
+    np.testing.assert_array_equal(jnp.isfinite(got.values), jnp.isfinite(x))
+    dx = [0, 1, 1, 1, 1, 0] if dx is None else dx
+    np.testing.assert_array_equal(jax.grad(lambda x: quantizer(x).sum())(x), dx)
+
+
+EACH = [
+    fcg.FakeQuant(4, axis=-1),
+    fcg.FakeQuant(3, symmetric=False),
+    fcg.FakeQuant(5, axis=0, block=2),
+    fcg.LSQ(2, axis=-1),
+    fcg.LSQPlus(5),
+    fcg.PACT(7),
+    fcg.TQT(4),
+    fcg.EWGS(3),
+    fcg.DoReFaWeight(6),
+    fcg.DoReFaActivation(3),
+    fcg.BinaryWeight(gradient="xnor"),
+    fcg.BinaryActivation(),
+    fcg.TWN(axis=-1),
+    fcg.AbsMean(),
+    fcg.TTQ(0.3),
+]
+
+
+@pytest.mark.parametrize("quantizer", EACH, ids=lambda q: type(q).__name__)
+def test_codes_stand_for_the_values_in_every_program(quantizer):
+    x = jax.random.normal(jax.random.key(0), (7, 12))
+    quantizer.observe(x)
+    eager = quantizer.quantize(x)
+
+    @jax.jit
+    def compiled(x):
+        codes = quantizer.quantize(x)
+        return *codes[:3], decode(codes.codes, codes.parameters, codes.scheme, 8, x)
+
+    values, codes, parameters, decoded = compiled(x)
+    assert values.dtype == x.dtype
+    np.testing.assert_array_equal(codes, eager.codes)
+    np.testing.assert_array_equal(values, eager.values)
+    np.testing.assert_array_equal(decoded, values)
+    np.testing.assert_array_equal(decode(codes, parameters, eager.scheme, 8, x), values)
+
+
+@pytest.mark.parametrize("quantizer", EACH, ids=lambda q: type(q).__name__)
+def test_extreme_values(quantizer):
+    @nnx.jit
+    def both(quantizer, x):
+        quantizer.observe(x)
+
+        def total(quantizer, x):
+            y = quantizer(x)
+            return (y / 2**10).sum(dtype=jnp.float32), y
+
+        return nnx.grad(total, argnums=(0, 1), has_aux=True)(quantizer, x)
+
+    quantizer = nnx.clone(quantizer)
+    zero = jnp.zeros((6, 12), jnp.bfloat16)
+    tiny = zero.at[1, 2].set(1e-38)
+    largest = zero.at[0, :].set(1e38).at[1, :].set(-1e38).at[2, 3].set(1e-30)
+    for x in (zero, tiny, largest):
+        (dquantizer, dx), y = both(quantizer, x)
+        assert jnp.isfinite(y).all()
+        assert jnp.isfinite(dx).all()
+        if x is not largest:
+            # A scale's gradient sums up to 128 steps of each element.
+            assert all(jnp.isfinite(a).all() for a in jax.tree.leaves(nnx.state(dquantizer)))
+    for bad in (INF, -INF, NAN):
+        _, y = both(quantizer, zero.at[3, 4].set(bad))
+        assert not jnp.isfinite(y[3, 4])
+    empty = jnp.zeros((0, 12))
+    quantizer.observe(empty)
+    assert quantizer(empty).shape == (0, 12)
+
+
+LEARNED = [
+    (fcg.LSQ(4), "scale"),
+    (fcg.LSQPlus(4), "scale"),
+    (fcg.PACT(4), "alpha"),
+    (fcg.EWGS(4), "scale"),
+    (fcg.TTQ(), "positive"),
+]
+
+
+@pytest.mark.parametrize(("quantizer", "name"), LEARNED, ids=lambda q: type(q).__name__)
+def test_a_size_that_is_driven_to_zero_or_below_can_grow_again(quantizer, name):
+    x = jnp.array([-2.0, -0.3, 0.0, 0.4, 3.0])
+
+    @nnx.jit
+    def loss(quantizer):
+        return ((quantizer(x) - x) ** 2).sum()
+
+    for start in (0.0, -1e-30, -0.01, 1e-40):
+        size = getattr(quantizer, name)
+        size[...] = jnp.float32(start)
+        before = loss(quantizer)
+        slope = getattr(nnx.grad(loss)(quantizer), name)[...]
+        assert jnp.isfinite(before)
+        assert jnp.isfinite(slope)
+        assert slope != 0
+        size[...] = size[...] - 1e-3 * jnp.sign(slope)
+        assert loss(quantizer) < before
+
+
+def test_an_interval_that_is_closed_or_turned_around_is_defined():
+    x = jnp.array([-2.0, -0.3, 0.0, 0.4, 3.0])
+    for high in (0.0, -1.0):
+        quantizer = _with(fcg.EWGS(2), low=0.0, high=high)
+        grads = nnx.grad(lambda q: q(x).sum())(quantizer)
+        assert all(jnp.isfinite(a).all() for a in jax.tree.leaves(grads))
+
+
+def test_no_threshold_makes_a_power_of_two_zero():
+    x = jnp.array([-2.0, 0.5])
+    for log2_t in (-1e6, -INF, 1e6, INF):
+        y, slope = jax.value_and_grad(lambda t: _with(fcg.TQT(4), log2_t=t)(x).sum())(log2_t)
+        assert jnp.isfinite(y)
+        assert jnp.isfinite(slope)
+    assert jnp.isnan(_with(fcg.TQT(4), log2_t=NAN)(x)).all()
+
+
+# LSQ
+
+
+def test_the_gradient_of_a_scale_does_not_depend_on_how_examples_come():
+    x = 2 * jax.random.normal(jax.random.key(1), (8, 3, 4))
+
+    def dscale(x):
+        def total(scale):
+            return (_with(fcg.LSQ(3, features=2), scale=scale)(x) * x).sum()
+
+        return jax.grad(total)(0.5)
+
+    whole = dscale(x)
+    np.testing.assert_allclose(sum(map(dscale, jnp.split(x, 4))), whole, rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(dscale)(x).sum(), whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "n"),
+    [({"axis": (0, 2)}, 3), ({"features": 1}, 4)],
+)
+def test_lsq_is_the_papers_formula(arguments, n):
+    with jax.enable_x64(True):
+        x, g = jax.random.normal(jax.random.key(2), (2, 2, 3, 4), jnp.float64)
+        quantizer = fcg.LSQ(3, **arguments)
+        quantizer.observe(x)
+        shared = (
+            ()
+            if quantizer.scale.shape == ()
+            else tuple(i for i, size in enumerate(quantizer.scale.shape) if size == 1)
+        )
+        axes = shared or (0, 1, 2)
+        mean = jnp.abs(x).mean(axes).reshape(quantizer.scale.shape)
+        np.testing.assert_allclose(quantizer.scale[...], 2 * mean / 3**0.5, rtol=1e-6)
+        s = (0.5 * mean).astype(jnp.float64)
+        quantizer.scale = nnx.Param(s)
+        v = x / s
+        inside = (v >= -4) & (v <= 3)
+        slope = jnp.where(inside, jnp.round(v) - v, jnp.where(v < 0, -4, 3))
+        expected = (g * slope).sum(axes).reshape(s.shape) / (n * 3) ** 0.5
+        got = nnx.grad(lambda q, x: (q(x) * g).sum(), argnums=(0, 1))(quantizer, x)
+        np.testing.assert_allclose(got[0].scale[...], expected, rtol=1e-12)
+        np.testing.assert_array_equal(got[1], jnp.where(inside, g, 0))
+        y = s * jnp.clip(jnp.round(v), -4, 3)
+        np.testing.assert_array_equal(quantizer(x), y)
+
+
+def test_observing_again_keeps_the_parameter():
+    quantizer = fcg.LSQ(4, axis=0)
+    quantizer.observe(jnp.ones((2, 3)))
+    before = quantizer.scale
+    quantizer.observe(jnp.array([[NAN, 4.0], [0.0, 0.0]]))
+    assert quantizer.scale is before
+    np.testing.assert_allclose(before[...], [[8 / 7**0.5], [1.0]], rtol=1e-6)
+
+
+# What is kept
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "expected"),
+    [
+        (fcg.FakeQuant(4), 0),
+        (_observed(fcg.FakeQuant(4, dynamic=False), [2.0]), 16),
+        (fcg.LSQ(4), 0),
+        (fcg.PACT(4), 32),
+        (fcg.DoReFaWeight(4), 4),
+        (fcg.DoReFaActivation(4), 16),
+        (fcg.BinaryActivation(), 16),
+        (fcg.BinaryActivation(None), 0),
+        (fcg.BinaryWeight(), 16 + 32),
+        (fcg.TWN(), 0),
+        (fcg.AbsMean(), 0),
+        (fcg.TTQ(), 32),
+        (fcg.GradientQuant(4, stochastic=False), 0),
+    ],
+    ids=lambda q: type(q).__name__,
+)
+def test_what_is_kept_beyond_x_and_the_parameters(quantizer, expected):
+    x = jnp.ones((16, 8))
+    assert fcg.residual_bytes(lambda q, x: q(x), quantizer, x) == expected
+
+
+# Gradients that are quantized
+
+
+def test_the_mean_of_a_noisy_gradient_is_the_gradient():
+    g = jnp.array([0.9, -0.35, 0.1, 0.0])
+    many = jnp.broadcast_to(g, (4000, 4))
+
+    def pulled(layer):
+        return nnx.grad(lambda layer, x: (layer(x) * many).sum(), argnums=1)(layer, many)
+
+    for layer, values in (
+        (fcg.GradientQuant(3, rngs=nnx.Rngs(0)), jnp.arange(-3, 4) / 3),
+        (fcg.DoReFaGradient(2, rngs=nnx.Rngs(0)), jnp.array([-1, -1 / 3, 1 / 3, 1])),
+    ):
+        dx = pulled(layer)
+        assert dx.dtype == g.dtype
+        assert set(jnp.unique(dx).tolist()) <= set((values * g[0]).tolist())
+        np.testing.assert_allclose(dx.mean(0), g, atol=0.03)
+        assert not jnp.array_equal(dx, pulled(layer))
+
+
+def test_a_gradient_of_zeros_stays_zeros_and_a_non_finite_one_is_not_hidden():
+    layer = fcg.DoReFaGradient(2, rngs=nnx.Rngs(0))
+
+    def pulled(g):
+        return nnx.grad(lambda layer, x: (layer(x) * g).sum(), argnums=1)(layer, g)
+
+    g = jnp.array([[0.0, 0.0], [INF, 1.0], [1.0, -1.0]])
+    dx = pulled(g)
+    assert (dx[0] == 0).all()
+    assert not jnp.isfinite(dx[1]).any()
+    np.testing.assert_array_equal(dx[2], [1, -1])
+    assert pulled(jnp.zeros((0, 3))).shape == (0, 3)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda: fcg.LSQ(1), r"LSQ: bits=1 must be an integer from 2 to 8"),
+        (lambda: fcg.LSQPlus(True), r"LSQPlus: bits=True must be an integer"),
+        (lambda: fcg.LSQ(axis="token"), r'LSQ: axis="token" has no scales to learn'),
+        (lambda: fcg.LSQ(features=0), r"LSQ: features=0 must be a positive integer"),
+        (lambda: fcg.LSQ(grad_scale="paper"), r"grad_scale='paper' must be \"lsq\" or a number"),
+        (lambda: fcg.LSQ(axis=-1)(jnp.ones((2, 3))), r"LSQ: axis=\(-1,\) .* call observe\(x\)"),
+        (
+            lambda: _observed(fcg.LSQ(axis=-1), np.ones((2, 3)))(jnp.ones((2, 4))),
+            r"`scale` has shape \(1, 3\), which does not fit an input of shape \(2, 4\)",
+        ),
+        (lambda: fcg.PACT(alpha=0), r"PACT: alpha=0 must be positive"),
+        (lambda: fcg.PACT(9), r"PACT: bits=9 must be an integer from 1 to 8"),
+        (lambda: fcg.EWGS(delta=-1), r"EWGS: delta=-1 must be a number from 0 on"),
+        (lambda: fcg.TTQ(1.0), r"TTQ: threshold=1.0 must be in \[0, 1\)"),
+        (lambda: fcg.TWN(0.0), r"TWN: threshold=0.0 must be positive"),
+        (lambda: fcg.AbsMean(clip_value=0), r"AbsMean: clip_value=0 must be positive"),
+        (lambda: fcg.BinaryWeight(gradient="ste"), r"gradient='ste' must be \"bi_real\" or"),
+        (lambda: fcg.BinaryWeight(scaled=False, gradient="xnor"), r"leave out scaled=False"),
+        (lambda: fcg.BinaryWeight(axis=2)(jnp.ones((2, 3))), r"axis=\(2,\) is none of an array"),
+        (
+            lambda: fcg.GradientQuant(8),
+            r"GradientQuant: stochastic=True draws noise: write rngs=nnx.Rngs\(0\)",
+        ),
+    ],
+)
+def test_errors(make, error):
+    with pytest.raises(ValueError, match=error):
+        make()
