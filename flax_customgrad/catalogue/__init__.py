@@ -1,60 +1,63 @@
 """The catalogue: one entry per layer, which the tests, the command line, benchmarks and docs read.
 
 An entry says what a layer is, where it comes from and what its backward keeps, and makes examples
-of it: small ones on which its gradient is proved, and workloads on which it is timed.
+of it: small ones on which its gradient is checked, and workloads on which it is timed. The entries
+of a family stand in its folder, in `entries.py`.
 """
 
 from typing import Any
 
 from flax import nnx
 
-from flax_customgrad.estimators.categorical.entries import CATEGORICAL
-from flax_customgrad.estimators.codebook.entries import CODEBOOK
-from flax_customgrad.estimators.rounding.entries import STRAIGHT_THROUGH
-from flax_customgrad.estimators.sparse.entries import SPARSE
-from flax_customgrad.estimators.spiking.entries import SPIKING
-from flax_customgrad.gradients.feedback.entries import FEEDBACK
-from flax_customgrad.gradients.shaping.entries import SHAPING
-from flax_customgrad.layers.activation.entries import ACTIVATION
-from flax_customgrad.layers.conv.entries import CONV
-from flax_customgrad.layers.linear.entries import LINEAR
-from flax_customgrad.layers.normalization.entries import NORMALIZATION
-from flax_customgrad.layers.pooling.entries import POOLING
-from flax_customgrad.layers.weight_norms.entries import WEIGHTS
-from flax_customgrad.low_bit.fp8.entries import FP8
-from flax_customgrad.low_bit.frozen.entries import FROZEN
-from flax_customgrad.low_bit.int8.entries import INT8
-from flax_customgrad.low_bit.microscaling.entries import MICROSCALING
-from flax_customgrad.low_bit.quant_layers.entries import QUANTIZED
-from flax_customgrad.low_bit.quantizers.entries import QUANTIZERS
-from flax_customgrad.registry.entry import Curve as Curve
-from flax_customgrad.registry.entry import Entry as Entry
-from flax_customgrad.registry.entry import Example as Example
+from flax_customgrad.catalogue.expected import expected
+from flax_customgrad.estimators.categorical import entries as categorical
+from flax_customgrad.estimators.codebook import entries as codebook
+from flax_customgrad.estimators.rounding import entries as rounding
+from flax_customgrad.estimators.sparse import entries as sparse
+from flax_customgrad.estimators.spiking import entries as spiking
+from flax_customgrad.gradients.feedback import entries as feedback
+from flax_customgrad.gradients.shaping import entries as shaping
+from flax_customgrad.layers.activation import entries as activation
+from flax_customgrad.layers.conv import entries as conv
+from flax_customgrad.layers.linear import entries as linear
+from flax_customgrad.layers.normalization import entries as normalization
+from flax_customgrad.layers.pooling import entries as pooling
+from flax_customgrad.layers.weight_norms import entries as weight_norms
+from flax_customgrad.low_bit.fp8 import entries as fp8
+from flax_customgrad.low_bit.frozen import entries as frozen
+from flax_customgrad.low_bit.int8 import entries as int8
+from flax_customgrad.low_bit.microscaling import entries as microscaling
+from flax_customgrad.low_bit.quant_layers import entries as quant_layers
+from flax_customgrad.low_bit.quantizers import entries as quantizers
+from flax_customgrad.registry.entry import Curve, Entry, Example
+from flax_customgrad.registry.public import publish
+
+_FAMILIES = (
+    linear,
+    conv,
+    pooling,
+    normalization,
+    weight_norms,
+    activation,
+    rounding,
+    categorical,
+    codebook,
+    sparse,
+    fp8,
+    quantizers,
+    quant_layers,
+    frozen,
+    microscaling,
+    int8,
+    spiking,
+    shaping,
+    feedback,
+)
 
 
 def entries() -> tuple[Entry, ...]:
     """Every layer of the library, by family."""
-    return (
-        *LINEAR,
-        *CONV,
-        *POOLING,
-        *NORMALIZATION,
-        *WEIGHTS,
-        *ACTIVATION,
-        *STRAIGHT_THROUGH,
-        *CATEGORICAL,
-        *CODEBOOK,
-        *SPARSE,
-        *FP8,
-        *QUANTIZERS,
-        *QUANTIZED,
-        *FROZEN,
-        *MICROSCALING,
-        *INT8,
-        *SPIKING,
-        *SHAPING,
-        *FEEDBACK,
-    )
+    return tuple(entry for family in _FAMILIES for entry in family.ENTRIES)
 
 
 def find(name: str) -> Entry:
@@ -72,3 +75,8 @@ def find(name: str) -> Entry:
 def drop_ins() -> dict[type[nnx.Module], Any]:
     """From each flax.nnx layer to the Module of this library that takes its place."""
     return {e.reference: e.module for e in entries() if e.is_drop_in and not e.is_function}  # type: ignore[misc]
+
+
+__all__ = ["Curve", "Entry", "Example", "drop_ins", "entries", "expected", "find"]
+
+publish(globals(), __all__)

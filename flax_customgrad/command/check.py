@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
     for label, (entry, example) in examples.items():
         began = time.perf_counter()
         with console.status(f"checking {label}"):
-            formula = entry.stated(example)
-            report = check_vjp(*example, formula=formula, checks=args.only, raises=False)
+            expected = catalogue.expected(entry, example)
+            report = check_vjp(*example, **expected, checks=args.only, raises=False)
         report.name = label
         reports.append(report)
         console.print(_line(report, width, time.perf_counter() - began), soft_wrap=True)

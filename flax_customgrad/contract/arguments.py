@@ -138,11 +138,6 @@ def is_array(value: Any) -> bool:
     return isinstance(value, jax.Array | np.ndarray | np.generic | jax.Ref)
 
 
-def is_reference(aval: Any) -> bool:
-    """Whether a type, as `jax.typeof` gives it, is that of a `jax.Ref`."""
-    return hasattr(aval, "inner_aval")
-
-
 def is_parameters(argument: Any) -> bool:
     """Whether an argument, as `positions` shows it, has its parameters by name."""
     return isinstance(argument, Mapping)

@@ -17,11 +17,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.core
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from flax_customgrad.contract import compat
 
 
 class BackwardStateError(RuntimeError):
@@ -58,6 +58,8 @@ class BackwardState:
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
         >>> from flax import nnx
+
+    from flax_customgrad.contract import compat
         >>> @fcg.custom_vjp
         ... def watch(x, history):
         ...     return x
@@ -85,11 +87,13 @@ class BackwardState:
 
     def __init__(self, value: Any, *, name: str = "a BackwardState"):
         self.name = name
-        known = not isinstance(value, jax.core.Tracer | jax.ShapeDtypeStruct)
+        known = not compat.is_traced(value) and not isinstance(value, jax.ShapeDtypeStruct)
         self._type = jax.ShapeDtypeStruct(jnp.shape(value), jnp.result_type(value))
         self._initial = np.asarray(value) if known else None
         # What a trace makes is its own, and a compiled constructor hands out one object each time.
-        self._ref = jax.new_ref(jnp.asarray(value)) if known and _outside_of_traces() else None
+        self._ref = (
+            jax.new_ref(jnp.asarray(value)) if known and compat.is_outside_of_traces() else None
+        )
         self._origin = self
 
     @property
@@ -131,7 +135,7 @@ class BackwardState:
         try:
             self.ref[index] = jax.lax.stop_gradient(value)
         except Exception as error:
-            if "on an unbatched array reference" not in str(error):
+            if not compat.is_unbatched_write_error(error):
                 raise
             raise BackwardStateError(
                 f"{self} is written under jax.vmap, where one state would get a value per example "
@@ -191,6 +195,8 @@ def backward_state(model: Any) -> Values:
     Example:
         >>> import flax_customgrad as fcg
         >>> from flax import nnx
+
+    from flax_customgrad.contract import compat
         >>> layer = fcg.Fp8Linear(4, 3, history=2, rngs=nnx.Rngs(0))
         >>> fcg.backward_state(layer)['delayed']['scale']
         Array([1., 1., 1.], dtype=float32)
@@ -326,16 +332,5 @@ def _is_like(value: jax.Array, held: jax.Array) -> bool:
 
 
 def _check_outside(name: str) -> None:
-    if not _outside_of_traces():
+    if not compat.is_outside_of_traces():
         raise BackwardStateError(f"{name} is called inside a transformation: call it outside")
-
-
-def _trace() -> Any:
-    return jax.extend.core.get_opaque_trace_state(convention="nnx")
-
-
-_TOP = _trace()
-
-
-def _outside_of_traces() -> bool:
-    return _trace() == _TOP

@@ -16,13 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.contract.arguments import (
-    Position,
-    by_path,
-    is_parameters,
-    is_reference,
-    value_of,
-)
+from flax_customgrad.contract import compat
+from flax_customgrad.contract.arguments import Position, by_path, is_parameters, value_of
 
 _ByPath = dict[tuple[Any, ...], Any]
 
@@ -87,7 +82,7 @@ class _Checker:
             self._check_tree(place, arg, ct)
 
     def _check_array(self, place: str, arg: Position, ct: Any) -> None:
-        if is_reference(self.avals[arg]):
+        if compat.is_reference(self.avals[arg]):
             raise CotangentError(
                 f"the cotangent of {place} is {describe(ct)}, but the argument is a state that the "
                 "backward may write: write it, state[...] = value, and return None"
@@ -199,7 +194,7 @@ def _placed(ct: Any, aval: Any) -> Any:
     type.
     """
     came = jax.typeof(ct)
-    varying, wanted = came.manual_axis_type.varying, aval.manual_axis_type.varying
+    varying, wanted = compat.varying_axes(came), compat.varying_axes(aval)
     if varying != wanted:
         if varying - wanted:
             ct = jax.lax.psum(ct, tuple(sorted(varying - wanted)))
@@ -225,7 +220,7 @@ def explain(where: str, error: Exception) -> CotangentError | None:
     Returns:
         The error to raise instead, or None to let it pass.
     """
-    if type(error).__name__ == "ShardingTypeError":
+    if compat.is_sharding_type_error(error):
         error.add_note(
             f"in the backward of {where}: a product over a sharded axis has to say how its result "
             "is sharded. For the gradient of `kernel` that is as the kernel is: "

@@ -6,14 +6,12 @@ output whatever the mode of NNX; and what it returns is checked while JAX traces
 
     call      f(module, x, "same")
     arguments       pack: arrays [kernel, bias, x] and, hashable, everything else
-    binding         jax.custom_vjp over the arrays
+    binding         what JAX differentiates, over the arrays
     fwd             unpack, run the user's fwd, pack its residuals
     bwd             unpack the residuals, run the user's bwd, check, one cotangent per array
 
-The binding is to `jax.custom_vjp`, over a flat list of arrays. `nnx.custom_vjp` offers no more than
-that once a Module is split, costs up to 1.7 times the eager forward of a layer, traces slower than
-plain nnx on current flax, and fails with `jax_custom_vjp3` (in every mode on jax 0.10, in the
-default mode on 0.12).
+An operation of the library itself registers as it is decorated (`registry.operations`): the tests
+take every registered one through every transform of JAX.
 """
 
 import functools
@@ -28,9 +26,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_customgrad.contract import autodiff, cotangents, writes
+from flax_customgrad.contract import autodiff, compat, cotangents, writes
 from flax_customgrad.contract.arguments import Packed, Static, pack
-from flax_customgrad.contract.residual_storage import keep, kept
+from flax_customgrad.contract.binding import bind
+from flax_customgrad.contract.residual_storage import restore, store
+from flax_customgrad.registry import operations
 
 _FORWARD_MODE = (
     "a hand-written backward has no forward mode; inside `with flax_customgrad.use_autodiff():` "
@@ -106,8 +106,8 @@ class CustomVJP:
         self._fwd: Callable[..., tuple[Any, Any]] | None = None
         self._bwd: Callable[[Any, Any], tuple[Any, ...]] | None = None
         self._running = threading.local()
-        self._binding = jax.custom_vjp(_known(self._primal))
-        self._binding.defvjp(_known(self._forward), _known(self._backward))
+        self._bound = bind(self._primal, self._forward, self._backward)
+        operations.register(self, fun)
 
     def defvjp(
         self,
@@ -153,9 +153,9 @@ class CustomVJP:
             return self.fun(*args)
         arrays, call = pack(args, f"an argument of {self._name}")
         try:
-            out, written = self._binding(Static(call), *arrays)
+            out, written = self._bound(Static(call), *arrays)
         except TypeError as error:
-            if "forward-mode" in str(error) and not self.surrogate:
+            if compat.is_forward_mode_error(error) and not self.surrogate:
                 error.add_note(f"{_FORWARD_MODE}: this is `{self._name}`")
             raise
         for module, updates in zip(writes.modules(args) if written else (), written, strict=True):
@@ -190,7 +190,7 @@ class CustomVJP:
             for name, arg in zip(names, args, strict=True)
         )
 
-    # What follows is called by jax.custom_vjp, with `call` as its static first argument.
+    # What follows is called by the binding, with `call` as its static first argument.
 
     def _primal(self, call: Static, *arrays: Any) -> tuple[Any, Any]:
         args = call.value.unpack(_read(arrays))
@@ -217,13 +217,13 @@ class CustomVJP:
         arrays_kept, rest = pack(residuals, f"the residuals of {self._name}")
         avals = tuple(map(jax.typeof, arrays))
         static = Static((call.value, self._names(args), avals, rest))
-        return (out, written), (static, list(map(keep, arrays_kept)))
+        return (out, written), (static, list(map(store, arrays_kept)))
 
     def _backward(self, packed: tuple[Static, list[Any]], g: tuple[Any, Any]) -> tuple[Any, ...]:
         assert self._bwd is not None
         static, arrays_kept = packed
         call, names, avals, rest = static.value
-        residuals = rest.unpack(list(map(kept, arrays_kept)))
+        residuals = rest.unpack(list(map(restore, arrays_kept)))
         snapshots = _snapshots(rest, residuals)
         try:
             cts = self._bwd(residuals, g[0])
@@ -257,17 +257,6 @@ def _read(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
     smallest = min(floats, key=lambda i: arrays[i].size)
     waited, *_ = lax.optimization_barrier((arrays[smallest], *held))
     return (*arrays[:smallest], waited, *arrays[smallest + 1 :])
-
-
-def _known(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method as a function whose signature JAX need not work out anew at each call."""
-
-    def function(*args: Any) -> Any:
-        return method(*args)
-
-    function.__name__ = method.__name__
-    function.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
-    return function
 
 
 def _snapshots(packed: Packed, tree: Any) -> list[writes.Snapshot]:

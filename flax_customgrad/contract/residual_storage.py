@@ -1,4 +1,4 @@
-"""`keep` and `kept`: an array between the passes, in as few bytes as it has.
+"""`store` and `restore`: an array between the passes, in as few bytes as it has.
 
 XLA on a CPU widens the half-precision arrays that a `lax.scan` stacks up for its backward to
 float32, twice their size, with jax before 0.12. It leaves integers alone: eight bfloat16 silu over
@@ -14,22 +14,23 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax import lax
+
+from flax_customgrad.contract.compat import is_traced
 
 _WIDENED = jax.__version_info__ < (0, 12)
 _state = threading.local()
 
 
-class Kept(NamedTuple):
+class Stored(NamedTuple):
     """An array that is kept, and where it pays its bits: uint16 of the same shape."""
 
     array: jax.Array
     bits: jax.Array | None
 
 
-def keep(array: jax.Array) -> Kept:
+def store(array: jax.Array) -> Stored:
     """Marks an array as kept for the backward.
 
     Args:
@@ -39,25 +40,25 @@ def keep(array: jax.Array) -> Kept:
         _WIDENED
         and array.dtype in (jnp.bfloat16, jnp.float16)
         # Outside of a trace there is no XLA to drop the second copy.
-        and isinstance(array, jax.core.Tracer)
+        and is_traced(array)
         and jax.default_backend() == "cpu"
-        and not looked_at()
+        and not is_inspecting_residuals()
     )
-    return Kept(array, lax.bitcast_convert_type(array, jnp.uint16) if pays else None)
+    return Stored(array, lax.bitcast_convert_type(array, jnp.uint16) if pays else None)
 
 
-def kept(kept: Kept) -> jax.Array:
+def restore(kept: Stored) -> jax.Array:
     """The array again.
 
     Args:
-        kept: what `keep` returned.
+        kept: what `store` returned.
     """
     if kept.bits is None:
         return kept.array
-    return standing_for(lax.bitcast_convert_type(kept.bits, kept.array.dtype), kept.array)
+    return with_derivative_of(lax.bitcast_convert_type(kept.bits, kept.array.dtype), kept.array)
 
 
-def beside(array: jax.Array) -> jax.Array | None:
+def keep_for_second_order(array: jax.Array) -> jax.Array | None:
     """An array as it is kept beside its codes, for second derivatives, which alone read it.
 
     Args:
@@ -67,11 +68,11 @@ def beside(array: jax.Array) -> jax.Array | None:
         The array; None outside of a trace, where nothing is dropped and there are no second
         derivatives to come, and while residuals are looked at.
     """
-    return array if isinstance(array, jax.core.Tracer) and not looked_at() else None
+    return array if is_traced(array) and not is_inspecting_residuals() else None
 
 
 @jax.custom_jvp
-def standing_for(decoded: jax.Array, array: jax.Array) -> jax.Array:
+def with_derivative_of(decoded: jax.Array, array: jax.Array) -> jax.Array:
     """What was decoded from integers, with the derivative of the array that they stand for.
 
     Args:
@@ -81,21 +82,21 @@ def standing_for(decoded: jax.Array, array: jax.Array) -> jax.Array:
     return decoded
 
 
-@standing_for.defjvp
-def _standing_for_jvp(primals, tangents):
-    return standing_for(*primals), tangents[1]
+@with_derivative_of.defjvp
+def _with_derivative_of_jvp(primals, tangents):
+    return with_derivative_of(*primals), tangents[1]
 
 
-def looked_at() -> bool:
-    """Whether residuals are looked at, inside `as_they_are`: what XLA would drop is not kept."""
-    return getattr(_state, "as_they_are", False)
+def is_inspecting_residuals() -> bool:
+    """Whether residuals are being listed: then nothing is kept that XLA would drop."""
+    return getattr(_state, "is_inspecting", False)
 
 
 @contextlib.contextmanager
-def as_they_are() -> Iterator[None]:
+def inspecting_residuals() -> Iterator[None]:
     """Inside, no bits are kept: for looking at residuals before XLA drops any."""
-    before, _state.as_they_are = getattr(_state, "as_they_are", False), True
+    before, _state.is_inspecting = getattr(_state, "is_inspecting", False), True
     try:
         yield
     finally:
-        _state.as_they_are = before
+        _state.is_inspecting = before

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from flax_customgrad.contract.residual_storage import as_they_are
+from flax_customgrad.contract.residual_storage import inspecting_residuals
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def residuals(fn: Callable[..., Any], *args: Any) -> list[Residual]:
             nbytes = leaf.size * leaf.dtype.itemsize
             kept.append(Residual(leaf.shape, leaf.dtype, nbytes, key in own))
 
-    with as_they_are():
+    with inspecting_residuals():
         jax.eval_shape(trace, *args)
     return kept
 

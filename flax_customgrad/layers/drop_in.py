@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_customgrad.numerics import arrays
+from flax_customgrad.numerics import dtypes
 
 Parameters = Mapping[str, jax.Array]
 """An `nnx.State` of exactly the parameters that an operation differentiates, as bare arrays."""
@@ -24,12 +24,12 @@ def parameters(layer: nnx.Module, *names: str) -> Parameters:
     return nnx.State({name: v[...] for name, v in variables.items() if v is not None})
 
 
-def applies(inputs: Any, params: Parameters) -> bool:
+def has_custom_backward(inputs: Any, params: Parameters) -> bool:
     """Whether the hand-written backwards apply to an input and a layer's parameters."""
-    return arrays.applies(arrays.as_array(inputs), *params.values())
+    return dtypes.takes_custom_backward(dtypes.as_array(inputs), *params.values())
 
 
-def shown(of: Callable[..., None], more: Callable[..., None]) -> inspect.Signature:
+def merged_signature(of: Callable[..., None], more: Callable[..., None]) -> inspect.Signature:
     """The signature of a constructor of nnx, and behind it the keywords that another one adds.
 
     Args:
@@ -39,14 +39,3 @@ def shown(of: Callable[..., None], more: Callable[..., None]) -> inspect.Signatu
     signature = inspect.signature(of)
     added = [p for p in inspect.signature(more).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return signature.replace(parameters=[*signature.parameters.values(), *added])
-
-
-def become(layer: nnx.Module, cls: type[nnx.Module]) -> None:
-    """Changes what a layer is, in place: its class, and nothing that it holds.
-
-    Args:
-        layer: a layer of nnx, or a drop-in.
-        cls: a class that holds the same attributes.
-    """
-    # Not `layer.__class__ = cls`: nnx would note `__class__` down as an attribute of the layer.
-    object.__setattr__(layer, "__class__", cls)

@@ -13,8 +13,9 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 
-from flax_customgrad.layers.drop_in import Parameters, become, parameters
-from flax_customgrad.numerics.arrays import as_array, is_taken
+from flax_customgrad.contract.compat import set_class
+from flax_customgrad.layers.drop_in import Parameters, parameters
+from flax_customgrad.numerics.dtypes import as_array, is_supported_float
 
 L = TypeVar("L", bound=nnx.Module)
 
@@ -55,7 +56,7 @@ def checked(layer: Any, params: Parameters, x: Any) -> tuple[Parameters, jax.Arr
     """
     x = as_array(x)
     for name, array in {**params, "its input": x}.items():
-        if not is_taken(array):
+        if not is_supported_float(array):
             raise TypeError(
                 f"{type(layer).__name__} quantizes float16, bfloat16, float32 and float64; {name} "
                 f"is {getattr(array, 'dtype', type(array).__name__)}: cast it first"
@@ -86,7 +87,7 @@ def adopt(cls: type[L], layer: Any, reference: type) -> L:
             f"which would be lost; pass an nnx.{reference.__name__}"
         )
     refuse_injected(cls.__name__, layer)
-    become(layer, cls)
+    set_class(layer, cls)
     return layer
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from flax_customgrad.layers.drop_in import become
+from flax_customgrad.contract.compat import set_class
 from flax_customgrad.low_bit.quantizers.codes import Codes
 from flax_customgrad.low_bit.quantizers.fake_quant import FakeQuant
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
@@ -64,7 +64,7 @@ def calibrate(model: M, batches: Iterable[Any], call: Callable[[M, Any], Any] | 
         for module, _ in modes:
             module.eval()
         for quantizer, kind, _ in before:
-            become(quantizer, observing[kind])
+            set_class(quantizer, observing[kind])
             if isinstance(quantizer, FakeQuant):
                 quantizer.dynamic = False
         for batch in batches:
@@ -72,7 +72,7 @@ def calibrate(model: M, batches: Iterable[Any], call: Callable[[M, Any], Any] | 
             model(batch) if call is None else call(model, batch)  # type: ignore[operator]
     finally:
         for quantizer, kind, dynamic in before:
-            become(quantizer, kind)
+            set_class(quantizer, kind)
             if isinstance(quantizer, FakeQuant) and id(quantizer) not in seen:
                 quantizer.dynamic = dynamic
         for module, mode in modes:

@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
-from flax_customgrad import catalogue
-from flax_customgrad.layers.drop_in import become
+from flax_customgrad.contract.compat import set_class
 
 M = TypeVar("M")
 
@@ -129,6 +128,8 @@ def layers(model: Any) -> list[tuple[tuple[str, ...], nnx.Module]]:
 
 
 def _drop_in_rules() -> list[Rule]:
+    from flax_customgrad import catalogue  # which imports every family: only where it is used
+
     return [Rule(layer, to) for layer, to in catalogue.drop_ins().items()]
 
 
@@ -175,7 +176,7 @@ def _apply(rule: Rule, layer: nnx.Module) -> Any:
                 f"{rule.layer.__name__}; give it a class method from_layer(layer), or write a "
                 "function from the layer to a new one"
             )
-        become(layer, to)
+        set_class(layer, to)
         return layer
     if not callable(to):
         raise TypeError(f"the rule {rule}: expected a class or a function, got {to!r}")

@@ -23,7 +23,7 @@ def total(g: jax.Array, axes: Sequence[int]) -> jax.Array:
     return lax.reduce_sum(g.astype(accumulator(g)), axes)
 
 
-def sealed(x: jax.Array) -> jax.Array:
+def fusion_barrier(x: jax.Array) -> jax.Array:
     """An array as it is, which XLA on a CPU does not take apart for the next sum over it.
 
     Such a sum it hands to a library, together with the products, additions and maxima that lead to

@@ -4,7 +4,8 @@ import math
 from typing import Any
 
 import numpy as np
-from jax.core import Tracer
+
+from flax_customgrad.contract.compat import is_traced
 
 
 def positive(layer: str, name: str, value: Any) -> Any:
@@ -18,7 +19,7 @@ def positive(layer: str, name: str, value: Any) -> Any:
     Raises:
         ValueError: a number is not positive, or not finite.
     """
-    if isinstance(value, Tracer):
+    if is_traced(value):
         return value
     numbers = np.asarray(value)
     if not np.all((numbers > 0) & (numbers < math.inf)):

@@ -9,17 +9,11 @@ Under vmap with shared parameters JAX asks a custom gradient for that of each ex
 so a batch of weight gradients exists for a moment. Leading axes of the input cost no such array.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax.nnx.nn import dtypes
-from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-
-from flax_customgrad.numerics.accumulation import accumulator
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
     return lead >= 0 and all(n in (1, m) for n, m in zip(shape, to[lead:], strict=True))
 
 
-def summed_to(g: jax.Array, shape: Sequence[int]) -> jax.Array:
+def sum_to_shape(g: jax.Array, shape: Sequence[int]) -> jax.Array:
     """What a broadcast array gets of a gradient: the sum over the axes along which it was repeated.
 
     Args:

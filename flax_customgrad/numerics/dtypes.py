@@ -18,21 +18,21 @@ def as_array(x: Any) -> Any:
     return jnp.asarray(x) if isinstance(x, np.ndarray | np.generic | nnx.Variable) else x
 
 
-def is_number(p: Any) -> bool:
+def is_python_number(p: Any) -> bool:
     """Whether a parameter is a number of Python: weakly typed, and without a gradient."""
     return type(p) in (int, float)
 
 
-def applies(*arrays: Any) -> bool:
+def takes_custom_backward(*arrays: Any) -> bool:
     """Whether the hand-written backwards apply: real floating arrays, and no `use_autodiff`.
 
     Integers, complex numbers, 8-bit floats, lists and the like are left to `jax.nn`: its results
     and its errors are theirs.
     """
-    return not autodiff.in_use() and all(map(is_taken, arrays))
+    return not autodiff.in_use() and all(map(is_supported_float, arrays))
 
 
-def is_taken(a: Any) -> bool:
+def is_supported_float(a: Any) -> bool:
     """Whether something is a real floating array, of a dtype that the backwards are written for."""
     return isinstance(a, jax.Array) and a.dtype in _TAKEN
 

@@ -3,7 +3,7 @@
 from flax import nnx
 
 
-def stream(drawing: str, collection: str, rngs: nnx.Rngs | None) -> nnx.RngStream:
+def fork_stream(drawing: str, collection: str, rngs: nnx.Rngs | None) -> nnx.RngStream:
     """A stream to draw from, forked off.
 
     Args:

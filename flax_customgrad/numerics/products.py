@@ -1,4 +1,4 @@
-"""Products of a backward: `lax.dot_general`, laid out, summed and sharded like what it belongs to."""
+"""Products of a backward, laid out, summed and sharded like the array whose gradient they are."""
 
 from collections.abc import Sequence
 from typing import Any

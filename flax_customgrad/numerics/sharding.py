@@ -28,7 +28,7 @@ def explicit_sharding(aval: Any, order: Sequence[int] | None = None) -> NamedSha
     return NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec[axis] for axis in order)))
 
 
-def by_compiler(function: Callable[..., Any], specs: Any, *arrays: Any) -> Any:
+def with_auto_axes(function: Callable[..., Any], specs: Any, *arrays: Any) -> Any:
     """Applies a function; on a mesh with Explicit axes the compiler decides what lies where.
 
     Args:
@@ -49,7 +49,7 @@ def by_compiler(function: Callable[..., Any], specs: Any, *arrays: Any) -> Any:
     return on_any(*arrays)  # pyright: ignore[reportCallIssue]
 
 
-def spec(array: jax.Array) -> PartitionSpec:
+def explicit_spec(array: jax.Array) -> PartitionSpec:
     """Where an array lies on a mesh with Explicit axes; everywhere if on none."""
     sharding = explicit_sharding(jax.typeof(array))
     return PartitionSpec(*(None,) * array.ndim) if sharding is None else sharding.spec

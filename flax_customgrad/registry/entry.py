@@ -2,11 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 Example = Callable[[Any], tuple[Any, ...]]
@@ -52,6 +50,9 @@ class Entry:
             function to use, `module` or `reference`; inputs have a leading axis of 8, one per
             device of a mesh.
         workloads: makers of examples of a realistic size by name, for benchmarks.
+        operations: the operations of `custom_vjp` that this layer stands for in the tests, each
+            with the name of the example that takes it through every check: one that has whatever
+            the operation can get wrong.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Entry:
     curves: Mapping[str, Curve] = field(default_factory=dict)
     examples: Mapping[str, Example] = field(default_factory=dict)
     workloads: Mapping[str, Example] = field(default_factory=dict)
+    operations: Mapping[Any, str] = field(default_factory=dict)
 
     @property
     def is_function(self) -> bool:
@@ -79,61 +81,7 @@ class Entry:
             return ""
         return f"{'nnx' if hasattr(nnx, self.name) else 'jax.nn'}.{self.name}"
 
-    def stated(self, example: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]] | None:
-        """The formula for an example, as `check_vjp` takes it; None for an exact gradient.
-
-        Args:
-            example: what one of the makers of examples made.
-        """
-        first = example[0]
-        if self.formula is None or not isinstance(first, partial):
-            return self.formula
-        return partial(self.formula, **first.keywords)
-
     @property
     def is_drop_in(self) -> bool:
         """Whether it takes the place of something in flax.nnx; `convert` swaps Modules."""
         return self.reference is not None
-
-
-def normal(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
-    """Normally distributed inputs, the same at every call.
-
-    Args:
-        *shape: the shape.
-        dtype: a floating dtype.
-    """
-    return jax.random.normal(jax.random.key(sum(shape)), shape, dtype)
-
-
-def made(*args: Any, inputs: tuple[Any, ...], call: Any = None, **kwargs: Any) -> Example:
-    """An example whose layer is built as `cls(*args, **kwargs, rngs=...)`.
-
-    Args:
-        *args: positional arguments of the constructor.
-        inputs: arrays, or functions that make them.
-        call: how to call the layer, if not as `layer(*inputs)`: a function of both.
-        **kwargs: keyword arguments of the constructor.
-    """
-
-    def make(cls: Any) -> tuple[Any, ...]:
-        layer = cls(*args, **kwargs, rngs=nnx.Rngs(0))
-        made = tuple(x() if callable(x) else x for x in inputs)
-        return (layer, *made) if call is None else (call, layer, *made)
-
-    return make
-
-
-def applied(*inputs: Any, **kwargs: Any) -> Example:
-    """An example that applies a function to arrays.
-
-    Args:
-        *inputs: arrays, or functions that make them.
-        **kwargs: keyword arguments of the function.
-    """
-
-    def make(function: Any) -> tuple[Any, ...]:
-        arrays = tuple(x() if callable(x) else x for x in inputs)
-        return (partial(function, **kwargs) if kwargs else function, *arrays)
-
-    return make

@@ -1,6 +1,9 @@
-"""Proving a gradient: `check_vjp` for the layers of this library and for anybody's."""
+"""Checking a gradient: `check_vjp` for the layers of this library and for anybody's."""
 
+from flax_customgrad.registry.public import publish
 from flax_customgrad.testing.check_vjp import CHECKS, check_vjp
 from flax_customgrad.testing.report import GradientError, Report, Row
 
 __all__ = ["CHECKS", "GradientError", "Report", "Row", "check_vjp"]
+
+publish(globals(), __all__)

@@ -1,7 +1,10 @@
 """The catalogue knows every public layer, and what it says of them is so."""
 
+import importlib
+import pkgutil
 import re
 from operator import attrgetter
+from pathlib import Path
 
 import jax
 import pytest
@@ -11,38 +14,71 @@ import flax_customgrad as fcg
 from flax_customgrad import catalogue
 
 ENTRIES = catalogue.entries()
+PACKAGE = Path(fcg.__file__).parent
+FAMILIES = {".".join(p.parent.relative_to(PACKAGE).parts): p for p in PACKAGE.rglob("entries.py")}
+
+# What is public beside layers: what they hold, and what is done with them.
+NO_LAYERS = {
+    "BackwardState",
+    "BackwardStateError",
+    "CotangentError",
+    "CustomVJP",
+    "DelayedScaling",
+    "Feedback",
+    "Frozen",
+    "Int8Kernel",
+    "Packed",
+    "PackedKernel",
+    "QuantStat",
+    "Quantizer",
+    "Residual",
+    "Rule",
+    "Size",
+    "SizeReport",
+    "backward_state",
+    "begin_step",
+    "calibrate",
+    "convert",
+    "custom_vjp",
+    "load_backward_state",
+    "pack",
+    "reset_backward_state",
+    "residual_bytes",
+    "residuals",
+    "revert",
+    "size_report",
+    "unpack",
+    "use_autodiff",
+    "use_lowering",
+}
 
 
 def test_every_public_layer_has_an_entry():
-    families = {entry.family for entry in ENTRIES}
-    public = {
-        name
-        for name, value in vars(fcg).items()
-        if callable(value) and value.__module__.split(".")[1] in families
-    }
-    public |= {
-        f"surrogate.{name}"
-        for name, value in vars(fcg.surrogate).items()
-        if not name.startswith("_") and getattr(value, "__module__", "") == fcg.surrogate.__name__
-    }
-    assert {entry.name for entry in ENTRIES} == public - {
-        "use_lowering",
-        "Feedback",
-        "Frozen",
-        "DelayedScaling",
-        "begin_step",
-        "Quantizer",
-        "QuantStat",
-        "Int8Kernel",
-        "Packed",
-        "PackedKernel",
-    }
+    public = {name for name in fcg.__all__ if callable(getattr(fcg, name))}
+    public |= {f"surrogate.{name}" for name in fcg.surrogate.__all__}
+    missing = public - NO_LAYERS - {entry.name for entry in ENTRIES}
+    assert not missing, f"add an entry to the family's entries.py for {sorted(missing)}"
+    assert {entry.name for entry in ENTRIES} <= public
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_collected(family):
+    entries = importlib.import_module(f"flax_customgrad.{family}.entries").ENTRIES
+    assert set(map(id, entries)) <= set(map(id, ENTRIES)), (
+        f"the entries of {family} are in no catalogue: add the module to _FAMILIES in "
+        "flax_customgrad/catalogue/__init__.py"
+    )
+    assert {entry.family for entry in entries} == {family.rpartition(".")[2]}
+
+
+def test_every_folder_with_layers_has_entries():
+    folders = {".".join(e.module.__module__.split(".")[1:-1]) for e in ENTRIES}
+    assert folders <= {""} | set(FAMILIES)
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_an_entry_is_complete(entry):
     assert attrgetter(entry.name)(fcg) is entry.module
-    assert f".{entry.family}." in entry.module.__module__
     if entry.is_drop_in:
         assert entry.reference is getattr(nnx, entry.name, getattr(jax.nn, entry.name, None))
     assert entry.gradient in ("exact", "surrogate")
@@ -52,6 +88,7 @@ def test_an_entry_is_complete(entry):
     assert not entry.source or re.match(r"https://|arXiv:\d{4}\.\d{4,5}", entry.source)
     assert entry.examples
     assert entry.workloads
+    assert set(entry.operations.values()) <= set(entry.examples)
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
@@ -82,3 +119,12 @@ def test_drop_ins_lead_from_nnx_to_here():
     assert catalogue.drop_ins()[nnx.Linear] is fcg.Linear
     assert all(issubclass(ours, theirs) for theirs, ours in catalogue.drop_ins().items())
     assert all(isinstance(theirs, type) for theirs in catalogue.drop_ins())
+
+
+def test_no_file_of_a_family_has_the_name_of_another():
+    seen = {}
+    for module in pkgutil.walk_packages(fcg.__path__, "flax_customgrad."):
+        folder, _, name = module.name.rpartition(".")
+        if not module.ispkg and name not in ("__main__", "entries"):
+            seen.setdefault(name, []).append(folder)
+    assert {name: folders for name, folders in seen.items() if len(folders) > 1} == {}

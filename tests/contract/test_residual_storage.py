@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import flax_customgrad as fcg
-from flax_customgrad.contract.residual_storage import as_they_are, keep, kept
+from flax_customgrad.contract.residual_storage import inspecting_residuals, restore, store
 
 HALF = [jnp.bfloat16, jnp.float16]
 
@@ -22,10 +22,10 @@ cube.defvjp(lambda x: (cube(x), x), lambda x, g: (3 * g * x * x,))
 @pytest.mark.parametrize("dtype", [*HALF, jnp.float32, jnp.int32])
 def test_what_is_kept_comes_back(dtype):
     x = jnp.array([-2.5, 0.0, 3.0, jnp.inf]).astype(dtype)
-    back = jax.jit(lambda x: kept(keep(x)))(x)
+    back = jax.jit(lambda x: restore(store(x)))(x)
     assert back.dtype == x.dtype
     np.testing.assert_array_equal(back, x)
-    assert keep(x).bits is None  # nothing to gain outside of a trace
+    assert store(x).bits is None  # nothing to gain outside of a trace
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -52,5 +52,5 @@ def test_a_scan_stacks_no_wider_array(dtype):
 def test_residuals_are_listed_as_they_are():
     x = jnp.ones((4, 3), jnp.bfloat16)
     assert [(r.dtype, r.is_argument) for r in fcg.residuals(cube, x)] == [(jnp.bfloat16, True)]
-    with as_they_are():
-        assert jax.jit(lambda x: keep(x).bits is None)(x)
+    with inspecting_residuals():
+        assert jax.jit(lambda x: store(x).bits is None)(x)

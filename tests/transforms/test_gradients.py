@@ -1,65 +1,47 @@
-"""The gradient of every layer of the catalogue, under every transform."""
+"""The gradient of every layer of the catalogue; of every operation, under every transform."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 
 from flax_customgrad import catalogue
+from flax_customgrad.contract.arguments import pack
+from flax_customgrad.registry.operations import OPERATIONS
 from flax_customgrad.testing import CHECKS, check_vjp
 
-# Layers of one operation differ in their formulas, not in what JAX's transforms make of it: for
-# each operation some go through all of them. `python -m flax_customgrad check` spares none.
-LINEAR = {"Linear", "Einsum", "Embed"}
-NORMS = {"LayerNorm", "BatchNorm"}
-ACTIVATIONS = {"gelu", "SwiGLU"}
-ROWS = {"softmax"}
-CONVOLUTIONS = {"Conv", "ConvTranspose"}
-POOLS = {"max_pool"}
-STEPS = {"clip_ste", "XNORSign"}
-CODEBOOKS = {"VectorQuantizer"}
-SAMPLES = {"gumbel_softmax"}
-SPARSE = {"NMSparseLinear"}
-QUANTIZED = {"QuantLinear"}
-INT8 = {"Int8Linear"}
-SPIKES = {"LIF"}
-SHAPERS = {"gradient_scale", "gradient_clip"}
-FEEDBACK = {"DirectFeedback"}
-FROZEN = {"QLoRALinear"}
-THOROUGH = (
-    LINEAR
-    | NORMS
-    | ACTIVATIONS
-    | ROWS
-    | CONVOLUTIONS
-    | POOLS
-    | STEPS
-    | SAMPLES
-    | CODEBOOKS
-    | SPARSE
-    | QUANTIZED
-    | INT8
-    | SPIKES
-    | SHAPERS
-    | FEEDBACK
-    | FROZEN
-)
+# Layers of one operation differ in their formulas, not in what JAX's transforms make of it: each
+# operation has one thorough example, which goes through all of them. The first example of every
+# other layer goes through its formula, and what a layer has beyond that differs in its arguments.
+# `python -m flax_customgrad check` spares none.
 OF_A_SURROGATE = ("autodiff", "dtypes", "residuals")
 OF_THE_EXACT = ("autodiff", "finite_differences", "second_order", "dtypes", "residuals")
-
-# Further examples of a layer differ in its arguments.
 OF_ARGUMENTS = ("autodiff", "residuals")
 
+THOROUGH = {
+    operation: (entry, name)
+    for entry in catalogue.entries()
+    for operation, name in entry.operations.items()
+}
+MISSING = sorted(name for name, operation in OPERATIONS.items() if operation not in THOROUGH)
+if MISSING:
+    raise pytest.UsageError(
+        f"no thorough example for {', '.join(MISSING)}: name one in `operations=` of an entry, "
+        "Entry(..., examples={'all of it': ...}, operations={operation: 'all of it'})"
+    )
 
-def checks_of(entry, nth):
+
+def checks_of(entry, nth, name):
     """The checks that an example goes through, and the dtypes."""
+    if name in entry.operations.values():
+        return CHECKS, ("bfloat16", "float16")
     if nth:
         return OF_ARGUMENTS, ()
-    if entry.name in THOROUGH:
-        return CHECKS, ("bfloat16", "float16")
     return OF_THE_EXACT if entry.gradient == "exact" else OF_A_SURROGATE, ("bfloat16",)
 
 
 EXAMPLES = [
-    pytest.param(entry, make, *checks_of(entry, nth), id=f"{entry.name}, {name}")
+    pytest.param(entry, make, *checks_of(entry, nth, name), id=f"{entry.name}, {name}")
     for entry in catalogue.entries()
     for nth, (name, make) in enumerate(entry.examples.items())
 ]
@@ -67,6 +49,7 @@ EXAMPLES = [
 # What JAX itself cannot do here, and so is skipped: an Explicit mesh asks jnp.take for a sharding
 # that it does not take, axis 0 of that product is a batch axis of the kernel, and power iteration
 # sums over split features.
+FROZEN = {"QLoRALinear"}
 CANNOT = {
     ("Embed", "mesh", "Explicit axes"),
     ("LinearGeneral", "shard_map", "check_vma=True"),
@@ -92,21 +75,44 @@ CANNOT = {
 @pytest.mark.parametrize(("entry", "make", "checks", "dtypes"), EXAMPLES)
 def test_gradient(entry, make, checks, dtypes):
     example = make(entry.module)
-    formula = entry.stated(example)
+    expected = catalogue.expected(entry, example)
     left_out = set()
     if not any(isinstance(a, nnx.Module) and nnx.state(a, nnx.Param) for a in example):
         # The modes of NNX are those of a Module's parameters.
         left_out.add("modes")
-    if formula is not None:
+    if "formula" in expected:
         # A step has no slope to find by differences.
         left_out.add("finite_differences")
     checks = tuple(c for c in checks if c not in left_out)
-    report = check_vjp(*example, formula=formula, checks=checks, dtypes=dtypes)
+    report = check_vjp(*example, **expected, checks=checks, dtypes=dtypes)
     assert {row.check for row in report.rows} == set(checks)
     skipped = {(entry.name, r.check, r.case) for r in report.rows if r.status == "skipped"}
-    if formula is None:
-        assert report.residual_bytes <= report.reference_residual_bytes
-    else:
+    if "formula" in expected:
         # Where autodiff may not differentiate the function, JAX has no forward mode of it.
         skipped -= {(entry.name, "second_order", "jvp of grad")}
+    else:
+        assert report.residual_bytes <= report.reference_residual_bytes
     assert skipped <= CANNOT, report
+
+
+@pytest.mark.parametrize("operation", THOROUGH, ids=lambda operation: operation.__name__)
+def test_a_thorough_example_runs_its_operation(operation, monkeypatch):
+    entry, name = THOROUGH[operation]
+    example = entry.examples[name](entry.module)
+    call = example[0]
+    args = example
+    if not isinstance(call, nnx.Module):
+        args = example[1:]
+    arrays, packed = pack(args, "an argument")
+    ran, backward = [], operation._bwd
+    monkeypatch.setattr(operation, "_bwd", lambda *rule: ran.append(rule) or backward(*rule))
+
+    def total(*arrays):
+        layer_or_first, *rest = packed.unpack(arrays)
+        out = layer_or_first(*rest) if args is example else call(layer_or_first, *rest)
+        floats = [x for x in jax.tree.leaves(out) if jnp.issubdtype(x.dtype, jnp.floating)]
+        return sum(jnp.sum(x).astype(jnp.float32) for x in floats)
+
+    floats = tuple(i for i, a in enumerate(arrays) if jnp.issubdtype(a.dtype, jnp.floating))
+    jax.make_jaxpr(jax.grad(total, floats))(*arrays)
+    assert ran

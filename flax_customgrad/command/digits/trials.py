@@ -30,7 +30,7 @@ from flax_customgrad.estimators.codebook.vector_quantizer import VectorQuantizer
 from flax_customgrad.estimators.rounding import heaviside, rounding, scaled_sign, sign, ternary
 from flax_customgrad.estimators.sparse.n_m import n_m_sparsify
 from flax_customgrad.estimators.sparse.n_m_linear import NMSparseLinear
-from flax_customgrad.estimators.spiking import surrogate
+from flax_customgrad.estimators.spiking import spike_surrogates as surrogate
 from flax_customgrad.estimators.spiking.leaky import Leaky
 from flax_customgrad.estimators.spiking.lif import LIF
 from flax_customgrad.gradients.feedback.direct_feedback import DirectFeedback

@@ -11,7 +11,8 @@ from flax import nnx
 from flax_customgrad.estimators.categorical.gumbel_softmax import GumbelSoftmax, gumbel_softmax
 from flax_customgrad.estimators.categorical.reinmax import ReinMax, reinmax
 from flax_customgrad.estimators.categorical.top_k import TopKST, top_k_st
-from flax_customgrad.registry.entry import Curve, Entry, Example, applied, made, normal
+from flax_customgrad.registry.entry import Curve, Entry, Example
+from flax_customgrad.registry.examples import applied, made, normal
 
 
 def _few() -> jax.Array:
@@ -121,7 +122,7 @@ def _three_sampled(function: Any) -> tuple[Any, ...]:
     return partial(function, key=jax.random.key(3)), _few(), 3, 0.7
 
 
-CATEGORICAL = (
+ENTRIES = (
     Entry(
         "gumbel_softmax",
         "categorical",

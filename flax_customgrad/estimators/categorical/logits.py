@@ -9,13 +9,14 @@ import functools
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 
+from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import positive
-from flax_customgrad.numerics.arithmetic import explicit_sharding
-from flax_customgrad.numerics.arrays import as_array, broadcasts, in_dtype, is_number
+from flax_customgrad.numerics.broadcasting import broadcasts
+from flax_customgrad.numerics.dtypes import as_array, in_dtype, is_python_number
+from flax_customgrad.numerics.sharding import explicit_sharding
 
 
 def gumbel(key: jax.Array | None, logits: jax.Array) -> jax.Array | None:
@@ -77,7 +78,7 @@ def checked(
             f"{name}: k={k!r} of the {classes} classes on axis {axis} of logits of shape "
             f"{logits.shape}; expected 1 <= k <= {classes}"
         )
-    if not isinstance(logits, jax.core.Tracer) and bool(_has_faulty_row(logits, axis, k)):
+    if not is_traced(logits) and bool(_has_faulty_row(logits, axis, k)):
         raise ValueError(
             f"{name}: a row of the logits holds NaN or infinity, or fewer than {k} numbers; "
             "-inf masks a class, and as many as are chosen must remain"
@@ -86,7 +87,7 @@ def checked(
 
 
 def _checked_temperature(name: str, temperature: Any, shape: tuple[int, ...], axis: int) -> Any:
-    if is_number(temperature):
+    if is_python_number(temperature):
         return positive(name, "temperature", temperature)
     temperature = positive(name, "temperature", jnp.asarray(as_array(temperature)))
     rows = tuple(1 if i == axis % len(shape) else n for i, n in enumerate(shape))

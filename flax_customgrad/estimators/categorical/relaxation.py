@@ -23,7 +23,7 @@ from jax import lax
 
 from flax_customgrad.estimators.categorical.k_hot import largest, marked
 from flax_customgrad.numerics.accumulation import accumulator
-from flax_customgrad.numerics.arrays import summed_to
+from flax_customgrad.numerics.broadcasting import sum_to_shape
 
 
 def relaxed(z: jax.Array, temperature: Any, axis: int) -> jax.Array:
@@ -71,7 +71,7 @@ def relaxed_gradient(res: Residuals, g: jax.Array) -> tuple[jax.Array, jax.Array
         return dz, None
     # Where p is 0, so is ds.
     log_p = jnp.log(jnp.maximum(p, jnp.finfo(dtype).tiny))
-    return dz, -summed_to(dz * log_p, temperature.shape)
+    return dz, -sum_to_shape(dz * log_p, temperature.shape)
 
 
 def through_softmax(p: jax.Array, g: jax.Array, axis: int) -> jax.Array:

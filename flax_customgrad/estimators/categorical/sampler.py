@@ -7,7 +7,7 @@ from flax import nnx
 from flax.nnx.module import first_from
 
 from flax_customgrad.numerics.argument_checks import positive
-from flax_customgrad.numerics.arrays import as_array
+from flax_customgrad.numerics.dtypes import as_array
 
 Rngs = nnx.Rngs | nnx.RngStream | jax.Array | None
 """Where a key comes from: streams, one stream, or the key itself."""

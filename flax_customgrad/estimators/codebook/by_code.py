@@ -1,18 +1,15 @@
 """Rows of a codebook by number, and sums over the vectors that have a number.
 
 The one is the transpose of the other. On a mesh with Explicit axes JAX asks where their results
-lie: `by_compiler` says that, and leaves it to the compiler how to get there.
+lie: `with_auto_axes` says that, and leaves it to the compiler how to get there.
 """
-
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from flax_customgrad.numerics.accumulation import accumulator
-from flax_customgrad.numerics.arithmetic import explicit_sharding
+from flax_customgrad.numerics.sharding import explicit_spec, with_auto_axes
 
 
 def rows(codes: jax.Array, indices: jax.Array, like: jax.Array) -> jax.Array:
@@ -30,7 +27,7 @@ def rows(codes: jax.Array, indices: jax.Array, like: jax.Array) -> jax.Array:
     def take(codes: jax.Array, indices: jax.Array) -> jax.Array:
         return jnp.take(codes, indices, axis=0, mode="fill", fill_value=jnp.nan)
 
-    return by_compiler(take, spec(like), codes, indices)
+    return with_auto_axes(take, explicit_spec(like), codes, indices)
 
 
 def sums(values: jax.Array, indices: jax.Array, like: jax.Array) -> jax.Array:
@@ -49,7 +46,7 @@ def sums(values: jax.Array, indices: jax.Array, like: jax.Array) -> jax.Array:
     def scatter(values: jax.Array, indices: jax.Array) -> jax.Array:
         return jnp.zeros(like.shape, dtype).at[indices].add(values.astype(dtype), mode="drop")
 
-    return by_compiler(scatter, spec(like), values, indices)
+    return with_auto_axes(scatter, explicit_spec(like), values, indices)
 
 
 def counts(indices: jax.Array, num_codes: int) -> jax.Array:
@@ -66,4 +63,4 @@ def counts(indices: jax.Array, num_codes: int) -> jax.Array:
     def count(indices: jax.Array) -> jax.Array:
         return jnp.zeros(num_codes, jnp.int32).at[indices].add(1, mode="drop")
 
-    return by_compiler(count, PartitionSpec(None), indices)
+    return with_auto_axes(count, PartitionSpec(None), indices)

@@ -29,8 +29,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.estimators.codebook.by_code import by_compiler
-from flax_customgrad.numerics.arrays import widened
+from flax_customgrad.numerics.dtypes import widened
+from flax_customgrad.numerics.sharding import with_auto_axes
 
 _SURE = 1e3
 """Log odds at which a probability is 1 in float64 as well."""
@@ -106,7 +106,7 @@ def _mean(odds: jax.Array) -> jax.Array:
         numbers = ((leading, leading), ((), ()))
         return lax.dot_general(a, b, numbers, precision=lax.Precision.HIGHEST) / _vectors(odds)
 
-    return by_compiler(mean, PartitionSpec(None, None), odds)
+    return with_auto_axes(mean, PartitionSpec(None, None), odds)
 
 
 def _halves(odds: jax.Array) -> tuple[jax.Array, jax.Array]:

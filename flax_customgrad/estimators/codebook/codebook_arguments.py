@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_customgrad.numerics.arrays import as_array
+from flax_customgrad.numerics.dtypes import as_array
 
 
 def size(layer: str, argument: str, value: Any) -> None:

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_customgrad.estimators.codebook.by_code import by_compiler
 from flax_customgrad.estimators.codebook.moving_average import MovingAverage, specs
 from flax_customgrad.estimators.codebook.usage import AxisName
+from flax_customgrad.numerics.sharding import with_auto_axes
 
 
 def revived(
@@ -39,7 +39,7 @@ def revived(
         sums = jnp.where(is_drawn[:, None], below * codes, state.sums)
         return MovingAverage(codes, counts, sums)
 
-    return by_compiler(revive, specs(state), state, z.astype(state.codes.dtype), key)
+    return with_auto_axes(revive, specs(state), state, z.astype(state.codes.dtype), key)
 
 
 def _drawn(

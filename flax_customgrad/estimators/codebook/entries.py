@@ -20,7 +20,8 @@ from flax_customgrad.estimators.codebook.straight_through_estimator import (
 )
 from flax_customgrad.estimators.codebook.usage import Quantized
 from flax_customgrad.estimators.codebook.vector_quantizer import VectorQuantizer
-from flax_customgrad.registry.entry import Curve, Entry, Example, applied, made, normal
+from flax_customgrad.registry.entry import Curve, Entry, Example
+from flax_customgrad.registry.examples import applied, made, normal
 
 Gradients = tuple[nnx.State | None, jax.Array]
 
@@ -154,7 +155,7 @@ def _to_numbers(estimator: Callable[[jax.Array, jax.Array], jax.Array], low: flo
     return Curve(function, low)
 
 
-CODEBOOK = (
+ENTRIES = (
     Entry(
         "straight_through_estimator",
         "codebook",

@@ -26,7 +26,7 @@ from jax import lax
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.estimators.codebook import codebook_arguments as check
 from flax_customgrad.estimators.codebook.usage import Quantized, use
-from flax_customgrad.numerics.arrays import widened
+from flax_customgrad.numerics.dtypes import widened
 from flax_customgrad.numerics.hyperbolic import sech_squared
 
 Levels = tuple[int, ...]

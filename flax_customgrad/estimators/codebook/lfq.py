@@ -24,7 +24,7 @@ from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.estimators.codebook import codebook_arguments as check
 from flax_customgrad.estimators.codebook.code_entropy import code_entropy
 from flax_customgrad.estimators.codebook.usage import Quantized, use
-from flax_customgrad.numerics.arrays import widened
+from flax_customgrad.numerics.dtypes import widened
 
 
 class Residuals(NamedTuple):

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_customgrad.estimators.codebook.by_code import by_compiler, counts, spec, sums
+from flax_customgrad.estimators.codebook.by_code import counts, sums
 from flax_customgrad.estimators.codebook.usage import AxisName
+from flax_customgrad.numerics.sharding import explicit_spec, with_auto_axes
 
 
 class MovingAverage(NamedTuple):
@@ -63,9 +64,9 @@ def followed(
         codes = jnp.where(n[:, None] > 0, new_sums / smoothed[:, None], state.codes)
         return MovingAverage(codes, new_counts, new_sums)
 
-    return by_compiler(mix, specs(state), state, n, s)
+    return with_auto_axes(mix, specs(state), state, n, s)
 
 
 def specs(state: MovingAverage) -> Any:
     """Where each array of a state lies on a mesh with Explicit axes."""
-    return jax.tree.map(spec, state)
+    return jax.tree.map(explicit_spec, state)

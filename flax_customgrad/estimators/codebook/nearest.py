@@ -24,9 +24,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from flax_customgrad.estimators.codebook.by_code import by_compiler, spec
-from flax_customgrad.numerics.arrays import widened
+from flax_customgrad.numerics.dtypes import widened
 from flax_customgrad.numerics.scaling import magnitude
+from flax_customgrad.numerics.sharding import explicit_spec, with_auto_axes
 
 _PRODUCTS = 2**22
 """About as many products as there are at a time: 17 MB of float32."""
@@ -66,7 +66,7 @@ def nearest(x: jax.Array, codes: jax.Array, block: int | None = None) -> jax.Arr
     block = block or min(_MOST, max(_LEAST, _PRODUCTS // vectors))
     search = functools.partial(_nearest, block=min(block, codes.shape[0]))
     x, codes = (lax.stop_gradient(a) for a in widened(jnp.result_type(x, codes), x, codes))
-    return by_compiler(search, PartitionSpec(*spec(x)[: x.ndim - 1]), x, codes)
+    return with_auto_axes(search, PartitionSpec(*explicit_spec(x)[: x.ndim - 1]), x, codes)
 
 
 @functools.partial(jax.jit, static_argnames="block")

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.estimators.codebook.by_code import rows, sums
 from flax_customgrad.estimators.codebook.rotation_trick import turned_back
-from flax_customgrad.numerics.arrays import widened
+from flax_customgrad.numerics.dtypes import widened
 
 Gradient = Literal["straight_through", "rotation"]
 Codebooks = tuple[jax.Array, ...]

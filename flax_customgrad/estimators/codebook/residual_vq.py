@@ -14,7 +14,7 @@ from flax_customgrad.estimators.codebook import codebook_arguments as check
 from flax_customgrad.estimators.codebook.quantize_vectors import left_over, quantize
 from flax_customgrad.estimators.codebook.usage import Quantized, use
 from flax_customgrad.estimators.codebook.vector_quantizer import VectorQuantizer
-from flax_customgrad.numerics.arrays import widened
+from flax_customgrad.numerics.dtypes import widened
 
 
 class ResidualVQ(nnx.Module):

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.numerics.arrays import widened
+from flax_customgrad.numerics.dtypes import widened
 from flax_customgrad.numerics.scaling import magnitude
 
 

@@ -21,7 +21,7 @@ from flax_customgrad.estimators.codebook.nearest import nearest
 from flax_customgrad.estimators.codebook.quantize_vectors import Gradient, quantize
 from flax_customgrad.estimators.codebook.usage import Quantized, use
 from flax_customgrad.estimators.codebook.vector_quantizer import Codebook, default_codebook_init
-from flax_customgrad.numerics.arrays import widened
+from flax_customgrad.numerics.dtypes import widened
 
 default_kernel_init = nnx.initializers.lecun_normal()
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_customgrad.estimators.rounding import heaviside, rounding, scaled_sign, sign, ternary
-from flax_customgrad.registry.entry import Curve, Entry, Example, applied, made, normal
+from flax_customgrad.registry.entry import Curve, Entry, Example
+from flax_customgrad.registry.examples import applied, made, normal
 
 
 def _few() -> jax.Array:
@@ -254,4 +255,4 @@ _SIGNS = (
     ),
 )
 
-STRAIGHT_THROUGH = (*_ROUNDING, *_SIGNS)
+ENTRIES = (*_ROUNDING, *_SIGNS)

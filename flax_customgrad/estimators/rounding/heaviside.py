@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_customgrad.estimators.rounding.sign import within
-from flax_customgrad.estimators.rounding.step import Step, masked, nothing, passed
+from flax_customgrad.estimators.rounding.step import Step, identity, keep_none, masked
 from flax_customgrad.numerics.argument_checks import bound
 
 
@@ -22,7 +22,7 @@ def heaviside(x: jax.Array, *parameters: object) -> jax.Array:
 
 
 _HEAVISIDE = Step("SteHeaviside", heaviside, masked, within)
-_HEAVISIDE_PASSING = Step("SteHeaviside", heaviside, passed, nothing)
+_HEAVISIDE_PASSING = Step("SteHeaviside", heaviside, identity, keep_none)
 
 
 class SteHeaviside(nnx.Module):

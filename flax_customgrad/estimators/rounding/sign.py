@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.estimators.rounding.step import Step, masked, nothing, passed
+from flax_customgrad.estimators.rounding.step import Step, identity, keep_none, masked
 from flax_customgrad.numerics.argument_checks import bound, positive
 from flax_customgrad.numerics.hyperbolic import sech_squared
 
@@ -38,7 +38,7 @@ def within(x: jax.Array, bound: jax.typing.ArrayLike) -> tuple[jax.Array]:
 
 
 _SIGN = Step("SteSign", sign_of, masked, within)
-_SIGN_PASSING = Step("SteSign", sign_of, passed, nothing)
+_SIGN_PASSING = Step("SteSign", sign_of, identity, keep_none)
 
 
 class SteSign(nnx.Module):

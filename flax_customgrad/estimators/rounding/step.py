@@ -19,20 +19,21 @@ import jax
 import jax.numpy as jnp
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.numerics.arrays import as_array, broadcasts, in_dtype, is_taken, widened
+from flax_customgrad.numerics.broadcasting import broadcasts
+from flax_customgrad.numerics.dtypes import as_array, in_dtype, is_supported_float, widened
 
 
-def everything(x: jax.Array, *parameters: Any) -> tuple[Any, ...]:
+def keep_all(x: jax.Array, *parameters: Any) -> tuple[Any, ...]:
     """Keeps x and the parameters."""
     return x, *parameters
 
 
-def nothing(x: jax.Array, *parameters: Any) -> tuple[Any, ...]:
+def keep_none(x: jax.Array, *parameters: Any) -> tuple[Any, ...]:
     """Keeps nothing."""
     return ()
 
 
-def passed(g: jax.Array) -> jax.Array:
+def identity(g: jax.Array) -> jax.Array:
     """The gradient as it came: the straight-through estimator."""
     return g
 
@@ -56,7 +57,7 @@ class Step:
     name: str
     forward: Callable[..., jax.Array]
     backward: Callable[..., jax.Array]
-    keep: Callable[..., tuple[Any, ...]] = everything
+    keep: Callable[..., tuple[Any, ...]] = keep_all
 
     def __call__(self, x: Any, *parameters: Any) -> jax.Array:
         """Applies the step.
@@ -81,7 +82,7 @@ class Step:
                 )
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             return self.forward(x, *parameters).astype(x.dtype)
-        if not is_taken(x):
+        if not is_supported_float(x):
             raise TypeError(
                 f"{self.name} takes float16, bfloat16, float32 and float64, got {x.dtype}: cast it "
                 "with x.astype(...) first"

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 
 from flax_customgrad.estimators.rounding.sign import sign
-from flax_customgrad.estimators.rounding.step import Step, masked, nothing, passed
+from flax_customgrad.estimators.rounding.step import Step, identity, keep_none, masked
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import bound
 
@@ -31,7 +31,7 @@ def _within(x: jax.Array, threshold: Any, bound: float) -> tuple[jax.Array]:
 
 
 _TERNARY = Step("SteTern", _ternary, masked, _within)
-_TERNARY_PASSING = Step("SteTern", _ternary, passed, nothing)
+_TERNARY_PASSING = Step("SteTern", _ternary, identity, keep_none)
 
 
 class SteTern(nnx.Module):

@@ -8,7 +8,8 @@ from flax import nnx
 
 from flax_customgrad.estimators.sparse.n_m import n_m_sparsify
 from flax_customgrad.estimators.sparse.n_m_linear import NMSparseLinear
-from flax_customgrad.registry.entry import Curve, Entry, applied, made, normal
+from flax_customgrad.registry.entry import Curve, Entry
+from flax_customgrad.registry.examples import applied, made, normal
 
 
 def _kept(w: jax.Array, n: int, m: int, axis: int) -> jax.Array:
@@ -40,7 +41,7 @@ def _beside_one(w: jax.Array) -> jax.Array:
     return n_m_sparsify(pair, 1, 2, 0.2, axis=0)[0]
 
 
-SPARSE = (
+ENTRIES = (
     Entry(
         "n_m_sparsify",
         "sparse",

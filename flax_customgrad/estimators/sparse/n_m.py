@@ -23,15 +23,15 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.numerics.accumulation import accumulator
-from flax_customgrad.numerics.arithmetic import explicit_sharding
-from flax_customgrad.numerics.arrays import as_array, is_number
+from flax_customgrad.numerics.dtypes import as_array, is_python_number
+from flax_customgrad.numerics.sharding import explicit_sharding
 
 
 class Pattern(NamedTuple):
@@ -152,7 +152,7 @@ def check_pattern(name: str, n: int, m: int, what: str, size: int) -> None:
 
 def checked_decay(name: str, decay: Any) -> Any:
     """A decay as a number or an array, once it is known not to be negative, or traced."""
-    decay = decay if is_number(decay) else jnp.asarray(as_array(decay))
-    if not isinstance(decay, jax.core.Tracer) and not 0 <= decay < float("inf"):
+    decay = decay if is_python_number(decay) else jnp.asarray(as_array(decay))
+    if not is_traced(decay) and not 0 <= decay < float("inf"):
         raise ValueError(f"{name}: decay={decay!r} must be 0 or more, and finite")
     return decay

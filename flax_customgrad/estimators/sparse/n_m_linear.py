@@ -20,10 +20,11 @@ from flax_customgrad.estimators.sparse.n_m import (
     checked_decay,
     n_m_sparsify,
 )
-from flax_customgrad.layers.drop_in import Parameters, applies, parameters
+from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.layers.linear.linear import Linear, linear
 from flax_customgrad.numerics.accumulation import total
-from flax_customgrad.numerics.arithmetic import Arithmetic, input_gradient, parameter_gradient
+from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.products import input_gradient, parameter_gradient
 
 
 class Residuals(NamedTuple):
@@ -159,7 +160,7 @@ class NMSparseLinear(Linear):
             or self.promote_dtype is not dtypes.promote_dtype
         )
         params = parameters(self, "kernel", "bias")
-        if injected or not applies(inputs, params):
+        if injected or not has_custom_backward(inputs, params):
             return self._with_sparse_kernel(inputs, out_sharding)
         how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         decay = checked_decay("NMSparseLinear", self.decay)

@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.core import Tracer
 
+from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.estimators.rounding.rounding import clip_ste
-from flax_customgrad.estimators.spiking import surrogate
+from flax_customgrad.estimators.spiking import spike_surrogates as surrogate
 from flax_customgrad.estimators.spiking.fire import Reset, fire
 from flax_customgrad.estimators.spiking.leak import leak
 from flax_customgrad.numerics.argument_checks import positive
-from flax_customgrad.numerics.arrays import as_array, broadcasts, is_taken
+from flax_customgrad.numerics.broadcasting import broadcasts
+from flax_customgrad.numerics.dtypes import as_array, is_supported_float
 
 Spike = Callable[[jax.Array], jax.Array]
 """A step with a surrogate gradient: 1 where its argument is positive, else 0."""
@@ -105,7 +106,7 @@ class SpikingCell(nnx.RNNCellBase):
             )
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             return x.astype(state.dtype)
-        if not is_taken(x):
+        if not is_supported_float(x):
             raise TypeError(
                 f"{type(self).__name__} takes float16, bfloat16, float32 and float64, got "
                 f"{x.dtype}: cast the inputs with x.astype(...) first"
@@ -127,7 +128,7 @@ class SpikingCell(nnx.RNNCellBase):
 
     def _decay(self, name: str, value: Any) -> nnx.Variable:
         """The Variable of a decay; from 0 to 1."""
-        known = not isinstance(value, Tracer)
+        known = not is_traced(value)
         if known and not np.all((np.asarray(value) >= 0) & (np.asarray(value) <= 1)):
             raise ValueError(f"{type(self).__name__}: {name}={value!r} must be from 0 to 1")
         return self._variable(name, value, self.learn_decay)

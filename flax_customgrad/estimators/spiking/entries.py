@@ -14,8 +14,10 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from flax_customgrad.estimators.spiking import leaky, lif, surrogate
-from flax_customgrad.registry.entry import Curve, Entry, Example, applied, normal
+from flax_customgrad import surrogate
+from flax_customgrad.estimators.spiking import leaky, lif
+from flax_customgrad.registry.entry import Curve, Entry, Example
+from flax_customgrad.registry.examples import applied, normal
 
 
 def _few() -> jax.Array:
@@ -246,4 +248,4 @@ _CELLS = (
     ),
 )
 
-SPIKING = (*_SURROGATES, *_CELLS)
+ENTRIES = (*_SURROGATES, *_CELLS)

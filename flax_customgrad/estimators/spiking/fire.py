@@ -24,7 +24,7 @@ from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.numerics.accumulation import accumulator
-from flax_customgrad.numerics.arrays import summed_to
+from flax_customgrad.numerics.broadcasting import sum_to_shape
 
 Reset = Literal["subtract", "zero", "none"]
 """What a spike does to the membrane: takes the threshold off it, empties it, or nothing."""
@@ -89,7 +89,7 @@ def _bwd(
     elif res.reset == "zero":
         dv, dr = (1 - s) * du, -v * du
     (dz,) = through_spike(ds + dr if res.reset_gradient else ds)
-    dv, dtheta = dv + dz, summed_to(dtheta - dz, theta.shape)
+    dv, dtheta = dv + dz, sum_to_shape(dtheta - dz, theta.shape)
     chex.assert_equal_shape([dv, v])
     chex.assert_equal_shape([dtheta, theta])
     return dtheta, dv, None, None, None

@@ -17,7 +17,7 @@ import jax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.numerics.accumulation import accumulator
-from flax_customgrad.numerics.arrays import summed_to
+from flax_customgrad.numerics.broadcasting import sum_to_shape
 
 
 class Residuals(NamedTuple):
@@ -57,7 +57,7 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array | None, jax.Array, jax
     du, dx = decay * g, g
     if res.u is None:
         return None, du, dx, None
-    ddecay = summed_to(g * res.u.astype(res.dtype), decay.shape)
+    ddecay = sum_to_shape(g * res.u.astype(res.dtype), decay.shape)
     chex.assert_equal_shape([ddecay, decay])
     return ddecay, du, dx, None
 

@@ -17,7 +17,7 @@ from flax import nnx
 
 from flax_customgrad.contract.custom_vjp import CustomVJP, custom_vjp
 from flax_customgrad.layers.drop_in import Parameters
-from flax_customgrad.numerics.arrays import as_array, is_taken
+from flax_customgrad.numerics.dtypes import as_array, is_supported_float
 
 
 class Residuals(NamedTuple):
@@ -85,7 +85,7 @@ def checked_inputs(layer: nnx.Module, inputs: object, injected: bool) -> jax.Arr
             "conv_general_dilated and promote_dtype"
         )
     x = as_array(inputs)
-    if not is_taken(x):
+    if not is_supported_float(x):
         came = getattr(x, "dtype", type(x).__name__)
         raise TypeError(
             f"{name}: inputs of {came} have no gradient to feed back; write "

@@ -29,8 +29,8 @@ from flax.nnx.nn.linear import default_kernel_init
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.gradients.feedback.feedback_variable import Feedback
 from flax_customgrad.numerics.accumulation import accumulator
-from flax_customgrad.numerics.arithmetic import input_gradient
-from flax_customgrad.numerics.arrays import as_array
+from flax_customgrad.numerics.dtypes import as_array
+from flax_customgrad.numerics.products import input_gradient
 
 Shape = tuple[int, ...]
 

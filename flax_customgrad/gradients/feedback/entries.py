@@ -11,7 +11,8 @@ from flax import nnx
 from flax_customgrad.gradients.feedback.direct_feedback import DirectFeedback
 from flax_customgrad.gradients.feedback.feedback_conv import FeedbackConv
 from flax_customgrad.gradients.feedback.feedback_linear import FeedbackLinear
-from flax_customgrad.registry.entry import Entry, Example, made, normal
+from flax_customgrad.registry.entry import Entry, Example
+from flax_customgrad.registry.examples import made, normal
 
 
 def _with_feedback(cls: Any) -> Callable[..., tuple[Any, ...]]:
@@ -62,7 +63,7 @@ def _images(*args: Any, shape: tuple[int, ...], **kwargs: Any) -> Example:
     return made(shape[-1], *args, **kwargs, inputs=(lambda: normal(*shape),))
 
 
-FEEDBACK = (
+ENTRIES = (
     Entry(
         "FeedbackLinear",
         "feedback",

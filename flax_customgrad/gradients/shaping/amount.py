@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_customgrad.numerics.arrays import as_array, broadcasts, is_number
+from flax_customgrad.numerics.broadcasting import broadcasts
+from flax_customgrad.numerics.dtypes import as_array, is_python_number
 
 Amount = float | jax.Array
 """A number, which is static, or an array, which may be traced."""
@@ -29,7 +30,7 @@ def checked(name: str, amount: Any, *, positive: bool = False) -> Any:
         ValueError: a number that is not finite, or not positive.
     """
     amount = as_array(amount)
-    if is_number(amount):
+    if is_python_number(amount):
         if positive and not amount > 0:
             raise ValueError(f"{name}={amount!r} must be positive")
         if not positive and not math.isfinite(amount):

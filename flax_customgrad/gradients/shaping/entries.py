@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_customgrad.gradients.shaping import clip, reversal, scale, stop
-from flax_customgrad.registry.entry import Curve, Entry, Example, applied, normal
+from flax_customgrad.registry.entry import Curve, Entry, Example
+from flax_customgrad.registry.examples import applied, normal
 
 
 def _few() -> jax.Array:
@@ -59,7 +60,7 @@ _CLIP_EXAMPLES: dict[str, dict[str, Any]] = {
     "by norm, each example": {"max_norm": 0.6, "batch_axes": 0},
 }
 
-SHAPING = (
+ENTRIES = (
     Entry(
         "gradient_reversal",
         "shaping",

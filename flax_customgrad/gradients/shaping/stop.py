@@ -20,7 +20,7 @@ from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.gradients.shaping.amount import check_broadcasts
-from flax_customgrad.numerics.arrays import as_array
+from flax_customgrad.numerics.dtypes import as_array
 
 
 class Residuals(NamedTuple):

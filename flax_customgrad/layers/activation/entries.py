@@ -22,7 +22,8 @@ from flax_customgrad.layers.activation import (
     smooth,
     softmax,
 )
-from flax_customgrad.registry.entry import Entry, Example, applied, made, normal
+from flax_customgrad.registry.entry import Entry, Example
+from flax_customgrad.registry.examples import applied, made, normal
 
 
 def _few() -> jax.Array:
@@ -271,4 +272,4 @@ _GATED = (
     _gated_linear(gated_linear.ReGLU, _REGLU),
 )
 
-ACTIVATION = (*_POINTWISE, *_SOFTMAX, *_GATED)
+ENTRIES = (*_POINTWISE, *_SOFTMAX, *_GATED)

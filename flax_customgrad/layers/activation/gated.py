@@ -21,7 +21,12 @@ from flax_customgrad.layers.activation.piecewise import RELU_OF_INPUT
 from flax_customgrad.layers.activation.pointwise import Pointwise, once
 from flax_customgrad.layers.activation.sigmoidal import SIGMOID_OF_INPUT
 from flax_customgrad.layers.activation.smooth import GELU_ERF, GELU_TANH, SILU
-from flax_customgrad.numerics.arrays import applies, as_array, in_dtype, widened
+from flax_customgrad.numerics.dtypes import (
+    as_array,
+    in_dtype,
+    takes_custom_backward,
+    widened,
+)
 
 
 class Residuals(NamedTuple):
@@ -80,7 +85,7 @@ def _gated(name: str, gate: Any, up: Any, f: Pointwise) -> jax.Array:
             f"{name}: gate has shape {jnp.shape(gate)} and up {jnp.shape(up)}; the product is "
             "taken element by element, so both need the same shape"
         )
-    return gated(gate, up, f) if applies(gate, up) else f.reference(gate) * up
+    return gated(gate, up, f) if takes_custom_backward(gate, up) else f.reference(gate) * up
 
 
 def swiglu(gate: ArrayLike, up: ArrayLike) -> jax.Array:
@@ -172,4 +177,4 @@ def glu(x: ArrayLike, axis: int = -1) -> jax.Array:
             f"glu: axis {axis} of an array of shape {shape} is no axis of even size, which could "
             "be split in two"
         )
-    return _glu(x, axis) if applies(x) else jax.nn.glu(x, axis)
+    return _glu(x, axis) if takes_custom_backward(x) else jax.nn.glu(x, axis)

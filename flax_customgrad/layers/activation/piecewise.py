@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from flax_customgrad.layers.activation.pointwise import Pointwise, the_output
-from flax_customgrad.numerics.arrays import is_number
+from flax_customgrad.numerics.dtypes import is_python_number
 
 
 def _where(g: jax.Array, mask: jax.Array) -> jax.Array:
@@ -222,5 +222,5 @@ def leaky_relu(x: ArrayLike, negative_slope: ArrayLike = 1e-2) -> jax.Array:
     Returns:
         Array like x, of the dtype to which x and the slope promote.
     """
-    f = LEAKY_RELU if is_number(negative_slope) else LEAKY_RELU_OF_INPUT
+    f = LEAKY_RELU if is_python_number(negative_slope) else LEAKY_RELU_OF_INPUT
     return f(x, negative_slope)

@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.numerics.arrays import (
-    applies,
+from flax_customgrad.numerics.broadcasting import sum_to_shape
+from flax_customgrad.numerics.dtypes import (
     as_array,
     in_dtype,
-    is_number,
-    summed_to,
+    is_python_number,
+    takes_custom_backward,
     widened,
 )
 
@@ -73,8 +73,8 @@ class Pointwise:
         """
         x = jnp.asarray(x) if isinstance(x, float) else as_array(x)
         # A Python number stays one: it is weakly typed and has no gradient.
-        parameters = tuple(p if is_number(p) else as_array(p) for p in parameters)
-        if not applies(x) or not all(map(_is_real, parameters)):
+        parameters = tuple(p if is_python_number(p) else as_array(p) for p in parameters)
+        if not takes_custom_backward(x) or not all(map(_is_real, parameters)):
             return self.reference(x, *parameters)
         return pointwise(x, parameters, self)
 
@@ -111,11 +111,11 @@ def _fwd(x: jax.Array, parameters: tuple[Any, ...], f: Pointwise) -> tuple[jax.A
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, tuple[Any, ...], None]:
     f, parameters = res.f, res.parameters
-    dx = summed_to(_differentiate(f.backward, g, res.kept, parameters), res.shape)
+    dx = sum_to_shape(_differentiate(f.backward, g, res.kept, parameters), res.shape)
     if not any(map(_is_trained, parameters)):
         return dx, (None,) * len(parameters), None
     dparameters = tuple(
-        summed_to(_differentiate(backward, g, res.kept, parameters), p.shape)
+        sum_to_shape(_differentiate(backward, g, res.kept, parameters), p.shape)
         if _is_trained(p)
         else None
         for p, backward in zip(parameters, f.of_parameters, strict=True)

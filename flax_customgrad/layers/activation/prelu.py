@@ -21,7 +21,8 @@ from flax.nnx.nn import dtypes
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, parameters
 from flax_customgrad.numerics.accumulation import accumulator
-from flax_customgrad.numerics.arrays import applies, as_array, summed_to
+from flax_customgrad.numerics.broadcasting import sum_to_shape
+from flax_customgrad.numerics.dtypes import as_array, takes_custom_backward
 
 
 class Residuals(NamedTuple):
@@ -55,8 +56,8 @@ def _fwd(params: Parameters, x: jax.Array, dtype: Any) -> tuple[jax.Array, Resid
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None]:
     x, slope = res.x.astype(res.dtype), res.params["negative_slope"].astype(res.dtype)
     g, x, slope = (a.astype(accumulator(res.x, g)) for a in (g, x, slope))
-    dx = summed_to(jnp.where(x >= 0, g, slope * g), x.shape)
-    dslope = summed_to(jnp.where(x >= 0, 0, g * x), slope.shape)
+    dx = sum_to_shape(jnp.where(x >= 0, g, slope * g), x.shape)
+    dslope = sum_to_shape(jnp.where(x >= 0, 0, g * x), slope.shape)
     chex.assert_equal_shape([dx, x])
     chex.assert_equal_shape([dslope, slope])
     return nnx.State({"negative_slope": dslope}), dx, None
@@ -90,6 +91,6 @@ class PReLU(nnx.PReLU):
         """
         x, params = as_array(inputs), parameters(self, "negative_slope")
         injected = self.promote_dtype is not dtypes.promote_dtype
-        if injected or not applies(x, *params.values()):
+        if injected or not takes_custom_backward(x, *params.values()):
             return super().__call__(inputs)
         return prelu(params, x, jnp.dtype(self.dtype or x.dtype))

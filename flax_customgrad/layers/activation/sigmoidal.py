@@ -15,7 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from flax_customgrad.layers.activation.pointwise import Pointwise, the_output
-from flax_customgrad.numerics.arrays import as_array, is_half
+from flax_customgrad.numerics.dtypes import as_array, is_half
 from flax_customgrad.numerics.hyperbolic import sech_squared
 
 

@@ -23,9 +23,14 @@ from jax.typing import ArrayLike
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.activation.pointwise import once
-from flax_customgrad.numerics.arrays import applies, as_array, in_dtype, widened
+from flax_customgrad.numerics.dtypes import (
+    as_array,
+    in_dtype,
+    takes_custom_backward,
+    widened,
+)
 
-Axes = int | tuple[int, ...] | None
+ReductionAxes = int | tuple[int, ...] | None
 """The axes of a row: one, several, or None for all."""
 
 
@@ -45,7 +50,7 @@ def _above_zero(s: jax.Array) -> jax.Array:
     return jnp.maximum(s, 0.5)
 
 
-def _largest(x: jax.Array, axis: Axes) -> jax.Array:
+def _largest(x: jax.Array, axis: ReductionAxes) -> jax.Array:
     return lax.stop_gradient(jnp.max(x, axis, initial=-jnp.inf, keepdims=True))
 
 
@@ -64,22 +69,24 @@ def _shifted(x: jax.Array, m: jax.Array) -> jax.Array:
 
 
 @custom_vjp
-def _softmax(x: jax.Array, axis: Axes) -> jax.Array:
+def _softmax(x: jax.Array, axis: ReductionAxes) -> jax.Array:
     return _softmax_value(axis, x)
 
 
-def _softmax_fwd(x: jax.Array, axis: Axes) -> tuple[jax.Array, tuple[jax.Array, Axes]]:
+def _softmax_fwd(
+    x: jax.Array, axis: ReductionAxes
+) -> tuple[jax.Array, tuple[jax.Array, ReductionAxes]]:
     y = _softmax(x, axis)
     return y, (y, axis)
 
 
-def _softmax_bwd(res: tuple[jax.Array, Axes], g: jax.Array) -> tuple[jax.Array, None]:
+def _softmax_bwd(res: tuple[jax.Array, ReductionAxes], g: jax.Array) -> tuple[jax.Array, None]:
     y, axis = res
     return _softmax_gradient(axis, y, g), None
 
 
 @once
-def _softmax_value(axis: Axes, x: jax.Array) -> jax.Array:
+def _softmax_value(axis: ReductionAxes, x: jax.Array) -> jax.Array:
     (wide,) = widened(x.dtype, x)
     m = _largest(wide, axis)
     e = jnp.exp(_shifted(wide, m))
@@ -88,7 +95,7 @@ def _softmax_value(axis: Axes, x: jax.Array) -> jax.Array:
 
 
 @once
-def _softmax_gradient(axis: Axes, y: jax.Array, g: jax.Array) -> jax.Array:
+def _softmax_gradient(axis: ReductionAxes, y: jax.Array, g: jax.Array) -> jax.Array:
     y, g = widened(g.dtype, y, g)
     return y * (g - jnp.sum(g * y, axis, keepdims=True))
 
@@ -110,7 +117,7 @@ def softmax(
         Array like x; 0 in a row that holds minus infinity alone or is masked throughout.
     """
     x, axis = as_array(x), _axes(axis)
-    if not applies(x):
+    if not takes_custom_backward(x):
         return jax.nn.softmax(x, axis, where)
     return _softmax(_masked(x, where), axis)
 
@@ -120,15 +127,15 @@ class _LogSoftmaxResiduals(NamedTuple):
 
     y: jax.Array
     weight: jax.Array
-    axis: Axes
+    axis: ReductionAxes
 
 
 @custom_vjp
-def _log_softmax(x: jax.Array, axis: Axes) -> jax.Array:
+def _log_softmax(x: jax.Array, axis: ReductionAxes) -> jax.Array:
     return _log_softmax_value(axis, x)[0]
 
 
-def _log_softmax_fwd(x: jax.Array, axis: Axes) -> tuple[jax.Array, _LogSoftmaxResiduals]:
+def _log_softmax_fwd(x: jax.Array, axis: ReductionAxes) -> tuple[jax.Array, _LogSoftmaxResiduals]:
     y, weight = _log_softmax_value(axis, x)
     return y, _LogSoftmaxResiduals(y, weight, axis)
 
@@ -138,7 +145,7 @@ def _log_softmax_bwd(res: _LogSoftmaxResiduals, g: jax.Array) -> tuple[jax.Array
 
 
 @once
-def _log_softmax_value(axis: Axes, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _log_softmax_value(axis: ReductionAxes, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     (wide,) = widened(x.dtype, x)
     shifted = _shifted(wide, _largest(wide, axis))
     s = jnp.sum(jnp.exp(shifted), axis, keepdims=True)
@@ -146,7 +153,9 @@ def _log_softmax_value(axis: Axes, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @once
-def _log_softmax_gradient(axis: Axes, y: jax.Array, weight: jax.Array, g: jax.Array) -> jax.Array:
+def _log_softmax_gradient(
+    axis: ReductionAxes, y: jax.Array, weight: jax.Array, g: jax.Array
+) -> jax.Array:
     y, g = widened(g.dtype, y, g)
     return weight * (g - jnp.exp(y) * jnp.sum(g, axis, keepdims=True))
 
@@ -169,17 +178,17 @@ def log_softmax(
         Array like x; minus infinity in a row that holds nothing else or is masked throughout.
     """
     x, axis = as_array(x), _axes(axis)
-    if not applies(x):
+    if not takes_custom_backward(x):
         return jax.nn.log_softmax(x, axis, where)
     return _masked(_log_softmax(_masked(x, where), axis), where)
 
 
 @custom_vjp
-def _logsumexp(x: jax.Array, axis: Axes) -> jax.Array:
+def _logsumexp(x: jax.Array, axis: ReductionAxes) -> jax.Array:
     return _logsumexp_value(axis, x)[0]
 
 
-def _logsumexp_fwd(x: jax.Array, axis: Axes) -> tuple[jax.Array, tuple[jax.Array, Rows]]:
+def _logsumexp_fwd(x: jax.Array, axis: ReductionAxes) -> tuple[jax.Array, tuple[jax.Array, Rows]]:
     y, rows = _logsumexp_value(axis, x)
     return y, (x, rows)
 
@@ -189,7 +198,7 @@ def _logsumexp_bwd(res: tuple[jax.Array, Rows], g: jax.Array) -> tuple[jax.Array
 
 
 @once
-def _logsumexp_value(axis: Axes, x: jax.Array) -> tuple[jax.Array, Rows]:
+def _logsumexp_value(axis: ReductionAxes, x: jax.Array) -> tuple[jax.Array, Rows]:
     (wide,) = widened(x.dtype, x)
     m = _largest(wide, axis)
     s = jnp.sum(jnp.exp(_shifted(wide, m)), axis, keepdims=True)
@@ -231,13 +240,13 @@ def logsumexp(
         `return_sign` a pair of arrays.
     """
     a, axis = as_array(a), _axes(axis)
-    if b is not None or return_sign or not applies(a):
+    if b is not None or return_sign or not takes_custom_backward(a):
         return jax.nn.logsumexp(a, axis, b, keepdims, return_sign, where)
     y = _logsumexp(_masked(a, where), axis)
     return y if keepdims else jnp.squeeze(y, axis)
 
 
-def _axes(axis: int | Sequence[int] | None) -> Axes:
+def _axes(axis: int | Sequence[int] | None) -> ReductionAxes:
     return tuple(axis) if isinstance(axis, Sequence) else axis
 
 

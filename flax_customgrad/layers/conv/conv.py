@@ -7,7 +7,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 
-from flax_customgrad.layers.conv.convolution import How, convolution
+from flax_customgrad.layers.conv.convolution import ConvConfig, convolution
 from flax_customgrad.layers.conv.images import (
     check_images,
     in_one_batch,
@@ -16,7 +16,7 @@ from flax_customgrad.layers.conv.images import (
 )
 from flax_customgrad.layers.conv.padding import resolved
 from flax_customgrad.layers.conv.recipes.geometry import Geometry
-from flax_customgrad.layers.drop_in import applies
+from flax_customgrad.layers.drop_in import has_custom_backward
 from flax_customgrad.numerics.arithmetic import Arithmetic
 
 
@@ -57,13 +57,13 @@ class Conv(nnx.Conv):
             or self.promote_dtype is not dtypes.promote_dtype
         )
         params = parameters_with_mask(self)
-        if injected or not applies(inputs, params):
+        if injected or not has_custom_backward(inputs, params):
             return super().__call__(inputs, out_sharding)
         check_images(self, inputs, self.in_features)
         how = self._how(inputs, out_sharding)
         return in_one_batch(lambda x: convolution(params, x, how), inputs, len(self.kernel_size))
 
-    def _how(self, inputs: jax.Array, out_sharding: Any) -> How:
+    def _how(self, inputs: jax.Array, out_sharding: Any) -> ConvConfig:
         groups, window = self.feature_group_count, tuple(self.kernel_size)
         if self.in_features % groups or self.out_features % groups:
             raise ValueError(
@@ -92,4 +92,4 @@ class Conv(nnx.Conv):
         arithmetic = Arithmetic(
             self.dtype, self.precision, self.preferred_element_type, out_sharding
         )
-        return How(geometry, around, False, arithmetic)
+        return ConvConfig(geometry, around, False, arithmetic)

@@ -9,16 +9,16 @@ import jax
 from flax import nnx
 from flax.nnx.nn import dtypes
 
-from flax_customgrad.layers.conv.convolution import How, convolution
+from flax_customgrad.layers.conv.convolution import ConvConfig, convolution
 from flax_customgrad.layers.conv.images import (
     check_images,
     in_one_batch,
     parameters_with_mask,
     per_axis,
 )
-from flax_customgrad.layers.conv.padding import Around, pairs_of
+from flax_customgrad.layers.conv.padding import BoundaryPadding, pairs_of
 from flax_customgrad.layers.conv.recipes.geometry import Geometry, spread
-from flax_customgrad.layers.drop_in import applies
+from flax_customgrad.layers.drop_in import has_custom_backward
 from flax_customgrad.numerics.arithmetic import Arithmetic
 
 
@@ -52,13 +52,15 @@ class ConvTranspose(nnx.ConvTranspose):
                 the kernel, or strides, dilation or padding that do not fit `kernel_size`.
         """
         params = parameters_with_mask(self)
-        if self.promote_dtype is not dtypes.promote_dtype or not applies(inputs, params):
+        if self.promote_dtype is not dtypes.promote_dtype or not has_custom_backward(
+            inputs, params
+        ):
             return super().__call__(inputs)
         check_images(self, inputs, self.in_features)
         how = self._how(inputs)
         return in_one_batch(lambda x: convolution(params, x, how), inputs, len(self.kernel_size))
 
-    def _how(self, inputs: jax.Array) -> How:
+    def _how(self, inputs: jax.Array) -> ConvConfig:
         window = tuple(self.kernel_size)
         rank = len(window)
         strides = per_axis("strides", self.strides, rank)
@@ -72,7 +74,7 @@ class ConvTranspose(nnx.ConvTranspose):
                 _period(*axis, self.transpose_kernel)
                 for axis in zip(size, strides, reach, strict=True)
             ]
-            around = Around("wrap", tuple(copied for copied, _ in periods))
+            around = BoundaryPadding("wrap", tuple(copied for copied, _ in periods))
             padding = tuple(zeros for _, zeros in periods)
             size = around.extent(size)
         elif name in ("SAME", "VALID"):
@@ -90,7 +92,7 @@ class ConvTranspose(nnx.ConvTranspose):
             dilation,
         )
         arithmetic = Arithmetic(self.dtype, self.precision, self.preferred_element_type)
-        return How(geometry, around, self.transpose_kernel, arithmetic)
+        return ConvConfig(geometry, around, self.transpose_kernel, arithmetic)
 
 
 def _named(padding: str, reach: int, stride: int) -> tuple[int, int]:

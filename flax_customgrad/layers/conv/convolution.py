@@ -22,7 +22,7 @@ from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.conv import lowering
-from flax_customgrad.layers.conv.padding import Around
+from flax_customgrad.layers.conv.padding import BoundaryPadding
 from flax_customgrad.layers.conv.recipes.geometry import Geometry, mirrored
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.numerics.accumulation import total
@@ -30,7 +30,7 @@ from flax_customgrad.numerics.arithmetic import Arithmetic
 
 
 @dataclass(frozen=True)
-class How:
+class ConvConfig:
     """The choices of a layer that are not arrays.
 
     Attributes:
@@ -41,7 +41,7 @@ class How:
     """
 
     geometry: Geometry
-    around: Around | None
+    around: BoundaryPadding | None
     mirror: bool
     arithmetic: Arithmetic
 
@@ -51,11 +51,11 @@ class Residuals(NamedTuple):
 
     params: Parameters
     x: jax.Array
-    how: How
+    how: ConvConfig
 
 
 @custom_vjp
-def convolution(params: Parameters, x: jax.Array, how: How) -> jax.Array:
+def convolution(params: Parameters, x: jax.Array, how: ConvConfig) -> jax.Array:
     """Convolves images.
 
     Args:
@@ -80,7 +80,7 @@ def convolution(params: Parameters, x: jax.Array, how: How) -> jax.Array:
     return y if bias is None else y + lax.expand_dims(bias, range(y.ndim - 1))
 
 
-def _fwd(params: Parameters, x: jax.Array, how: How) -> tuple[jax.Array, Residuals]:
+def _fwd(params: Parameters, x: jax.Array, how: ConvConfig) -> tuple[jax.Array, Residuals]:
     return convolution(params, x, how), Residuals(params, x, how)
 
 
@@ -105,9 +105,9 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None]:
 convolution.defvjp(_fwd, _bwd)
 
 
-def _surrounded(x: jax.Array, how: How) -> jax.Array:
+def _surrounded(x: jax.Array, how: ConvConfig) -> jax.Array:
     return x if how.around is None else how.around.of(x)
 
 
-def _mirrored(kernel: jax.Array, how: How) -> jax.Array:
+def _mirrored(kernel: jax.Array, how: ConvConfig) -> jax.Array:
     return mirrored(kernel, how.geometry.groups) if how.mirror else kernel

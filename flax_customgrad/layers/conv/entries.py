@@ -7,7 +7,8 @@ from flax import nnx
 
 from flax_customgrad.layers.conv.conv import Conv
 from flax_customgrad.layers.conv.conv_transpose import ConvTranspose
-from flax_customgrad.registry.entry import Entry, Example, made, normal
+from flax_customgrad.registry.entry import Entry, Example
+from flax_customgrad.registry.examples import made, normal
 
 _KEEPS = "x without its padding, kernel"
 
@@ -19,7 +20,7 @@ def _images(shape: tuple[int, ...], *args: Any, dtype: Any = jnp.float32, **kwar
     return made(shape[-1], *args, **kwargs, inputs=(lambda: normal(*shape, dtype=dtype),))
 
 
-CONV = (
+ENTRIES = (
     Entry(
         "Conv",
         "conv",

@@ -26,9 +26,9 @@ from jax import lax
 
 from flax_customgrad.layers.conv.recipes import dense, depthwise, grouped, patches, transposed
 from flax_customgrad.layers.conv.recipes import xla_convolution as xla
-from flax_customgrad.layers.conv.recipes.geometry import Geometry, Map, mirrored
+from flax_customgrad.layers.conv.recipes.geometry import ConvPass, Geometry, mirrored
 from flax_customgrad.numerics.accumulation import accumulator
-from flax_customgrad.numerics.arithmetic import explicit_sharding
+from flax_customgrad.numerics.sharding import explicit_sharding, varying_like
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Recipe:
     """
 
     fits: Callable[[Geometry], bool]
-    correlate: Map
-    kernel_gradient: Map
+    correlate: ConvPass
+    kernel_gradient: ConvPass
 
 
 def _correlate(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
@@ -185,17 +185,12 @@ def gradients(
         return dx.astype(dtype), _kernel_gradient(x, g, geometry)
 
     def by_xla(x: jax.Array, w: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-        g, w = g.astype(x.dtype), _as_varying(w, g)
+        # The kernel of each device: its gradient is summed later.
+        g, w = g.astype(x.dtype), varying_like(w, g)
         dx = xla.input_gradient(g, w, geometry, x, precision=precision)
         return dx, xla.kernel_gradient(x, g, geometry, w, precision=precision).astype(wide)
 
     return _on_this_platform(geometry, by_recipe, by_xla, x, w, g)
-
-
-def _as_varying(w: jax.Array, g: jax.Array) -> jax.Array:
-    """A kernel as one of each device of a `shard_map`, where g is: its gradient is summed later."""
-    axes = jax.typeof(g).manual_axis_type.varying - jax.typeof(w).manual_axis_type.varying
-    return lax.pcast(w, tuple(sorted(axes)), to="varying") if axes else w
 
 
 def _on_this_platform(

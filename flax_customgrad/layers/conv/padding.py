@@ -17,7 +17,7 @@ Pairs = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Around:
+class BoundaryPadding:
     """What is put around an image before it is convolved, and is not zeros.
 
     Attributes:
@@ -61,7 +61,7 @@ def resolved(
     strides: Sequence[int],
     dilation: Sequence[int],
     input_dilation: Sequence[int],
-) -> tuple[Pairs, Around | None]:
+) -> tuple[Pairs, BoundaryPadding | None]:
     """The zeros around an image, or what there is instead of them.
 
     Args:
@@ -80,7 +80,7 @@ def resolved(
     name = padding if isinstance(padding, str) else None
     if name in _MODES:
         pairs = tuple(((k - 1) // 2, k // 2) for k in reach)
-        return ((0, 0),) * len(pairs), Around(_MODES[name], pairs)
+        return ((0, 0),) * len(pairs), BoundaryPadding(_MODES[name], pairs)
     if name == "CAUSAL":
         if len(reach) != 1:
             raise ValueError(

@@ -25,9 +25,10 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.drop_in import Parameters, applies, parameters
+from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.numerics.accumulation import total
-from flax_customgrad.numerics.arithmetic import Arithmetic, input_gradient, parameter_gradient
+from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.products import input_gradient, parameter_gradient
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class Einsum(nnx.Einsum):
             self.einsum_op is not jnp.einsum or self.promote_dtype is not dtypes.promote_dtype
         )
         params = parameters(self, "kernel", "bias")
-        if injected or not applies(inputs, params):
+        if injected or not has_custom_backward(inputs, params):
             return super().__call__(inputs, einsum_str, out_sharding)
         equation = self._equation(einsum_str, inputs, params["kernel"])
         # nnx says what is wrong with a missing equation.

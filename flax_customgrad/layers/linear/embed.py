@@ -23,14 +23,11 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.drop_in import Parameters, applies, parameters
+from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.numerics.accumulation import accumulator, total
-from flax_customgrad.numerics.arithmetic import (
-    Arithmetic,
-    explicit_sharding,
-    input_gradient,
-    parameter_gradient,
-)
+from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.products import input_gradient, parameter_gradient
+from flax_customgrad.numerics.sharding import explicit_sharding
 
 
 class LookupResiduals(NamedTuple):
@@ -168,7 +165,7 @@ class Embed(nnx.Embed):
         params = parameters(self, "embedding")
         # Ids are no floats, and nnx says what is wrong with ids that are no integers.
         ids = jnp.issubdtype(inputs.dtype, jnp.integer)
-        if self._injected or not ids or not applies(params["embedding"], params):
+        if self._injected or not ids or not has_custom_backward(params["embedding"], params):
             return super().__call__(inputs, out_sharding)
         return lookup(params, inputs, Arithmetic(self.dtype, out_sharding=out_sharding))
 
@@ -183,7 +180,7 @@ class Embed(nnx.Embed):
             Array of shape (..., num_embeddings), in `dtype`.
         """
         params = parameters(self, "embedding")
-        if self._injected or not applies(query, params):
+        if self._injected or not has_custom_backward(query, params):
             return super().attend(query, out_sharding)
         return attend(params, query, Arithmetic(self.dtype, out_sharding=out_sharding))
 

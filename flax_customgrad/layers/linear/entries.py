@@ -11,7 +11,8 @@ from flax_customgrad.layers.linear.embed import Embed
 from flax_customgrad.layers.linear.linear import Linear
 from flax_customgrad.layers.linear.linear_general import LinearGeneral
 from flax_customgrad.layers.linear.lora import LoRA, LoRALinear
-from flax_customgrad.registry.entry import Entry, made, normal
+from flax_customgrad.registry.entry import Entry
+from flax_customgrad.registry.examples import made, normal
 
 
 def _tokens(*shape: int, size: int) -> jax.Array:
@@ -26,7 +27,7 @@ def _attend(embed: nnx.Embed, query: jax.Array) -> jax.Array:
 
 _BF16: dict[str, Any] = {"dtype": jnp.bfloat16}
 
-LINEAR = (
+ENTRIES = (
     Entry(
         "Linear",
         "linear",

@@ -20,9 +20,10 @@ from flax.nnx.nn import dtypes
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.drop_in import Parameters, applies, parameters
+from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.numerics.accumulation import total
-from flax_customgrad.numerics.arithmetic import Arithmetic, input_gradient, parameter_gradient
+from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.products import input_gradient, parameter_gradient
 
 
 class Residuals(NamedTuple):
@@ -104,7 +105,7 @@ class Linear(nnx.Linear):
             or self.promote_dtype is not dtypes.promote_dtype
         )
         params = parameters(self, "kernel", "bias")
-        if injected or not applies(inputs, params):
+        if injected or not has_custom_backward(inputs, params):
             return super().__call__(inputs, out_sharding)
         how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         return linear(params, inputs, how)

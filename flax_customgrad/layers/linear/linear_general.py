@@ -23,13 +23,14 @@ from flax.nnx.nn import dtypes
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.drop_in import Parameters, applies, parameters
+from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.numerics.accumulation import total
-from flax_customgrad.numerics.arithmetic import Arithmetic, input_gradient, parameter_gradient
+from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.products import input_gradient, parameter_gradient
 
 
 @dataclass(frozen=True)
-class Axes:
+class ContractionAxes:
     """Which axes of x a product runs over; all are counted from the front and sorted.
 
     Attributes:
@@ -58,12 +59,14 @@ class Residuals(NamedTuple):
 
     params: Parameters
     x: jax.Array
-    axes: Axes
+    axes: ContractionAxes
     how: Arithmetic
 
 
 @custom_vjp
-def linear_general(params: Parameters, x: jax.Array, axes: Axes, how: Arithmetic) -> jax.Array:
+def linear_general(
+    params: Parameters, x: jax.Array, axes: ContractionAxes, how: Arithmetic
+) -> jax.Array:
     """Applies a linear map over several axes.
 
     Args:
@@ -86,7 +89,7 @@ def linear_general(params: Parameters, x: jax.Array, axes: Axes, how: Arithmetic
 
 
 def _fwd(
-    params: Parameters, x: jax.Array, axes: Axes, how: Arithmetic
+    params: Parameters, x: jax.Array, axes: ContractionAxes, how: Arithmetic
 ) -> tuple[jax.Array, Residuals]:
     return linear_general(params, x, axes, how), Residuals(params, x, axes, how)
 
@@ -158,13 +161,13 @@ class LinearGeneral(nnx.LinearGeneral):
             or self.promote_dtype is not dtypes.promote_dtype
         )
         params = parameters(self, "kernel", "bias")
-        if injected or not applies(inputs, params):
+        if injected or not has_custom_backward(inputs, params):
             return super().__call__(inputs, out_sharding)
         how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         return linear_general(params, inputs, self._axes(inputs), how)
 
-    def _axes(self, inputs: jax.Array) -> Axes:
+    def _axes(self, inputs: jax.Array) -> ContractionAxes:
         contracted = tuple(sorted(axis % inputs.ndim for axis in self.axis))
         batch = tuple(sorted(int(axis) % inputs.ndim for axis in self.batch_axis))
         free = tuple(a for a in range(inputs.ndim) if a not in (*contracted, *batch))
-        return Axes(contracted, batch, free)
+        return ContractionAxes(contracted, batch, free)

@@ -20,10 +20,12 @@ import jax
 from flax import nnx
 from flax.nnx.nn import dtypes
 
+from flax_customgrad.contract.compat import set_class
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.drop_in import Parameters, applies, become, parameters
+from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.layers.linear.linear import Linear
-from flax_customgrad.numerics.arithmetic import Arithmetic, input_gradient, parameter_gradient
+from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.products import input_gradient, parameter_gradient
 
 
 class Residuals(NamedTuple):
@@ -102,7 +104,7 @@ class LoRA(nnx.LoRA):
             ValueError: the base module is not callable.
         """
         params = parameters(self, "lora_a", "lora_b")
-        if self.promote_dtype is not dtypes.promote_dtype or not applies(x, params):
+        if self.promote_dtype is not dtypes.promote_dtype or not has_custom_backward(x, params):
             return super().__call__(x, **kwargs)
         out = lora(params, x, Arithmetic(self.dtype))
         if self.base_module is not None:
@@ -130,4 +132,4 @@ class LoRALinear(nnx.LoRALinear, Linear):
     @functools.wraps(nnx.LoRALinear.__init__)
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        become(self.lora, LoRA)
+        set_class(self.lora, LoRA)

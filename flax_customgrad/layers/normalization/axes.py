@@ -1,4 +1,4 @@
-"""`Axes`: what a normalization sums over, and along what it scales."""
+"""`NormAxes`: what a normalization sums over, and along what it scales."""
 
 import math
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from jax import lax
 
 
 @dataclass(frozen=True)
-class Axes:
+class NormAxes:
     """Which elements share statistics, and which share a scale and a bias.
 
     A sum over what is reduced is taken in two steps: first over the axes without features, which
@@ -30,7 +30,7 @@ class Axes:
     groups: int | None = None
 
     @classmethod
-    def of(cls, ndim: int, reduced: Any, features: Any, groups: int | None = None) -> "Axes":
+    def of(cls, ndim: int, reduced: Any, features: Any, groups: int | None = None) -> "NormAxes":
         """Axes as a user gives them: an int or several, negative ones counted from the end.
 
         Args:
@@ -45,7 +45,7 @@ class Axes:
         return cls(canonical(ndim, reduced), canonical(ndim, features), groups)
 
     @classmethod
-    def per_feature(cls, ndim: int, features: Any) -> "Axes":
+    def per_feature(cls, ndim: int, features: Any) -> "NormAxes":
         """Axes of which all share statistics but those of the features.
 
         Args:

@@ -20,7 +20,7 @@ from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, parameters
-from flax_customgrad.layers.normalization.axes import Axes
+from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.normalization.norm import Norm, choosing
 from flax_customgrad.numerics.accumulation import accumulator
 
@@ -30,13 +30,13 @@ class Residuals(NamedTuple):
 
     params: Parameters
     x: jax.Array
-    axes: Axes
+    axes: NormAxes
     epsilon: float
 
 
 @custom_vjp
 def normalize_by(
-    params: Parameters, x: jax.Array, axes: Axes, epsilon: float, dtype: Any
+    params: Parameters, x: jax.Array, axes: NormAxes, epsilon: float, dtype: Any
 ) -> jax.Array:
     """Normalizes an input by given statistics, then scales and shifts it.
 
@@ -60,7 +60,7 @@ def normalize_by(
 
 
 def _fwd(
-    params: Parameters, x: jax.Array, axes: Axes, epsilon: float, dtype: Any
+    params: Parameters, x: jax.Array, axes: NormAxes, epsilon: float, dtype: Any
 ) -> tuple[jax.Array, Residuals]:
     return normalize_by(params, x, axes, epsilon, dtype), Residuals(params, x, axes, epsilon)
 
@@ -93,7 +93,7 @@ def _rstd(params: Parameters, x: jax.Array, epsilon: float) -> jax.Array:
     return lax.rsqrt(params["var"].astype(accumulator(x, *params.values())) + epsilon)
 
 
-def _standardized(params: Parameters, x: jax.Array, axes: Axes, epsilon: float) -> jax.Array:
+def _standardized(params: Parameters, x: jax.Array, axes: NormAxes, epsilon: float) -> jax.Array:
     """x^, in float32 or wider."""
     mean, r = (axes.along(a, x.shape) for a in (params["mean"], _rstd(params, x, epsilon)))
     return (x - mean) * r
@@ -149,7 +149,7 @@ class BatchNorm(nnx.BatchNorm, Norm):
             use_running_average = self.use_running_average
         if use_running_average is None or not self._ours(x):
             return super().__call__(x, use_running_average, mask=mask)
-        axes = Axes.per_feature(x.ndim, self.axis)
+        axes = NormAxes.per_feature(x.ndim, self.axis)
         stored = parameters(self, "mean", "var")
         if use_running_average:
             params = nnx.State({**self._parameters(), **stored})

@@ -12,7 +12,8 @@ from flax_customgrad.layers.normalization.instance_norm import InstanceNorm
 from flax_customgrad.layers.normalization.layer_norm import LayerNorm
 from flax_customgrad.layers.normalization.rms_norm import RMSNorm
 from flax_customgrad.layers.normalization.standardize import standardize
-from flax_customgrad.registry.entry import Entry, applied, made, normal
+from flax_customgrad.registry.entry import Entry
+from flax_customgrad.registry.examples import applied, made, normal
 
 _BF16: dict[str, Any] = {"dtype": jnp.bfloat16}
 _SCALED: dict[str, Any] = {"scale_init": nnx.initializers.normal(1.0)}
@@ -49,7 +50,7 @@ _OF_IMAGES = {
     "32x32x32x128, bf16": made(128, **_BF16, inputs=(lambda: _images(jnp.bfloat16),)),
 }
 
-NORMALIZATION = (
+ENTRIES = (
     Entry(
         "LayerNorm",
         "normalization",

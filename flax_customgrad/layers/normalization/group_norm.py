@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_customgrad.layers.normalization.axes import Axes, canonical
+from flax_customgrad.layers.normalization.axes import NormAxes, canonical
 from flax_customgrad.layers.normalization.norm import Norm, choosing
 
 
@@ -64,4 +64,4 @@ class GroupNorm(nnx.GroupNorm, Norm):
                 f"the last axis of an input of shape {x.shape} has {x.shape[-1]} features; "
                 f"expected {features}, {self.num_groups} groups of {self.group_size}"
             )
-        return self._normalize(x, mask, Axes.of(x.ndim, reduced, -1, self.num_groups))[0]
+        return self._normalize(x, mask, NormAxes.of(x.ndim, reduced, -1, self.num_groups))[0]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_customgrad.layers.normalization.axes import Axes, canonical
+from flax_customgrad.layers.normalization.axes import NormAxes, canonical
 from flax_customgrad.layers.normalization.norm import Norm, choosing
 
 
@@ -54,4 +54,4 @@ class InstanceNorm(nnx.InstanceNorm, Norm):
                 "the batch axis."
             )
         reduced = [axis for axis in range(1, x.ndim) if axis not in features]
-        return self._normalize(x, mask, Axes.of(x.ndim, reduced, features))[0]
+        return self._normalize(x, mask, NormAxes.of(x.ndim, reduced, features))[0]

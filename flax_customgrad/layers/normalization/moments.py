@@ -27,13 +27,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_customgrad.layers.normalization.axes import Axes
+from flax_customgrad.contract.compat import varying_axes
+from flax_customgrad.layers.normalization.axes import NormAxes
 
 
 class Moments(NamedTuple):
     """Statistics of an input, one number each for all elements that share them.
 
-    `Axes.spread` makes them broadcast against the input.
+    `NormAxes.spread` makes them broadcast against the input.
     """
 
     shift: jax.Array
@@ -87,7 +88,7 @@ class Devices:
             like: an array that differs from device to device.
         """
         names = self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
-        if jax.typeof(like).manual_axis_type.varying.isdisjoint(names):
+        if varying_axes(like).isdisjoint(names):
             return cotangent
         return cotangent / lax.psum(1, self.axis_name, axis_index_groups=self.groups)
 
@@ -95,7 +96,7 @@ class Devices:
 def moments(
     x: jax.Array,
     mask: jax.Array | None,
-    axes: Axes,
+    axes: NormAxes,
     devices: Devices,
     epsilon: float,
     centered: bool = True,

@@ -5,13 +5,23 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import jax.core
 from flax.nnx.nn import dtypes
 
-from flax_customgrad.layers.drop_in import Parameters, applies, parameters, shown
-from flax_customgrad.layers.normalization.axes import Axes
+from flax_customgrad.contract.compat import is_traced
+from flax_customgrad.layers.drop_in import (
+    Parameters,
+    has_custom_backward,
+    merged_signature,
+    parameters,
+)
+from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.normalization.moments import Devices
-from flax_customgrad.layers.normalization.normalize import How, Statistics, normalize, reject_zeros
+from flax_customgrad.layers.normalization.normalize import (
+    NormConfig,
+    Statistics,
+    normalize,
+    reject_zeros,
+)
 
 Residual = Literal["input", "output"]
 """What the backward keeps to find the normalized input again.
@@ -40,7 +50,7 @@ def choosing(of: Callable[..., None]) -> Callable[[Callable[..., None]], Callabl
             init(self, *args, **kwargs)
             self._keep(residual)
 
-        signature = shown(of, with_residual)
+        signature = merged_signature(of, with_residual)
         functools.update_wrapper(with_residual, of)
         with_residual.__signature__ = signature  # type: ignore[attr-defined]
         return with_residual
@@ -78,7 +88,9 @@ class Norm:
 
     def _ours(self, x: Any) -> bool:
         """Whether `normalize` computes what nnx would."""
-        return self.promote_dtype is dtypes.promote_dtype and applies(x, self._parameters())
+        return self.promote_dtype is dtypes.promote_dtype and has_custom_backward(
+            x, self._parameters()
+        )
 
     def _parameters(self) -> Parameters:
         names = (name for name in ("scale", "bias") if hasattr(self, name))
@@ -88,7 +100,7 @@ class Norm:
         self,
         x: jax.Array,
         mask: jax.Array | None,
-        axes: Axes,
+        axes: NormAxes,
         *promoted_with: jax.Array,
         centered: bool = True,
     ) -> tuple[jax.Array, Statistics]:
@@ -106,7 +118,7 @@ class Norm:
         if self.residual == "output":
             self._check_scale()
         groups = self.axis_index_groups
-        how = How(
+        how = NormConfig(
             axes,
             float(self.epsilon),
             dtypes.canonicalize_dtype(x, *promoted_with, *params.values(), dtype=self.dtype),
@@ -119,5 +131,5 @@ class Norm:
     def _check_scale(self) -> None:
         """Rejects a scale of 0 while it can be seen; a traced one is checked when it runs."""
         scale = self._parameters().get("scale")
-        if scale is not None and not isinstance(scale, jax.core.Tracer):
+        if scale is not None and not is_traced(scale):
             reject_zeros(scale)

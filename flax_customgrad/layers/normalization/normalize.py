@@ -28,13 +28,13 @@ from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters
-from flax_customgrad.layers.normalization.axes import Axes
+from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.normalization.moments import Devices, Moments, moments
 from flax_customgrad.numerics.accumulation import accumulator
 
 
 @dataclass(frozen=True)
-class How:
+class NormConfig:
     """The choices of a normalization that are not arrays.
 
     Attributes:
@@ -46,7 +46,7 @@ class How:
         residual: what the backward keeps to find x^ again, "input" or "output".
     """
 
-    axes: Axes
+    axes: NormAxes
     epsilon: float
     dtype: Any
     centered: bool = True
@@ -55,7 +55,10 @@ class How:
 
 
 class Statistics(NamedTuple):
-    """What an input was normalized by, in float32 or wider; `Axes.spread` fits it to the input."""
+    """What an input was normalized by, in float32 or wider.
+
+    `NormAxes.spread` makes each broadcast against the input.
+    """
 
     mean: jax.Array
     """The mean; 0 where it is not taken out."""
@@ -72,12 +75,12 @@ class Residuals(NamedTuple):
     x_or_y: jax.Array
     mask: jax.Array | None
     moments: Moments
-    how: How
+    how: NormConfig
 
 
 @custom_vjp
 def normalize(
-    params: Parameters, x: jax.Array, mask: jax.Array | None, how: How
+    params: Parameters, x: jax.Array, mask: jax.Array | None, how: NormConfig
 ) -> tuple[jax.Array, Statistics]:
     """Normalizes an input by its own statistics, then scales and shifts it.
 
@@ -94,7 +97,7 @@ def normalize(
 
 
 def _normalize(
-    params: Parameters, x: jax.Array, mask: jax.Array | None, how: How
+    params: Parameters, x: jax.Array, mask: jax.Array | None, how: NormConfig
 ) -> tuple[tuple[jax.Array, Statistics], Moments]:
     wide = _widened(x, how)
     found = moments(wide, mask, how.axes, how.devices, how.epsilon, how.centered)
@@ -108,7 +111,7 @@ def _normalize(
 
 
 def _fwd(
-    params: Parameters, x: jax.Array, mask: jax.Array | None, how: How
+    params: Parameters, x: jax.Array, mask: jax.Array | None, how: NormConfig
 ) -> tuple[tuple[jax.Array, Statistics], Residuals]:
     out, found = _normalize(params, x, mask, how)
     if how.residual == "input":
@@ -157,12 +160,12 @@ def _bwd(
 normalize.defvjp(_fwd, _bwd)
 
 
-def _widened(x: jax.Array, how: How) -> jax.Array:
+def _widened(x: jax.Array, how: NormConfig) -> jax.Array:
     """The input rounded as nnx rounds it, in the dtype of the sums."""
     return x.astype(how.dtype).astype(jnp.promote_types(how.dtype, jnp.float32))
 
 
-def _standardized(x: jax.Array, found: Moments, how: How) -> jax.Array:
+def _standardized(x: jax.Array, found: Moments, how: NormConfig) -> jax.Array:
     """x^: the input in units of its standard deviation."""
     m, c, r = (how.axes.spread(a, x.shape) for a in (found.shift, found.correction, found.rstd))
     return ((x - m) - c) * r if how.centered else x * r

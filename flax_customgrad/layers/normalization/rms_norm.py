@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_customgrad.layers.normalization.axes import Axes
+from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.normalization.norm import Norm, choosing
 
 
@@ -45,5 +45,5 @@ class RMSNorm(nnx.RMSNorm, Norm):
         """
         if not self._ours(x):
             return super().__call__(x, mask)
-        axes = Axes.of(x.ndim, self.reduction_axes, self.feature_axes)
+        axes = NormAxes.of(x.ndim, self.reduction_axes, self.feature_axes)
         return self._normalize(x, mask, axes, centered=False)[0]

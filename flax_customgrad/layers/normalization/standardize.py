@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from flax_customgrad.layers.drop_in import applies
-from flax_customgrad.layers.normalization.axes import Axes
-from flax_customgrad.layers.normalization.normalize import How, normalize
+from flax_customgrad.layers.drop_in import has_custom_backward
+from flax_customgrad.layers.normalization.axes import NormAxes
+from flax_customgrad.layers.normalization.normalize import NormConfig, normalize
 
 
 def standardize(
@@ -50,7 +50,7 @@ def standardize(
         Array([-1.,  1.], dtype=float32)
     """
     known = mean is not None or variance is not None
-    if known or not isinstance(epsilon, int | float) or not applies(x, {}):
+    if known or not isinstance(epsilon, int | float) or not has_custom_backward(x, {}):
         return jax.nn.standardize(
             x,
             axis,  # type: ignore[arg-type]
@@ -63,6 +63,6 @@ def standardize(
     if algorithm not in ("fast", "stable"):
         raise ValueError(f"algorithm={algorithm!r}: expected 'fast' or 'stable'")
     x = jnp.asarray(x)
-    axes = Axes.of(x.ndim, range(x.ndim) if axis is None else axis, ())
+    axes = NormAxes.of(x.ndim, range(x.ndim) if axis is None else axis, ())
     mask = None if where is None else jnp.asarray(where, bool)
-    return normalize(nnx.State({}), x, mask, How(axes, float(epsilon), x.dtype))[0]
+    return normalize(nnx.State({}), x, mask, NormConfig(axes, float(epsilon), x.dtype))[0]

@@ -20,7 +20,7 @@ from jax import lax
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.pooling.pool_arguments import Pooling
 from flax_customgrad.layers.pooling.windows import Then, Windows, along
-from flax_customgrad.numerics.accumulation import accumulator, sealed
+from flax_customgrad.numerics.accumulation import accumulator, fusion_barrier
 
 Divisor = Literal["nothing", "size", "inside"]
 """What the sum of a window is divided by: nothing, its elements, or those that are no padding."""
@@ -78,7 +78,9 @@ def _value(pooling: Pooling, divisor: Divisor, dtype: Any, x: jax.Array) -> jax.
     # Of one window over a whole image XLA makes a plain sum itself.
     by_cpu = by_reduce_window if pooling.is_whole else by_slices
     y = lax.platform_dependent(x, cpu=by_cpu, default=by_reduce_window)
-    return sealed((y if divisor == "nothing" else y / _number(pooling, divisor, y)).astype(dtype))
+    return fusion_barrier(
+        (y if divisor == "nothing" else y / _number(pooling, divisor, y)).astype(dtype)
+    )
 
 
 @functools.partial(_once, static_argnums=(0, 1))
@@ -92,7 +94,7 @@ def _gradient(pooling: Pooling, divisor: Divisor, g: jax.Array) -> jax.Array:
     dx = lax.platform_dependent(
         g, cpu=by_slices, default=functools.partial(_by_reduce_window, pooling)
     )
-    return sealed(dx * (1 / math.prod(pooling.window_shape)) if divisor == "size" else dx)
+    return fusion_barrier(dx * (1 / math.prod(pooling.window_shape)) if divisor == "size" else dx)
 
 
 def _sum(windows: Windows, x: jax.Array, then: Then) -> jax.Array:

@@ -7,7 +7,8 @@ from flax import nnx
 from jax import lax
 
 from flax_customgrad.layers.pooling import pool_functions as pooling
-from flax_customgrad.registry.entry import Entry, Example, applied, normal
+from flax_customgrad.registry.entry import Entry, Example
+from flax_customgrad.registry.examples import applied, normal
 
 _FASTER = "float32 sums; gradients 2 to 20 times as fast on a CPU"
 
@@ -27,7 +28,7 @@ _WORKLOADS = {
     "3x3 stride 2, 32x64x64x64, bf16": _of(_BIG, (3, 3), (2, 2), "SAME", dtype=jnp.bfloat16),
 }
 
-POOLING = (
+ENTRIES = (
     Entry(
         "max_pool",
         "pooling",

@@ -27,7 +27,7 @@ from jax import lax
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.pooling.pool_arguments import Pooling
 from flax_customgrad.layers.pooling.windows import Then, Windows, along
-from flax_customgrad.numerics.accumulation import accumulator, sealed
+from flax_customgrad.numerics.accumulation import accumulator, fusion_barrier
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _value(pooling: Pooling, extreme: Extreme, x: jax.Array) -> jax.Array:
     def by_slices(x: jax.Array) -> jax.Array:
         step = functools.partial(_extreme, extreme)
         y = along(pooling.axes(x.ndim), step, x.astype(accumulator(x)))
-        return sealed(y.astype(x.dtype))
+        return fusion_barrier(y.astype(x.dtype))
 
     by_reduce_window = functools.partial(_by_reduce_window, pooling, extreme)
     return lax.platform_dependent(x, cpu=by_slices, default=by_reduce_window)
@@ -109,7 +109,7 @@ def _gradient(pooling: Pooling, extreme: Extreme, x: jax.Array, g: jax.Array) ->
             seen = _extreme(extreme, windows, seen)
         for windows in pooling.axes(x.ndim):
             dx = windows.spread(dx, offsets.pop())
-        return sealed(dx)
+        return fusion_barrier(dx)
 
     def by_scatter(x: jax.Array, g: jax.Array) -> jax.Array:
         _, pull = jax.vjp(functools.partial(_by_reduce_window, pooling, extreme), x)

@@ -17,7 +17,7 @@ from jax import lax
 from flax_customgrad.layers.pooling.avg_pool import sum_pool
 from flax_customgrad.layers.pooling.max_pool import MAX, MIN, extreme_pool
 from flax_customgrad.layers.pooling.pool_arguments import Pooling, windows_of
-from flax_customgrad.numerics.arrays import applies, as_array
+from flax_customgrad.numerics.dtypes import as_array, takes_custom_backward
 
 Padding = str | Sequence[tuple[int, int]]
 """SAME, SAME_LOWER, VALID, or the elements to add (before, after) each axis."""
@@ -172,8 +172,10 @@ def pool(
 
 
 def _is_sliced(inputs: Any, pooling: Pooling) -> bool:
-    return applies(inputs) and inputs.size > 0 and pooling.is_sliced
+    return takes_custom_backward(inputs) and inputs.size > 0 and pooling.is_sliced
 
 
 def _is_summed(inputs: Any, pooling: Pooling) -> bool:
-    return _is_sliced(inputs, pooling) or (applies(inputs) and inputs.size > 0 and pooling.is_whole)
+    return _is_sliced(inputs, pooling) or (
+        takes_custom_backward(inputs) and inputs.size > 0 and pooling.is_whole
+    )

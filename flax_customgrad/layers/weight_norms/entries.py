@@ -9,7 +9,8 @@ from flax import nnx
 from flax_customgrad.layers.weight_norms.spectral_norm import SpectralNorm
 from flax_customgrad.layers.weight_norms.weight_norm import WeightNorm
 from flax_customgrad.layers.weight_norms.weight_standardization import WeightStandardization
-from flax_customgrad.registry.entry import Entry, Example, normal
+from flax_customgrad.registry.entry import Entry, Example
+from flax_customgrad.registry.examples import normal
 
 
 def _around(
@@ -65,7 +66,7 @@ _WORKLOADS = {
     "Conv 3x3, 8x32x32x128 to 128": (_image, lambda: normal(8, 32, 32, 128)),
 }
 
-WEIGHTS = (
+ENTRIES = (
     Entry(
         "WeightNorm",
         "weight_norms",

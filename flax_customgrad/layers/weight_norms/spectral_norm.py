@@ -20,7 +20,7 @@ from flax.nnx.nn import dtypes
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.drop_in import applies
+from flax_customgrad.layers.drop_in import has_custom_backward
 from flax_customgrad.layers.weight_norms.unit_norm import inverse_norm
 from flax_customgrad.numerics.accumulation import accumulator
 
@@ -126,7 +126,7 @@ class SpectralNorm(nnx.SpectralNorm):
         w = orig_param[...]
         u, sigma = (self.batch_stats.get((*path, name)) for name in ("u", "sigma"))
         rejected = w.ndim > 2 and self.error_on_non_matrix
-        if u is None or sigma is None or rejected or not applies(w, {"u": u[...]}):
+        if u is None or sigma is None or rejected or not has_custom_backward(w, {"u": u[...]}):
             return super()._spectral_normalize_inplace(path, orig_param, update_stats)
         dtype = dtypes.canonicalize_dtype(w, u[...], dtype=self.dtype)
         start = lax.stop_gradient(u[...].astype(accumulator(w, u[...])))

@@ -21,15 +21,16 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
+from flax_customgrad.contract.compat import set_class
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.drop_in import applies, become
-from flax_customgrad.layers.normalization.axes import Axes
+from flax_customgrad.layers.drop_in import has_custom_backward
+from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.weight_norms.unit_norm import inverse_norm, slope
 from flax_customgrad.numerics.accumulation import accumulator
 
 
 @dataclass(frozen=True)
-class How:
+class WeightNormConfig:
     """The choices that are not arrays.
 
     Attributes:
@@ -38,7 +39,7 @@ class How:
         dtype: dtype of the result.
     """
 
-    axes: Axes
+    axes: NormAxes
     epsilon: float
     dtype: Any
 
@@ -49,11 +50,11 @@ class Residuals(NamedTuple):
     v: jax.Array
     scale: jax.Array | None
     r: jax.Array
-    how: How
+    how: WeightNormConfig
 
 
 @custom_vjp
-def weight_norm(v: jax.Array, scale: jax.Array | None, how: How) -> jax.Array:
+def weight_norm(v: jax.Array, scale: jax.Array | None, how: WeightNormConfig) -> jax.Array:
     """Gives a weight unit norm for each feature, then a length.
 
     Args:
@@ -67,14 +68,18 @@ def weight_norm(v: jax.Array, scale: jax.Array | None, how: How) -> jax.Array:
     return _normalized(v, scale, how)[0]
 
 
-def _normalized(v: jax.Array, scale: jax.Array | None, how: How) -> tuple[jax.Array, jax.Array]:
+def _normalized(
+    v: jax.Array, scale: jax.Array | None, how: WeightNormConfig
+) -> tuple[jax.Array, jax.Array]:
     r = inverse_norm(v, how.axes.reduced, how.epsilon)
     unit = v * r
     w = unit if scale is None else unit * how.axes.along(scale, v.shape)
     return w.astype(how.dtype), r
 
 
-def _fwd(v: jax.Array, scale: jax.Array | None, how: How) -> tuple[jax.Array, Residuals]:
+def _fwd(
+    v: jax.Array, scale: jax.Array | None, how: WeightNormConfig
+) -> tuple[jax.Array, Residuals]:
     w, r = _normalized(v, scale, how)
     return w, Residuals(v, scale, r, how)
 
@@ -129,7 +134,7 @@ class WeightNorm(nnx.WeightNorm):
         Args:
             layer: a layer of nnx.
         """
-        become(layer, cls)
+        set_class(layer, cls)
         _hold_params(layer)
         return layer
 
@@ -140,7 +145,7 @@ class WeightNorm(nnx.WeightNorm):
         Args:
             layer: a layer of this library.
         """
-        become(layer, nnx.WeightNorm)
+        set_class(layer, nnx.WeightNorm)
         if layer.scales is not None and not _nnx_holds_params():
             layer.scales = nnx.data({path: scale[...] for path, scale in layer.scales.items()})
         return layer
@@ -153,11 +158,11 @@ class WeightNorm(nnx.WeightNorm):
             if path not in self.scales:
                 return super()._weightnorm_inplace(path, param)  # which says what is wrong
             params["scale"] = self.scales[path][...]
-        if not applies(params["v"], params):
+        if not has_custom_backward(params["v"], params):
             return super()._weightnorm_inplace(path, param)
         dtype = dtypes.canonicalize_dtype(*params.values(), dtype=self.dtype)
-        axes = Axes.per_feature(params["v"].ndim, self.feature_axes)
-        how = How(axes, float(self.epsilon), jnp.dtype(dtype))
+        axes = NormAxes.per_feature(params["v"].ndim, self.feature_axes)
+        how = WeightNormConfig(axes, float(self.epsilon), jnp.dtype(dtype))
         param.set_value(weight_norm(params["v"], params.get("scale"), how))
 
 

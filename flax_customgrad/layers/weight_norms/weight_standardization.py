@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
-from flax_customgrad.layers.drop_in import applies
-from flax_customgrad.layers.normalization.axes import Axes
-from flax_customgrad.layers.normalization.normalize import How, normalize
+from flax_customgrad.layers.drop_in import has_custom_backward
+from flax_customgrad.layers.normalization.axes import NormAxes
+from flax_customgrad.layers.normalization.normalize import NormConfig, normalize
 
 _KERNELS = nnx.PathContains("kernel")
 
@@ -96,7 +96,7 @@ class WeightStandardization(nnx.Module):
         for path, weight in weights:
             if not jnp.issubdtype(weight.dtype, jnp.floating):
                 raise TypeError(f"{_shown(path)} is {weight.dtype}: expected a floating dtype")
-            features = Axes.per_feature(weight.ndim, self.feature_axes).features
+            features = NormAxes.per_feature(weight.ndim, self.feature_axes).features
             if use_scale:
                 shape = tuple(weight.shape[i] for i in features)
                 gains[path] = nnx.Param(scale_init(rngs.params(), shape, param_dtype))
@@ -138,12 +138,12 @@ class WeightStandardization(nnx.Module):
                     f"there is no gain for {_shown(path)}: wrap the layer again after changing it"
                 )
             params["scale"] = self.scales[path][...]
-        axes = Axes.per_feature(v.ndim, self.feature_axes)
+        axes = NormAxes.per_feature(v.ndim, self.feature_axes)
         dtype = dtypes.canonicalize_dtype(v, *params.values(), dtype=self.dtype)
         # `normalize` rounds its input to the dtype that it is given.
         wide = jnp.promote_types(dtype, v.dtype)
-        if applies(v, params):
-            w, _ = normalize(nnx.State(params), v, None, How(axes, self.epsilon, wide))
+        if has_custom_backward(v, params):
+            w, _ = normalize(nnx.State(params), v, None, NormConfig(axes, self.epsilon, wide))
         else:
             w = jax.nn.standardize(v.astype(wide), axes.reduced, epsilon=self.epsilon)
             if "scale" in params:

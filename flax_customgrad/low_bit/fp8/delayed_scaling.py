@@ -44,7 +44,7 @@ class Remembered(NamedTuple):
     steps: BackwardState
 
 
-class Turn(NamedTuple):
+class ScaleSnapshot(NamedTuple):
     """What a forward takes from the histories and its backward goes by.
 
     Attributes:
@@ -56,7 +56,7 @@ class Turn(NamedTuple):
     step: jax.Array | None
 
 
-def turn(remembered: Remembered, margin: int) -> Turn:
+def read_scales(remembered: Remembered, margin: int) -> ScaleSnapshot:
     """The scales for a forward and its backward.
 
     Args:
@@ -67,24 +67,24 @@ def turn(remembered: Remembered, margin: int) -> Turn:
     old = remembered.scale[...]
     begins = (allowed < 0) | (taken < allowed)
     asked_for = scale_of(jnp.max(remembered.amax_history[...], axis=1), _MAX, old, margin)
-    return Turn(jnp.where(begins, asked_for, old), jnp.where(begins, taken, _NO_STEP))
+    return ScaleSnapshot(jnp.where(begins, asked_for, old), jnp.where(begins, taken, _NO_STEP))
 
 
-def remember(remembered: Remembered, turn: Turn, amaxes: jax.Array) -> None:
+def record_amax(remembered: Remembered, snapshot: ScaleSnapshot, amaxes: jax.Array) -> None:
     """Writes what a backward has seen.
 
     Args:
         remembered: the state.
-        turn: what its forward went by.
+        snapshot: what its forward went by.
         amaxes: of x, of the kernel and of g, float of shape (3,).
     """
     taken, allowed = remembered.steps[...]
-    first = turn.step == taken
+    first = snapshot.step == taken
     history = remembered.amax_history[...]
     amaxes = jnp.minimum(amaxes, jnp.finfo(history.dtype).max).astype(history.dtype)
     moved = jnp.roll(history, -1, axis=1).at[:, 0].set(0)
     remembered.amax_history[...] = jnp.where(first, moved, history).at[:, 0].max(amaxes)
-    remembered.scale[...] = jnp.where(first, turn.scales, remembered.scale[...])
+    remembered.scale[...] = jnp.where(first, snapshot.scales, remembered.scale[...])
     remembered.steps[...] = jnp.stack([taken + first, allowed])
 
 

@@ -10,7 +10,8 @@ from jax import lax
 
 from flax_customgrad.low_bit.fp8.fp8_einsum import Fp8Einsum
 from flax_customgrad.low_bit.fp8.fp8_linear import Fp8Linear
-from flax_customgrad.registry.entry import Entry, made, normal
+from flax_customgrad.registry.entry import Entry
+from flax_customgrad.registry.examples import made, normal
 
 _KEEPS = "the codes of x, one byte an element; scales"
 _SOURCE = "arXiv:2209.05433"
@@ -48,7 +49,7 @@ def _einsum(layer: Any, x: jax.Array, g: jax.Array) -> tuple[nnx.State, jax.Arra
 
 
 # The gradient of delayed scaling depends on the steps before, and each moves its state.
-FP8 = (
+ENTRIES = (
     Entry(
         "Fp8Linear",
         "fp8",

@@ -27,16 +27,22 @@ from jax import lax
 from flax_customgrad.contract import residual_storage as kept
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters
-from flax_customgrad.low_bit.fp8.delayed_scaling import Remembered, Turn, remember, turn
+from flax_customgrad.low_bit.fp8.delayed_scaling import (
+    Remembered,
+    ScaleSnapshot,
+    read_scales,
+    record_amax,
+)
 from flax_customgrad.low_bit.fp8.fp8_formats import E4M3, E5M2, amax, scale_of
-from flax_customgrad.low_bit.quant_layers.quantized_product import Map
+from flax_customgrad.low_bit.quant_layers.quantized_product import LinearOp
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.arithmetic import Arithmetic
-from flax_customgrad.numerics.arrays import summed_to
+from flax_customgrad.numerics.broadcasting import sum_to_shape
+from flax_customgrad.numerics.sharding import varying_like
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Fp8Config:
     """The choices that are not arrays.
 
     Attributes:
@@ -46,7 +52,7 @@ class Recipe:
         margin: how many halvings of a range are left unused.
     """
 
-    of: Map
+    of: LinearOp
     bias_shape: tuple[int, ...]
     how: Arithmetic
     margin: int
@@ -59,7 +65,7 @@ class Residuals(NamedTuple):
         params: kernel and bias, which the caller holds.
         codes: the bits of the codes of x, uint8.
         x: for second derivatives, which alone read it.
-        turn: the scales.
+        snapshot: the scales.
         amaxes: of x and of the kernel, for delayed scaling.
         remembered: the state of delayed scaling.
         recipe: as it came.
@@ -68,15 +74,15 @@ class Residuals(NamedTuple):
     params: Parameters
     codes: jax.Array
     x: jax.Array | None
-    turn: Turn
+    snapshot: ScaleSnapshot
     amaxes: tuple[jax.Array, ...]
     remembered: Remembered | None
-    recipe: Recipe
+    recipe: Fp8Config
 
 
 @custom_vjp(surrogate=True)
 def fp8_product(
-    params: Parameters, x: jax.Array, remembered: Remembered | None, recipe: Recipe
+    params: Parameters, x: jax.Array, remembered: Remembered | None, recipe: Fp8Config
 ) -> jax.Array:
     """Computes a product of a kernel and an input in E4M3, and adds a bias.
 
@@ -90,7 +96,7 @@ def fp8_product(
         Outputs in the dtype of the computation.
     """
     x_, kernel, bias = recipe.how.promote(x, params["kernel"], params.get("bias"))
-    s = _turn(x_, kernel, remembered, recipe).scales
+    s = _scales(x_, kernel, remembered, recipe).scales
     wide = accumulator(x_, kernel)
     codes = [E4M3.encode(a, s[i]).astype(wide) for i, a in enumerate((x_, kernel))]
     y = recipe.of(nnx.State({"kernel": codes[1]}), codes[0]) * _both(s[0], s[1], wide)
@@ -100,23 +106,25 @@ def fp8_product(
 
 
 def _fwd(
-    params: Parameters, x: jax.Array, remembered: Remembered | None, recipe: Recipe
+    params: Parameters, x: jax.Array, remembered: Remembered | None, recipe: Fp8Config
 ) -> tuple[jax.Array, Residuals]:
     y = fp8_product(params, x, remembered, recipe)
     x_, kernel, _ = recipe.how.promote(x, params["kernel"], params.get("bias"))
-    turn = _turn(x_, kernel, remembered, recipe)
-    codes = lax.bitcast_convert_type(E4M3.encode(x_, turn.scales[0]), jnp.uint8)
+    snapshot = _scales(x_, kernel, remembered, recipe)
+    codes = lax.bitcast_convert_type(E4M3.encode(x_, snapshot.scales[0]), jnp.uint8)
     amaxes = () if remembered is None else (amax(x_), amax(kernel))
-    return y, Residuals(params, codes, kept.beside(x), turn, amaxes, remembered, recipe)
+    return y, Residuals(
+        params, codes, kept.keep_for_second_order(x), snapshot, amaxes, remembered, recipe
+    )
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
     params, recipe = res.params, res.recipe
-    s_x, s_kernel, s_g = res.turn.scales
+    s_x, s_kernel, s_g = res.snapshot.scales
     if res.remembered is None:
         s_g = lax.stop_gradient(scale_of(amax(g), E5M2.max, 1, recipe.margin))
     else:
-        remember(res.remembered, res.turn, jnp.stack([*res.amaxes, amax(g)]))
+        record_amax(res.remembered, res.snapshot, jnp.stack([*res.amaxes, amax(g)]))
     x, kernel, _ = recipe.how.promote(res.x, params["kernel"], params.get("bias"))
     wide = accumulator(g, kernel)
     codes = lax.bitcast_convert_type(res.codes, E4M3.dtype)
@@ -124,24 +132,28 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
     q_kernel = _standing_for(E4M3.encode(kernel, s_kernel), kernel, s_kernel, wide)
     q_g = _standing_for(E5M2.encode(g, s_g), g, s_g, wide)
     # The scales of a device belong to its part of a sum, so the sum comes after them.
-    q_x, q_kernel = _varying(q_x, q_g), _varying(q_kernel, q_g)
+    q_x, q_kernel = varying_like(q_x, q_g), varying_like(q_kernel, q_g)
     _, pull = jax.vjp(recipe.of, nnx.State({"kernel": q_kernel}), q_x)
     dparams, dx = pull(q_g)
     grads = {"kernel": dparams["kernel"] * _both(s_x, s_g, wide)}
     if "bias" in params:
-        grads["bias"] = jnp.reshape(summed_to(g, recipe.bias_shape), params["bias"].shape)
+        grads["bias"] = jnp.reshape(sum_to_shape(g, recipe.bias_shape), params["bias"].shape)
     return nnx.State(grads), dx * _both(s_kernel, s_g, wide), None, None
 
 
 fp8_product.defvjp(_fwd, _bwd)
 
 
-def _turn(x: jax.Array, kernel: jax.Array, remembered: Remembered | None, recipe: Recipe) -> Turn:
+def _scales(
+    x: jax.Array, kernel: jax.Array, remembered: Remembered | None, recipe: Fp8Config
+) -> ScaleSnapshot:
     """The scales of x and of the kernel, and that of g where it is known already."""
     if remembered is not None:
-        return turn(remembered, recipe.margin)
+        return read_scales(remembered, recipe.margin)
     asked_for = [scale_of(amax(a), E4M3.max, 1, recipe.margin) for a in (x, kernel)]
-    return Turn(lax.stop_gradient(jnp.stack([*asked_for, jnp.ones_like(asked_for[0])])), None)
+    return ScaleSnapshot(
+        lax.stop_gradient(jnp.stack([*asked_for, jnp.ones_like(asked_for[0])])), None
+    )
 
 
 def _both(a: jax.Array, b: jax.Array, wide: Any) -> jax.Array:
@@ -152,14 +164,8 @@ def _both(a: jax.Array, b: jax.Array, wide: Any) -> jax.Array:
 def _standing_for(codes: jax.Array, a: jax.Array | None, scale: jax.Array, wide: Any) -> jax.Array:
     """Codes in a wide dtype, with the derivative of what was encoded."""
     values = codes.astype(wide)
-    return values if a is None else kept.standing_for(values, a.astype(wide) / scale.astype(wide))
-
-
-def _varying(a: jax.Array, like: jax.Array) -> jax.Array:
-    """An array that varies over the devices of a shard_map wherever another does."""
-    missing = _axes(like) - _axes(a)
-    return lax.pcast(a, tuple(sorted(missing)), to="varying") if missing else a
-
-
-def _axes(a: jax.Array) -> frozenset[Any]:
-    return jax.typeof(a).manual_axis_type.varying
+    return (
+        values
+        if a is None
+        else kept.with_derivative_of(values, a.astype(wide) / scale.astype(wide))
+    )

@@ -5,9 +5,10 @@ from flax import nnx
 from flax_customgrad.low_bit.frozen.int4_linear import Int4Linear
 from flax_customgrad.low_bit.frozen.nf4_linear import NF4Linear
 from flax_customgrad.low_bit.frozen.qlora_linear import QLoRALinear
-from flax_customgrad.registry.entry import Entry, made, normal
+from flax_customgrad.registry.entry import Entry
+from flax_customgrad.registry.examples import made, normal
 
-FROZEN = (
+ENTRIES = (
     Entry(
         "NF4Linear",
         "frozen",

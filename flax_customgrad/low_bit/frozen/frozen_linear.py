@@ -21,15 +21,16 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
-from jax.core import Tracer
 
+from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.drop_in import Parameters, applies, parameters
+from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.layers.linear.linear import Linear
 from flax_customgrad.low_bit.frozen.frozen_variable import Frozen
 from flax_customgrad.numerics.accumulation import total
-from flax_customgrad.numerics.arithmetic import Arithmetic, input_gradient
-from flax_customgrad.numerics.arrays import as_array
+from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.dtypes import as_array
+from flax_customgrad.numerics.products import input_gradient
 
 
 class Form(Protocol):
@@ -152,7 +153,7 @@ class FrozenLinear(nnx.Module):
                 raise ValueError(
                     f"{name}: a {given} of your own cannot multiply with codes: leave it out"
                 )
-        if not isinstance(kernel, Tracer) and not jnp.all(jnp.isfinite(kernel)):
+        if not is_traced(kernel) and not jnp.all(jnp.isfinite(kernel)):
             raise ValueError(
                 f"{name}: {jnp.sum(~jnp.isfinite(kernel))} of {kernel.size} weights are infinite "
                 "or NaN, which has no code"
@@ -236,7 +237,7 @@ class FrozenLinear(nnx.Module):
         """
         inputs, params = as_array(inputs), parameters(self, "bias")
         how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
-        apply = frozen_linear if applies(inputs, params) else frozen_linear.fun
+        apply = frozen_linear if has_custom_backward(inputs, params) else frozen_linear.fun
         return apply(params, self._stored, inputs, how, self.form)
 
     @property

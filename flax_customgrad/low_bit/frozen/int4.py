@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.low_bit.frozen.kernel_blocks import once, ratio, split, spread
-from flax_customgrad.numerics.arrays import widened
+from flax_customgrad.numerics.dtypes import widened
 from flax_customgrad.numerics.packing import pack, unpack
 
 

@@ -25,13 +25,14 @@ from flax.nnx.nn.lora import default_a_initializer, default_b_initializer
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.drop_in import Parameters, applies, parameters
+from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.layers.linear.linear import Linear
 from flax_customgrad.low_bit.frozen.frozen_linear import Form, constant, constant_after
 from flax_customgrad.low_bit.frozen.nf4_linear import NF4Linear
 from flax_customgrad.numerics.accumulation import total
-from flax_customgrad.numerics.arithmetic import Arithmetic, input_gradient, parameter_gradient
-from flax_customgrad.numerics.arrays import as_array
+from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.dtypes import as_array
+from flax_customgrad.numerics.products import input_gradient, parameter_gradient
 
 
 class Residuals(NamedTuple):
@@ -223,7 +224,7 @@ class QLoRALinear(NF4Linear):
         """
         inputs, params = as_array(inputs), parameters(self, "lora_a", "lora_b", "bias")
         how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
-        apply = qlora_linear if applies(inputs, params) else qlora_linear.fun
+        apply = qlora_linear if has_custom_backward(inputs, params) else qlora_linear.fun
         return apply(params, self._stored, inputs, self._factor, how, self.form)
 
     @property

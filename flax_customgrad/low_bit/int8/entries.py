@@ -10,7 +10,8 @@ from jax import lax
 
 from flax_customgrad.low_bit.int8.int8_conv import Int8Conv
 from flax_customgrad.low_bit.int8.int8_linear import Int8Linear
-from flax_customgrad.registry.entry import Entry, made, normal
+from flax_customgrad.registry.entry import Entry
+from flax_customgrad.registry.examples import made, normal
 
 
 def _scale(a: jax.Array, axes: Any) -> jax.Array:
@@ -67,7 +68,7 @@ def _conv(layer: Any, x: jax.Array, g: jax.Array) -> tuple[nnx.State, jax.Array]
     return _stated(f, layer, x, tuple(range(1, x.ndim)), g)
 
 
-INT8 = (
+ENTRIES = (
     Entry(
         "Int8Linear",
         "int8",

@@ -19,9 +19,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_customgrad.contract.residual_storage import beside, standing_for
+from flax_customgrad.contract.residual_storage import (
+    keep_for_second_order,
+    with_derivative_of,
+)
 from flax_customgrad.low_bit.quantizers.scheme import quotient
-from flax_customgrad.numerics.arrays import in_dtype, widened
+from flax_customgrad.numerics.dtypes import in_dtype, widened
 
 LARGEST = 127
 
@@ -61,7 +64,7 @@ class Int8(NamedTuple):
         decoded = in_dtype(decoded, dtype)
         if self.original is None:
             return decoded
-        return standing_for(decoded, in_dtype(self.original / scale, dtype))
+        return with_derivative_of(decoded, in_dtype(self.original / scale, dtype))
 
 
 def encode(x: jax.Array, axes: Any, key: jax.Array | None = None) -> Int8:
@@ -87,4 +90,4 @@ def encode(x: jax.Array, axes: Any, key: jax.Array | None = None) -> Int8:
         up = jax.random.uniform(key, x.shape, wide.dtype) < steps - below
         # Of the largest element the quotient may exceed 127 by its rounding.
         q = jnp.clip(below + up, -LARGEST, LARGEST)
-    return Int8(q.astype(jnp.int8), scale, beside(x))
+    return Int8(q.astype(jnp.int8), scale, keep_for_second_order(x))

@@ -1,4 +1,4 @@
-"""Int8Conv: a convolution that multiplies in int8; the mathematics is in `product`.
+"""Int8Conv: a convolution that multiplies in int8; the mathematics is in `int8_product`.
 
 A row is an image. Windows overlap, so that a scale for each place in it would stand inside of the
 sums: a scale is of an image, or of all.
@@ -15,7 +15,7 @@ from flax import nnx
 
 from flax_customgrad.layers.conv import lowering
 from flax_customgrad.layers.conv.conv import Conv
-from flax_customgrad.layers.conv.convolution import How, convolution
+from flax_customgrad.layers.conv.convolution import ConvConfig, convolution
 from flax_customgrad.layers.conv.images import check_images, in_one_batch, parameters_with_mask
 from flax_customgrad.layers.conv.recipes import xla_convolution as xla
 from flax_customgrad.layers.conv.recipes.geometry import Geometry, mirrored
@@ -29,7 +29,7 @@ from flax_customgrad.low_bit.int8.int8_layer import (
     WeightScale,
     checked_rounding,
 )
-from flax_customgrad.low_bit.int8.int8_product import product
+from flax_customgrad.low_bit.int8.int8_product import int8_product
 from flax_customgrad.low_bit.int8.int32_sums import is_exact, summed
 from flax_customgrad.numerics.arithmetic import Arithmetic
 
@@ -44,7 +44,7 @@ class Images:
         how: where the windows lie, and dtype, precision and sharding.
     """
 
-    how: How
+    how: ConvConfig
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -216,7 +216,7 @@ class Int8Conv(Conv, InInt8):
         of = Images(self._how(images, out_sharding))
 
         def run(x: jax.Array) -> jax.Array:
-            return product(params, x, packed, key, of, self.rounding)
+            return int8_product(params, x, packed, key, of, self.rounding)
 
         return in_one_batch(run, images, len(self.kernel_size))
 

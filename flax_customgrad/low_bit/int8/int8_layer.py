@@ -10,7 +10,7 @@ from flax_customgrad.low_bit.int8.int8_codes import Int8
 from flax_customgrad.low_bit.int8.int8_kernel import Int8Kernel
 from flax_customgrad.low_bit.int8.int8_product import Rounding, encode_kernel
 from flax_customgrad.numerics.arithmetic import Arithmetic
-from flax_customgrad.numerics.noise_stream import stream
+from flax_customgrad.numerics.noise_stream import fork_stream
 
 Backward = Literal["float", "int8", "switchback"]
 Residuals = Literal["quantized", "original"]
@@ -73,7 +73,7 @@ def checked_rounding(
     rounding = Rounding(backward, residuals, activation_scale, weight_scale)
     if not stochastic_rounding:
         return rounding, None
-    return rounding, stream(f"{name}: stochastic_rounding=True", rng_collection, rngs)
+    return rounding, fork_stream(f"{name}: stochastic_rounding=True", rng_collection, rngs)
 
 
 class InInt8:

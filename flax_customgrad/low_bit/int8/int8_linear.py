@@ -1,4 +1,4 @@
-"""Int8Linear: a linear layer that multiplies in int8; the mathematics is in `product`."""
+"""Int8Linear: a linear layer that multiplies in int8; the mathematics is in `int8_product`."""
 
 import math
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ from flax_customgrad.low_bit.int8.int8_layer import (
     WeightScale,
     checked_rounding,
 )
-from flax_customgrad.low_bit.int8.int8_product import product
+from flax_customgrad.low_bit.int8.int8_product import int8_product
 from flax_customgrad.low_bit.int8.int32_sums import summed
-from flax_customgrad.numerics import arithmetic
+from flax_customgrad.numerics import products
 from flax_customgrad.numerics.arithmetic import Arithmetic
 
 
@@ -60,7 +60,7 @@ class Rows:
         numbers = (((g.ndim - 1,), (1,)), ((), ()))
 
         def multiply(dtype: Any, g: jax.Array, w: jax.Array) -> jax.Array:
-            return arithmetic.product(g, w, numbers, dtype, like=x)
+            return products.product(g, w, numbers, dtype, like=x)
 
         return summed(multiply, g, w, terms=w.shape[1], wide=wide)
 
@@ -69,7 +69,7 @@ class Rows:
         rows = tuple(range(g.ndim - 1))
 
         def multiply(dtype: Any, x: jax.Array, g: jax.Array) -> jax.Array:
-            return arithmetic.product(x, g, ((rows, rows), ((), ())), dtype, like=w)
+            return products.product(x, g, ((rows, rows), ((), ())), dtype, like=w)
 
         # XLA on a CPU takes 2 to 6 times as long for int8 whose first axes meet.
         terms = math.prod(g.shape[:-1])
@@ -183,4 +183,4 @@ class Int8Linear(Linear, InInt8):
         params, x = checked(self, self._parameters(), inputs)
         key = None if self.noise is None else self.noise()
         how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
-        return product(params, x, self._packed, key, Rows(how), self.rounding)
+        return int8_product(params, x, self._packed, key, Rows(how), self.rounding)

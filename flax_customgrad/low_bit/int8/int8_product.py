@@ -35,10 +35,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.core import Tracer
 
+from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.contract.residual_storage import standing_for
+from flax_customgrad.contract.residual_storage import with_derivative_of
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.low_bit.int8.int8_codes import Int8, encode
 from flax_customgrad.numerics.accumulation import total
@@ -62,7 +62,7 @@ class Rounding:
     weight_scale: str
 
 
-class Map(Protocol):
+class Int8Op(Protocol):
     """A map of an input and a kernel, linear in each, of floats and of codes.
 
     The methods take codes of the input x, of the kernel w and of the output's cotangent g, and
@@ -97,24 +97,24 @@ class Map(Protocol):
 
 
 class Residuals(NamedTuple):
-    """What the backward of `product` keeps."""
+    """What the backward of `int8_product` keeps."""
 
     params: Parameters
     x: Int8 | jax.Array
     dtype: Any
     packed: Int8 | None
     key: jax.Array | None
-    of: Map
+    of: Int8Op
     rounding: Rounding
 
 
 @custom_vjp(surrogate=True)
-def product(
+def int8_product(
     params: Parameters,
     x: jax.Array,
     packed: Int8 | None,
     key: jax.Array | None,
-    of: Map,
+    of: Int8Op,
     rounding: Rounding,
 ) -> jax.Array:
     """Multiplies in int8.
@@ -145,14 +145,14 @@ def _fwd(
     x: jax.Array,
     packed: Int8 | None,
     key: jax.Array | None,
-    of: Map,
+    of: Int8Op,
     rounding: Rounding,
 ) -> tuple[jax.Array, Residuals]:
     kept = x
     if rounding.residuals == "quantized":
         promoted, _ = of.arithmetic.promote(x, params["kernel"])
         kept = _input(promoted, of, rounding)
-    y = product(params, x, packed, key, of, rounding)
+    y = int8_product(params, x, packed, key, of, rounding)
     return y, Residuals(params, kept, x.dtype, packed, key, of, rounding)
 
 
@@ -196,10 +196,10 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
     return nnx.State(grads), dx, None, None, None, None
 
 
-product.defvjp(_fwd, _bwd)
+int8_product.defvjp(_fwd, _bwd)
 
 
-def _input(x: jax.Array, of: Map, rounding: Rounding) -> Int8:
+def _input(x: jax.Array, of: Int8Op, rounding: Rounding) -> Int8:
     return encode(x, of.row(x.ndim) if rounding.activation_scale == "per_row" else None)
 
 
@@ -228,7 +228,7 @@ def _deriving(rounded: jax.Array, of: Callable[[], jax.Array]) -> jax.Array:
 
     Outside of a trace there are none, and no XLA to drop the product in float.
     """
-    if not isinstance(rounded, Tracer):
+    if not is_traced(rounded):
         return rounded
     in_float = of()
-    return standing_for(rounded.astype(in_float.dtype), in_float)
+    return with_derivative_of(rounded.astype(in_float.dtype), in_float)

@@ -10,7 +10,8 @@ from flax import nnx
 
 from flax_customgrad.low_bit.microscaling.mx_linear import MXLinear
 from flax_customgrad.low_bit.microscaling.nvfp4_linear import NVFP4Linear
-from flax_customgrad.registry.entry import Entry, made, normal
+from flax_customgrad.registry.entry import Entry
+from flax_customgrad.registry.examples import made, normal
 
 _ELEMENTS = {
     "mxfp8": jnp.float8_e4m3fn,
@@ -107,7 +108,7 @@ def _nvfp4_linear(layer: Any, x: jax.Array, g: jax.Array) -> tuple[nnx.State, ja
     return _linear(layer, x, g, _nvfp4, _nvfp4, square=True, rotate=layer.hadamard)
 
 
-MICROSCALING = (
+ENTRIES = (
     Entry(
         "MXLinear",
         "microscaling",

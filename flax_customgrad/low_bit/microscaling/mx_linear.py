@@ -20,7 +20,7 @@ from flax_customgrad.layers.replaced_matmul import adopt, check_word, operands, 
 from flax_customgrad.low_bit.microscaling.mx import MX
 from flax_customgrad.low_bit.microscaling.scaled_linear import (
     RESIDUALS,
-    Recipe,
+    BlockScaledConfig,
     scaled_linear,
 )
 from flax_customgrad.low_bit.microscaling.small_floats import E2M1, E4M3, E5M2
@@ -137,7 +137,7 @@ class MXLinear(Linear):
         """
         params, x = operands(self, inputs, "kernel", "bias")
         up = self.scale == "up"
-        recipe = Recipe(
+        recipe = BlockScaledConfig(
             operands=MX(_FORMATS[self.format], self.block, up),
             gradient=MX(_GRADIENTS[self.gradient], self.block, up),
             residuals=self.residuals,

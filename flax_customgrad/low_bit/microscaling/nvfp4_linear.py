@@ -22,9 +22,13 @@ from flax import nnx
 from flax_customgrad.layers.linear.linear import Linear
 from flax_customgrad.layers.replaced_matmul import adopt, check_word, operands, refuse_injected
 from flax_customgrad.low_bit.microscaling.nvfp4 import NVFP4
-from flax_customgrad.low_bit.microscaling.scaled_linear import RESIDUALS, Recipe, scaled_linear
+from flax_customgrad.low_bit.microscaling.scaled_linear import (
+    RESIDUALS,
+    BlockScaledConfig,
+    scaled_linear,
+)
 from flax_customgrad.numerics.arithmetic import Arithmetic
-from flax_customgrad.numerics.noise_stream import stream
+from flax_customgrad.numerics.noise_stream import fork_stream
 
 
 class NVFP4Linear(Linear):
@@ -132,7 +136,7 @@ class NVFP4Linear(Linear):
             TypeError: the inputs are no real floating array.
         """
         params, x = operands(self, inputs, "kernel", "bias")
-        recipe = Recipe(
+        recipe = BlockScaledConfig(
             operands=NVFP4(),
             gradient=NVFP4(),
             squares=True,
@@ -154,4 +158,6 @@ class NVFP4Linear(Linear):
         self.stochastic_rounding, self.hadamard = stochastic_rounding, hadamard
         self.residuals = residuals
         drawing = "NVFP4Linear: stochastic_rounding=True"
-        self.rngs = nnx.data(stream(drawing, rng_collection, rngs) if stochastic_rounding else None)
+        self.rngs = nnx.data(
+            fork_stream(drawing, rng_collection, rngs) if stochastic_rounding else None
+        )

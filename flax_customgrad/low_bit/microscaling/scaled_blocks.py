@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flax_customgrad.numerics.arithmetic import explicit_sharding
+from flax_customgrad.numerics.sharding import explicit_sharding
 
 
 class Scaled(NamedTuple):

@@ -25,25 +25,27 @@ from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
-import jax.core
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 
 from flax_customgrad.contract import residual_storage as kept
+from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.low_bit.microscaling.block_codes import Codes, coded, decoded
 from flax_customgrad.low_bit.microscaling.hadamard import rotated
 from flax_customgrad.low_bit.microscaling.scaled_blocks import Format, as_rows
 from flax_customgrad.numerics.accumulation import accumulator, total
-from flax_customgrad.numerics.arithmetic import Arithmetic, explicit_sharding, parameter_gradient
+from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.products import parameter_gradient
+from flax_customgrad.numerics.sharding import explicit_sharding
 
 RESIDUALS = ("quantized", "original")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class BlockScaledConfig:
     """How the operands of the three products are quantized.
 
     Attributes:
@@ -86,14 +88,18 @@ class Residuals(NamedTuple):
     x: jax.Array | None
     codes: Codes | None
     key: jax.Array | None
-    recipe: Recipe
+    recipe: BlockScaledConfig
     how: Arithmetic
     of: Any
 
 
 @custom_vjp(surrogate=True)
 def scaled_linear(
-    params: Parameters, x: jax.Array, key: jax.Array | None, recipe: Recipe, how: Arithmetic
+    params: Parameters,
+    x: jax.Array,
+    key: jax.Array | None,
+    recipe: BlockScaledConfig,
+    how: Arithmetic,
 ) -> jax.Array:
     """Applies a linear map over the last axis.
 
@@ -124,14 +130,18 @@ def scaled_linear(
 
 
 def _fwd(
-    params: Parameters, x: jax.Array, key: jax.Array | None, recipe: Recipe, how: Arithmetic
+    params: Parameters,
+    x: jax.Array,
+    key: jax.Array | None,
+    recipe: BlockScaledConfig,
+    how: Arithmetic,
 ) -> tuple[jax.Array, Residuals]:
     y, codes, held = scaled_linear(params, x, key, recipe, how), None, x
     # Outside of a trace there is no XLA to drop the input.
-    if recipe.residuals == "quantized" and isinstance(x, jax.core.Tracer):
+    if recipe.residuals == "quantized" and is_traced(x):
         rows = recipe.rows(_wide(params["kernel"].dtype, x)[0])
         codes = coded(lax.stop_gradient(rows), recipe.operands)
-        held = kept.beside(x)
+        held = kept.keep_for_second_order(x)
     return y, Residuals(params, held, codes, key, recipe, how, jax.typeof(x))
 
 
@@ -169,7 +179,7 @@ def _quantized(
     x: jax.Array, by: Format, axes: tuple[int, ...], noise: jax.Array | None = None
 ) -> jax.Array:
     """Q(x), with the derivative of x."""
-    return kept.standing_for(by.rounded(lax.stop_gradient(x), axes, noise), x)
+    return kept.with_derivative_of(by.rounded(lax.stop_gradient(x), axes, noise), x)
 
 
 def _quantized_rows(res: Residuals) -> jax.Array:
@@ -180,7 +190,7 @@ def _quantized_rows(res: Residuals) -> jax.Array:
     rows = res.recipe.rows(_wide(res.params["kernel"].dtype, res.x)[0])
     if res.codes is None:
         return _quantized(rows, res.recipe.operands, (0,))
-    return kept.standing_for(decoded(res.codes, res.recipe.operands), rows)
+    return kept.with_derivative_of(decoded(res.codes, res.recipe.operands), rows)
 
 
 def _wide(dtype: Any, *arrays: jax.Array) -> list[jax.Array]:

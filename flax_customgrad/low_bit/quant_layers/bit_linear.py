@@ -22,7 +22,7 @@ from flax import nnx
 from flax_customgrad.layers.normalization.rms_norm import RMSNorm
 from flax_customgrad.low_bit.quant_layers.quant_linear import QuantLinear
 from flax_customgrad.low_bit.quantizers.fake_quant import FakeQuant
-from flax_customgrad.low_bit.quantizers.ternary import AbsMean
+from flax_customgrad.low_bit.quantizers.ternary_weights import AbsMean
 
 
 class BitLinear(QuantLinear):

@@ -24,8 +24,9 @@ from flax_customgrad.low_bit.quant_layers.ternary_layers import TernaryConv, Ter
 from flax_customgrad.low_bit.quantizers.binary import BinaryActivation, BinaryWeight
 from flax_customgrad.low_bit.quantizers.fake_quant import FakeQuant
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
-from flax_customgrad.low_bit.quantizers.ternary import TWN, AbsMean
-from flax_customgrad.registry.entry import Entry, Example, made, normal
+from flax_customgrad.low_bit.quantizers.ternary_weights import TWN, AbsMean
+from flax_customgrad.registry.entry import Entry, Example
+from flax_customgrad.registry.examples import made, normal
 
 
 def _within_one(a: jax.Array) -> jax.Array:
@@ -46,13 +47,13 @@ def _others(axis: Any, a: jax.Array) -> tuple[int, ...]:
 
 def _rounded(quantizer: Any, a: jax.Array) -> jax.Array:
     high = 2 ** (quantizer.bits - 1) - 1
-    shared = _others(quantizer.sharing.axis, a)
+    shared = _others(quantizer.granularity.axis, a)
     s = lax.stop_gradient(jnp.max(jnp.abs(a), shared, keepdims=True) / high)
     return _instead(a, s * jnp.round(a / s))
 
 
 def _scaled_sign(quantizer: Any, w: jax.Array) -> jax.Array:
-    scale = jnp.mean(jnp.abs(w), _others(quantizer.sharing.axis, w), keepdims=True)
+    scale = jnp.mean(jnp.abs(w), _others(quantizer.granularity.axis, w), keepdims=True)
     return lax.stop_gradient(scale) * _instead(_within_one(w), jnp.where(w >= 0, 1, -1))
 
 
@@ -164,7 +165,7 @@ _SMALL = "training in few bits, and few bits kept between the passes"
 _TAKEN = "codes of x and kernel, their scales"
 _BINARY = "a sign and a bit of its mask for each element of x and kernel"
 
-QUANTIZED = (
+ENTRIES = (
     Entry(
         "QuantLinear",
         "quant_layers",

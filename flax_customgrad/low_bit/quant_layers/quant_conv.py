@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_customgrad.layers.conv.conv import Conv
-from flax_customgrad.layers.conv.convolution import How, convolution
+from flax_customgrad.layers.conv.convolution import ConvConfig, convolution
 from flax_customgrad.layers.conv.images import check_images, in_one_batch, parameters_with_mask
 from flax_customgrad.layers.drop_in import Parameters
-from flax_customgrad.low_bit.quant_layers.quant_layer import Quantized, quantizing
+from flax_customgrad.low_bit.quant_layers.quant_layer import QuantLayer, quantizing
 
 
 def masked_parameters(layer: Any) -> Parameters:
@@ -36,7 +36,7 @@ def masked_parameters(layer: Any) -> Parameters:
     return nnx.State({**params, "mask": jnp.asarray(layer.mask, params["kernel"].dtype)})
 
 
-def masked_convolution(params: Parameters, x: jax.Array, how: How) -> jax.Array:
+def masked_convolution(params: Parameters, x: jax.Array, how: ConvConfig) -> jax.Array:
     """Convolves images with the weights that a mask leaves.
 
     Args:
@@ -55,7 +55,7 @@ def masked_convolution(params: Parameters, x: jax.Array, how: How) -> jax.Array:
     return in_one_batch(lambda x: convolution(state, x, how), x, len(how.geometry.window))
 
 
-class QuantConv(Conv, Quantized):
+class QuantConv(Conv, QuantLayer):
     """`Conv` with quantizers for its kernel, its input and the gradient of its output.
 
     Takes what `flax.nnx.Conv` takes, groups, masks of 0 and 1 and paddings of any kind included,

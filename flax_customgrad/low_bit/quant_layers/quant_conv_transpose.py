@@ -12,10 +12,10 @@ from flax_customgrad.layers.conv.conv_transpose import ConvTranspose
 from flax_customgrad.layers.conv.images import check_images
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.low_bit.quant_layers.quant_conv import masked_convolution, masked_parameters
-from flax_customgrad.low_bit.quant_layers.quant_layer import Quantized, quantizing
+from flax_customgrad.low_bit.quant_layers.quant_layer import QuantLayer, quantizing
 
 
-class QuantConvTranspose(ConvTranspose, Quantized):
+class QuantConvTranspose(ConvTranspose, QuantLayer):
     """`ConvTranspose` with quantizers for its kernel, its input and the gradient of its output.
 
     Takes what `flax.nnx.ConvTranspose` takes, and `weight`, `activation`, `gradient` and

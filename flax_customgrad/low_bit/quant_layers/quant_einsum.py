@@ -17,11 +17,11 @@ import jax
 from flax import nnx
 
 from flax_customgrad.layers.linear.einsum import Einsum, einsum
-from flax_customgrad.low_bit.quant_layers.quant_layer import Quantized, quantizing
+from flax_customgrad.low_bit.quant_layers.quant_layer import QuantLayer, quantizing
 from flax_customgrad.numerics.arithmetic import Arithmetic
 
 
-class QuantEinsum(Einsum, Quantized):
+class QuantEinsum(Einsum, QuantLayer):
     """`Einsum` with quantizers for its kernel, its input and the gradient of its output.
 
     Takes what `flax.nnx.Einsum` takes, and `weight`, `activation`, `gradient` and `residuals` of

@@ -21,11 +21,11 @@ from flax import nnx
 from flax_customgrad.layers.drop_in import Parameters, parameters
 from flax_customgrad.layers.linear.embed import Embed, attend, lookup
 from flax_customgrad.layers.replaced_matmul import checked
-from flax_customgrad.low_bit.quant_layers.quant_layer import Quantized, quantizing
+from flax_customgrad.low_bit.quant_layers.quant_layer import QuantLayer, quantizing
 from flax_customgrad.numerics.arithmetic import Arithmetic
 
 
-class QuantEmbed(Embed, Quantized):
+class QuantEmbed(Embed, QuantLayer):
     """`Embed` with quantizers for its table, for a query, and for the gradient of its output.
 
     Takes what `flax.nnx.Embed` takes, and `weight`, `activation`, `gradient` and `residuals` of

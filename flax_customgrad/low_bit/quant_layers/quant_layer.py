@@ -7,10 +7,13 @@ from typing import Any, ClassVar, Literal, Self
 import jax
 from flax import nnx
 
-from flax_customgrad.layers.drop_in import Parameters, parameters, shown
+from flax_customgrad.layers.drop_in import Parameters, merged_signature, parameters
 from flax_customgrad.layers.replaced_matmul import adopt, checked, refuse_injected
 from flax_customgrad.low_bit.quant_layers.packed_kernel import PackedKernel
-from flax_customgrad.low_bit.quant_layers.quantized_product import Map, product
+from flax_customgrad.low_bit.quant_layers.quantized_product import (
+    LinearOp,
+    quantized_product,
+)
 from flax_customgrad.low_bit.quantizers.codes import Codes
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 
@@ -19,7 +22,7 @@ Shaper = Callable[[jax.Array], jax.Array]
 """A layer that changes nothing but the gradient."""
 
 
-class Quantized:
+class QuantLayer:
     """Mixed into a layer with a kernel, which, and its input, then go through quantizers.
 
     It comes after the layer among the bases: only then can a layer of nnx become one of these.
@@ -151,7 +154,9 @@ class Quantized:
         values = [a.values if isinstance(a, Codes) else a for a in quantized]
         kept = quantized if self.residuals == "quantized" else [kernel, x]
         params = nnx.State({**params, self._kernel: values[0]})
-        return self._shaped(product(params, values[1], *kept, Map(op, statics, self._kernel)))
+        return self._shaped(
+            quantized_product(params, values[1], *kept, LinearOp(op, statics, self._kernel))
+        )
 
     def _shaped(self, y: jax.Array) -> jax.Array:
         """The output, with a gradient of another shape."""
@@ -172,7 +177,7 @@ def quantizing(of: Callable[..., None]) -> Callable[[Callable[..., None]], Calla
 
     def decorate(init: Callable[..., None]) -> Callable[..., None]:
         def with_quantizers(
-            self: Quantized,
+            self: QuantLayer,
             *args: Any,
             weight: Quantizer | None = None,
             activation: Quantizer | None = None,
@@ -184,7 +189,7 @@ def quantizing(of: Callable[..., None]) -> Callable[[Callable[..., None]], Calla
             refuse_injected(type(self).__name__, self)
             self._set_quantizers(weight, activation, gradient, residuals)
 
-        signature = shown(of, with_quantizers)
+        signature = merged_signature(of, with_quantizers)
         functools.update_wrapper(with_quantizers, of)
         with_quantizers.__signature__ = signature  # type: ignore[attr-defined]
         return with_quantizers

@@ -14,11 +14,11 @@ import jax
 from flax import nnx
 
 from flax_customgrad.layers.linear.linear import Linear, linear
-from flax_customgrad.low_bit.quant_layers.quant_layer import Quantized, quantizing
+from flax_customgrad.low_bit.quant_layers.quant_layer import QuantLayer, quantizing
 from flax_customgrad.numerics.arithmetic import Arithmetic
 
 
-class QuantLinear(Linear, Quantized):
+class QuantLinear(Linear, QuantLayer):
     """`Linear` with quantizers for its kernel, its input and the gradient of its output.
 
     Parameters, their names and initial values are those of `flax.nnx.Linear`; the kernel that is

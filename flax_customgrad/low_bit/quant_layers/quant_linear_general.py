@@ -17,11 +17,11 @@ import jax
 from flax import nnx
 
 from flax_customgrad.layers.linear.linear_general import LinearGeneral, linear_general
-from flax_customgrad.low_bit.quant_layers.quant_layer import Quantized, quantizing
+from flax_customgrad.low_bit.quant_layers.quant_layer import QuantLayer, quantizing
 from flax_customgrad.numerics.arithmetic import Arithmetic
 
 
-class QuantLinearGeneral(LinearGeneral, Quantized):
+class QuantLinearGeneral(LinearGeneral, QuantLayer):
     """`LinearGeneral` with quantizers for its kernel, its input and the gradient of its output.
 
     Takes what `flax.nnx.LinearGeneral` takes, and `weight`, `activation`, `gradient` and

@@ -21,7 +21,7 @@ from flax_customgrad.low_bit.quantizers.codes import Codes, KeptCodes, keep, res
 
 
 @dataclass(frozen=True)
-class Map:
+class LinearOp:
     """A map of parameters and an input, with a backward of its own.
 
     Attributes:
@@ -41,21 +41,21 @@ class Map:
 
 
 class Residuals(NamedTuple):
-    """What the backward of `product` keeps: an operand that is an array the caller holds anyway."""
+    """What the backward keeps; an operand that is an array, the caller holds anyway."""
 
     kernel: KeptCodes | jax.Array
     x: KeptCodes | jax.Array
     others: Parameters
-    of: Map
+    of: LinearOp
 
 
 @custom_vjp(surrogate=True)
-def product(
+def quantized_product(
     params: Parameters,
     x: jax.Array,
     kernel_kept: Codes | jax.Array,
     x_kept: Codes | jax.Array,
-    of: Map,
+    of: LinearOp,
 ) -> jax.Array:
     """Applies a map to quantized operands.
 
@@ -77,7 +77,7 @@ def _fwd(
     x: jax.Array,
     kernel_kept: Codes | jax.Array,
     x_kept: Codes | jax.Array,
-    of: Map,
+    of: LinearOp,
 ) -> tuple[jax.Array, Residuals]:
     kernel, x_held = (keep(a) if isinstance(a, Codes) else a for a in (kernel_kept, x_kept))
     others = nnx.State({name: p for name, p in params.items() if name != of.name})
@@ -91,4 +91,4 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
     return *pull(g), None, None, None
 
 
-product.defvjp(_fwd, _bwd)
+quantized_product.defvjp(_fwd, _bwd)

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from flax_customgrad.low_bit.quant_layers.quant_conv import QuantConv
 from flax_customgrad.low_bit.quant_layers.quant_linear import QuantLinear
-from flax_customgrad.low_bit.quantizers.ternary import TWN
+from flax_customgrad.low_bit.quantizers.ternary_weights import TWN
 
 
 class TernaryLinear(QuantLinear):

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from flax_customgrad.low_bit.quantizers.calibration import Axis, mean_magnitude, sharing
+from flax_customgrad.low_bit.quantizers.calibration import Axis, granularity_of, mean_magnitude
 from flax_customgrad.low_bit.quantizers.codes import Codes, coded
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Bounded
@@ -132,7 +132,7 @@ class BinaryWeight(Quantizer):
             raise ValueError(
                 'BinaryWeight: gradient="xnor" is that of the scale: leave out scaled=False'
             )
-        self.sharing = sharing("BinaryWeight", axis)
+        self.granularity = granularity_of("BinaryWeight", axis)
         self.scaled = scaled
         self.clip_value = bound("BinaryWeight", clip_value)
         self.gradient = gradient
@@ -146,6 +146,6 @@ class BinaryWeight(Quantizer):
         x = jnp.asarray(x)
         if not self.scaled:
             return coded(x, (), Sign(0, 1, self.clip_value))
-        scale = mean_magnitude(x, self.sharing)
+        scale = mean_magnitude(x, self.granularity)
         share = scale.size / max(x.size, 1) if self.gradient == "xnor" else 0.0
         return coded(x, (scale,), ScaledSign(0, 1, self.clip_value, share))

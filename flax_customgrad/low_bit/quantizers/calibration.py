@@ -35,7 +35,7 @@ class Range(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sharing:
+class Granularity:
     """Which elements share a range.
 
     Attributes:
@@ -81,7 +81,7 @@ class Sharing:
         return lax.slice_in_dim(repeated, 0, shape[axis], axis=axis)
 
 
-def sharing(layer: str, axis: Axis, block: int | None = None) -> Sharing:
+def granularity_of(layer: str, axis: Axis, block: int | None = None) -> Granularity:
     """Which elements share a range, from the arguments of a quantizer.
 
     Args:
@@ -104,23 +104,23 @@ def sharing(layer: str, axis: Axis, block: int | None = None) -> Sharing:
                 f"{layer}: block={block} needs the one axis along which blocks lie, such as "
                 f"axis=0; got axis={axis!r}"
             )
-    return Sharing(axis, block)  # type: ignore[arg-type]
+    return Granularity(axis, block)  # type: ignore[arg-type]
 
 
 def own_range(
-    x: jax.Array, sharing: Sharing, symmetric: bool, percentile: float | None = None
+    x: jax.Array, granularity: Granularity, symmetric: bool, percentile: float | None = None
 ) -> Range:
     """The range of an array.
 
     Args:
         x: array of any shape, float.
-        sharing: which elements share a range.
+        granularity: which elements share a range.
         symmetric: whether it lies around 0.
         percentile: from 50 to 100, of the values that are within; None for all of them.
     """
-    x, axes = sharing.grouped(lax.stop_gradient(x).astype(accumulator(x)))
+    x, axes = granularity.grouped(lax.stop_gradient(x).astype(accumulator(x)))
     # One range is a number, so that a recorded one fits arrays of any rank.
-    apart = sharing.axis is not None
+    apart = granularity.axis is not None
 
     def upper(a: jax.Array) -> jax.Array:
         if percentile is None or not a.size:
@@ -132,31 +132,31 @@ def own_range(
         low = -high
     else:
         low, high = -upper(-x), upper(x)
-    return Range(sharing.shared(low, axes), sharing.shared(high, axes))
+    return Range(granularity.shared(low, axes), granularity.shared(high, axes))
 
 
-def mean_magnitude(x: jax.Array, sharing: Sharing) -> jax.Array:
+def mean_magnitude(x: jax.Array, granularity: Granularity) -> jax.Array:
     """The mean of |x| over the elements that share it, a constant to every derivative; 0 of none.
 
     Args:
         x: array of any shape, float.
-        sharing: which elements share a mean; without blocks.
+        granularity: which elements share a mean; without blocks.
     """
-    size, axes = sharing.grouped(jnp.abs(lax.stop_gradient(x).astype(accumulator(x))))
+    size, axes = granularity.grouped(jnp.abs(lax.stop_gradient(x).astype(accumulator(x))))
     n = math.prod(size.shape[axis] for axis in axes)
     power = magnitude(size, axes)
     return jnp.sum(size / power, axes, keepdims=True) * (1 / max(n, 1)) * power
 
 
-def mean_where(x: jax.Array, where: jax.Array, sharing: Sharing) -> jax.Array:
+def mean_where(x: jax.Array, where: jax.Array, granularity: Granularity) -> jax.Array:
     """The mean of some of the elements that share it; 0 of none.
 
     Args:
         x: array of any shape, float32 or wider.
         where: which elements; booleans of that shape.
-        sharing: which elements share a mean; without blocks.
+        granularity: which elements share a mean; without blocks.
     """
-    x, axes = sharing.grouped(jnp.where(where, x, 0))
+    x, axes = granularity.grouped(jnp.where(where, x, 0))
     n = jnp.sum(where, axes, dtype=x.dtype, keepdims=True)
     power = magnitude(x, axes)
     return jnp.sum(x / power, axes, keepdims=True) / jnp.maximum(n, 1) * power

@@ -9,12 +9,12 @@ what nobody reads. Outside of a trace nothing is dropped, and the values alone a
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 
 from flax_customgrad.contract import residual_storage as kept
+from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.low_bit.quantizers.scheme import Scheme, quantize
-from flax_customgrad.numerics.arrays import in_dtype, widened
+from flax_customgrad.numerics.dtypes import in_dtype, widened
 from flax_customgrad.numerics.packing import pack, packs, unpack, width
 
 
@@ -75,9 +75,11 @@ def keep(codes: Codes) -> KeptCodes:
     values, q, parameters, scheme = codes
     like = jax.ShapeDtypeStruct(values.shape, values.dtype)
     bits = width(scheme.bits) if packs(q.shape, jax.typeof(q).sharding) else 8
-    if not isinstance(values, jax.core.Tracer):
+    if not is_traced(values):
         return KeptCodes(values, None, (), scheme, bits, like)
-    return KeptCodes(kept.beside(values), pack(q, bits), parameters, scheme, bits, like)
+    return KeptCodes(
+        kept.keep_for_second_order(values), pack(q, bits), parameters, scheme, bits, like
+    )
 
 
 def restore(codes: KeptCodes) -> jax.Array:
@@ -91,7 +93,7 @@ def restore(codes: KeptCodes) -> jax.Array:
         assert values is not None
         return values
     decoded = decode(packed, parameters, scheme, bits, like)
-    return decoded if values is None else kept.standing_for(decoded, values)
+    return decoded if values is None else kept.with_derivative_of(decoded, values)
 
 
 def decode(

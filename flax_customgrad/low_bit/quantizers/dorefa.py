@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_customgrad.low_bit.quantizers.calibration import own_range, sharing
+from flax_customgrad.low_bit.quantizers.calibration import granularity_of, own_range
 from flax_customgrad.low_bit.quantizers.codes import Codes, coded
 from flax_customgrad.low_bit.quantizers.lsq import checked_bits
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
@@ -95,7 +95,7 @@ class DoReFaWeight(Quantizer):
             x: array of any shape, float.
         """
         x = jnp.asarray(x)
-        most = jnp.tanh(own_range(x, sharing("DoReFaWeight", None), True).high)
+        most = jnp.tanh(own_range(x, granularity_of("DoReFaWeight", None), True).high)
         return coded(x, (jnp.where(most == 0, 1, most),), Squashed(0, 2**self.bits - 1))
 
 

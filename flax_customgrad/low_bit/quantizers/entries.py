@@ -20,10 +20,11 @@ from flax_customgrad.low_bit.quantizers.gradient_quant import DoReFaGradient, Gr
 from flax_customgrad.low_bit.quantizers.lsq import LSQ
 from flax_customgrad.low_bit.quantizers.lsq_plus import LSQPlus
 from flax_customgrad.low_bit.quantizers.pact import PACT
-from flax_customgrad.low_bit.quantizers.ternary import TWN, AbsMean
+from flax_customgrad.low_bit.quantizers.ternary_weights import TWN, AbsMean
 from flax_customgrad.low_bit.quantizers.tqt import TQT
 from flax_customgrad.low_bit.quantizers.ttq import TTQ
-from flax_customgrad.registry.entry import Curve, Entry, Example, made, normal
+from flax_customgrad.registry.entry import Curve, Entry, Example
+from flax_customgrad.registry.examples import made, normal
 
 Params = Mapping[str, jax.Array]
 
@@ -86,7 +87,7 @@ def _others(axis: Any, a: jax.Array) -> tuple[int, ...]:
 def _fake_quant(layer: Any, p: Params, x: jax.Array, g: jax.Array) -> jax.Array:
     low, high = layer.integers
     if layer.dynamic:
-        s = jnp.max(jnp.abs(x), _others(layer.sharing.axis, x), keepdims=True) / high
+        s = jnp.max(jnp.abs(x), _others(layer.granularity.axis, x), keepdims=True) / high
         return _instead(x, s * jnp.round(x / s))
     s = (layer.high[...] - layer.low[...]) / (high - low)
     z = jnp.round(-layer.low[...] / s)
@@ -143,7 +144,7 @@ def _scaled_sign(layer: Any, p: Params, w: jax.Array, g: jax.Array) -> jax.Array
     sign = _instead(_within(w, layer.clip_value), jnp.where(w >= 0, 1, -1))
     if not getattr(layer, "scaled", False):
         return sign
-    size = jnp.mean(jnp.abs(w), _others(layer.sharing.axis, w), keepdims=True)
+    size = jnp.mean(jnp.abs(w), _others(layer.granularity.axis, w), keepdims=True)
     if layer.gradient == "bi_real":
         return _held(size) * sign
     n = w.size / size.size
@@ -157,7 +158,7 @@ def _twn(layer: Any, p: Params, w: jax.Array, g: jax.Array) -> jax.Array:
 
 
 def _abs_mean(layer: Any, p: Params, w: jax.Array, g: jax.Array) -> jax.Array:
-    axes = _others(layer.sharing.axis, w)
+    axes = _others(layer.granularity.axis, w)
     size = jnp.mean(jnp.abs(w), axes, keepdims=True)
     nearest = size * jnp.clip(jnp.round(w / size), -1, 1)
     return _instead(_within(w, layer.clip_value), nearest)
@@ -186,7 +187,7 @@ def _of(without_rounding: Callable[..., jax.Array]) -> Callable[..., tuple[Any, 
 
 
 def _nearest(layer: Any, x: jax.Array, g: jax.Array) -> tuple[None, jax.Array]:
-    s = jnp.max(jnp.abs(g), _others(layer.sharing.axis, g), keepdims=True)
+    s = jnp.max(jnp.abs(g), _others(layer.granularity.axis, g), keepdims=True)
     s = s / (2 ** (layer.bits - 1) - 1)
     return None, _instead(g, s * jnp.round(g / s))
 
@@ -242,7 +243,7 @@ def _curve(cls: Any, **kwargs: Any) -> dict[str, Curve]:
 
 _TWO_BITS = "2 bits, as observed"
 
-QUANTIZERS = (
+ENTRIES = (
     _entry(
         FakeQuant,
         "nothing; with a recorded range, a bit an element",

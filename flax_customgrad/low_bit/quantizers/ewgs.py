@@ -25,11 +25,11 @@ from flax import nnx
 from jax import lax
 
 from flax_customgrad.low_bit.quantizers.codes import Codes, coded
-from flax_customgrad.low_bit.quantizers.lsq import checked_bits, side, size
+from flax_customgrad.low_bit.quantizers.lsq import abs_floor, abs_floor_slope, checked_bits
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Scheme, quotient
 from flax_customgrad.numerics.accumulation import accumulator
-from flax_customgrad.numerics.arrays import summed_to
+from flax_customgrad.numerics.broadcasting import sum_to_shape
 from flax_customgrad.numerics.scaling import magnitude
 
 _NARROWEST = 2.0**-23
@@ -71,17 +71,17 @@ class Interval(Scheme):
         error = lax.stop_gradient(r - q * (1 / self.high))
         k = k * (1 + self.delta * jnp.sign(k) * error)
         dx = jnp.where(inside, k, 0) / width
-        turned = side(high - low)
+        turned = abs_floor_slope(high - low)
         dlow, dhigh = dx * (turned * r - 1), dx * -turned * r
         dscale = g * self._integer(q) * (1 / self.high)
-        return dx, *(summed_to(d, scale.shape) for d in (dlow, dhigh, dscale))
+        return dx, *(sum_to_shape(d, scale.shape) for d in (dlow, dhigh, dscale))
 
     def _integer(self, q: jax.Array) -> jax.Array:
         return 2 * q - self.high if self.signed else q
 
 
 def _width(low: jax.Array, high: jax.Array) -> jax.Array:
-    return size(high - low, _NARROWEST)
+    return abs_floor(high - low, _NARROWEST)
 
 
 class EWGS(Quantizer):

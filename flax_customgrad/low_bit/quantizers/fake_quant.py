@@ -24,20 +24,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_customgrad.contract.residual_storage import standing_for
+from flax_customgrad.contract.residual_storage import with_derivative_of
 from flax_customgrad.low_bit.quantizers.calibration import (
     Axis,
+    Granularity,
     Range,
-    Sharing,
+    granularity_of,
     own_range,
     scale_of,
-    sharing,
 )
 from flax_customgrad.low_bit.quantizers.codes import Codes, coded
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Scheme, quantize, quotient
-from flax_customgrad.numerics.arrays import in_dtype, widened
-from flax_customgrad.numerics.noise_stream import stream
+from flax_customgrad.numerics.dtypes import in_dtype, widened
+from flax_customgrad.numerics.noise_stream import fork_stream
 from flax_customgrad.numerics.packing import masked, pack_mask
 
 Calibration = Literal["absmax", "percentile", "moving_average"]
@@ -49,11 +49,11 @@ class InRange(Scheme):
     """Integers in a range, of which a scale and perhaps a zero point are the parameters.
 
     Attributes:
-        sharing: which elements share a range.
+        granularity: which elements share a range.
         clips: whether an element may lie outside of it.
     """
 
-    sharing: Sharing
+    granularity: Granularity
     clips: bool
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
@@ -81,7 +81,7 @@ class InRange(Scheme):
         return (masked(g, *inside) if inside else g,)
 
     def _spread(self, x: jax.Array, parameters: tuple[jax.Array, ...]) -> tuple[Any, Any]:
-        scale, *zero = (self.sharing.spread(p, x.shape) for p in parameters)
+        scale, *zero = (self.granularity.spread(p, x.shape) for p in parameters)
         return scale, zero[0] if zero else 0
 
 
@@ -161,7 +161,7 @@ class FakeQuant(Quantizer):
             raise ValueError(f'FakeQuant: rounding={rounding!r} must be "nearest" or "stochastic"')
         self.bits = bits
         self.symmetric = symmetric
-        self.sharing = sharing("FakeQuant", axis, block)
+        self.granularity = granularity_of("FakeQuant", axis, block)
         self.calibration = calibration
         self.percentile = percentile
         self.momentum = momentum
@@ -170,10 +170,10 @@ class FakeQuant(Quantizer):
         self.deterministic = False
         self.rngs = nnx.data(None)
         if rounding == "stochastic":
-            self.rngs = stream('FakeQuant: rounding="stochastic"', rng_collection, rngs)
+            self.rngs = fork_stream('FakeQuant: rounding="stochastic"', rng_collection, rngs)
         self.low: QuantStat | None = nnx.data(None)
         self.high: QuantStat | None = nnx.data(None)
-        if averaged and self.sharing.axis is None:
+        if averaged and self.granularity.axis is None:
             # NaN stands for a range that nothing has set yet.
             self.low, self.high = (QuantStat(jnp.full((), jnp.nan)) for _ in range(2))
 
@@ -201,19 +201,19 @@ class FakeQuant(Quantizer):
         found = lax.stop_gradient(self._range(x))
         # Rounding a zero point can leave the ends of an affine range half a step outside, clipped
         # by no more than rounding does: the gradient passes there.
-        scheme = InRange(low, high, self.sharing, not self.dynamic or self._is_percentile)
+        scheme = InRange(low, high, self.granularity, not self.dynamic or self._is_percentile)
         parameters = scale_of(found, low, high, self.symmetric)
         nearest = coded(x, parameters, scheme)
         if self.rngs is None or self.deterministic:
             return nearest
         values, codes = quantize(self._dithered(x, parameters[0]), parameters, scheme)
-        values = standing_for(in_dtype(values, x.dtype), nearest.values)
+        values = with_derivative_of(in_dtype(values, x.dtype), nearest.values)
         return nearest._replace(values=values, codes=codes)
 
     def _dithered(self, x: jax.Array, scale: jax.Array) -> jax.Array:
         """X and a noise of half a step, in float32 or wider; a constant to every derivative."""
         assert self.rngs is not None
-        x, step = widened(x.dtype, lax.stop_gradient(x), self.sharing.spread(scale, x.shape))
+        x, step = widened(x.dtype, lax.stop_gradient(x), self.granularity.spread(scale, x.shape))
         noise = jax.random.uniform(self.rngs(), x.shape, x.dtype) - 0.5
         # A little less than half a step: what is on the grid stays there, however it is rounded.
         dithered = x + (1 - 2**-14) * noise * step
@@ -253,7 +253,7 @@ class FakeQuant(Quantizer):
 
     def _own(self, x: jax.Array) -> Range:
         percentile = self.percentile if self._is_percentile else None
-        return own_range(x, self.sharing, self.symmetric, percentile)
+        return own_range(x, self.granularity, self.symmetric, percentile)
 
     def _range(self, x: jax.Array) -> Range:
         if self.dynamic:

@@ -22,12 +22,17 @@ from flax import nnx
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.contract.residual_storage import standing_for
+from flax_customgrad.contract.residual_storage import with_derivative_of
 from flax_customgrad.estimators.rounding.rounding import up_where_below
-from flax_customgrad.low_bit.quantizers.calibration import Axis, Sharing, own_range, sharing
+from flax_customgrad.low_bit.quantizers.calibration import (
+    Axis,
+    Granularity,
+    granularity_of,
+    own_range,
+)
 from flax_customgrad.low_bit.quantizers.lsq import checked_bits
 from flax_customgrad.numerics.accumulation import accumulator
-from flax_customgrad.numerics.noise_stream import stream
+from flax_customgrad.numerics.noise_stream import fork_stream
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,12 @@ class Steps:
     Attributes:
         n: how many steps there are: from 0 to the largest, or between the two of them.
         has_zero: which of both, and so whether 0 is a value.
-        sharing: which elements share a range.
+        granularity: which elements share a range.
     """
 
     n: int
     has_zero: bool
-    sharing: Sharing
+    granularity: Granularity
 
     def __call__(self, g: jax.Array, key: jax.Array | None) -> jax.Array:
         """The quantized gradient.
@@ -51,7 +56,7 @@ class Steps:
             g: array of any shape, float32 or wider.
             key: of the noise; None to round to the nearest.
         """
-        most = own_range(g, self.sharing, symmetric=True).high
+        most = own_range(g, self.granularity, symmetric=True).high
         r = g / jnp.where(most == 0, 1, most)
         v = self.n * (r if self.has_zero else (r + 1) / 2)
         if key is None:
@@ -60,7 +65,7 @@ class Steps:
             q = up_where_below(v, jax.random.uniform(key, v.shape, jnp.float32))
         q = jnp.minimum(q, self.n)
         quantized = most * ((q if self.has_zero else 2 * q - self.n) * (1 / self.n))
-        return standing_for(lax.stop_gradient(quantized), g)
+        return with_derivative_of(lax.stop_gradient(quantized), g)
 
 
 class Residuals(NamedTuple):
@@ -129,10 +134,10 @@ class GradientQuant(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         self.bits = checked_bits("GradientQuant", bits)
-        self.sharing = sharing("GradientQuant", axis)
+        self.granularity = granularity_of("GradientQuant", axis)
         self.rngs = nnx.data(None)
         if stochastic:
-            self.rngs = stream("GradientQuant: stochastic=True", rng_collection, rngs)
+            self.rngs = fork_stream("GradientQuant: stochastic=True", rng_collection, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns x.
@@ -141,7 +146,7 @@ class GradientQuant(nnx.Module):
             x: array of any shape, float.
         """
         key = None if self.rngs is None else self.rngs()
-        return requantized(x, key, Steps(2 ** (self.bits - 1) - 1, True, self.sharing))
+        return requantized(x, key, Steps(2 ** (self.bits - 1) - 1, True, self.granularity))
 
 
 class DoReFaGradient(nnx.Module):
@@ -174,8 +179,8 @@ class DoReFaGradient(nnx.Module):
         self, bits: int = 8, *, axis: Axis = 0, rng_collection: str = "noise", rngs: nnx.Rngs
     ):
         self.bits = checked_bits("DoReFaGradient", bits, least=1)
-        self.sharing = sharing("DoReFaGradient", axis)
-        self.rngs = stream("DoReFaGradient", rng_collection, rngs)
+        self.granularity = granularity_of("DoReFaGradient", axis)
+        self.rngs = fork_stream("DoReFaGradient", rng_collection, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns x.
@@ -183,4 +188,4 @@ class DoReFaGradient(nnx.Module):
         Args:
             x: array of any shape, float.
         """
-        return requantized(x, self.rngs(), Steps(2**self.bits - 1, False, self.sharing))
+        return requantized(x, self.rngs(), Steps(2**self.bits - 1, False, self.granularity))

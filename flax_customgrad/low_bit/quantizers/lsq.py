@@ -24,15 +24,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_customgrad.low_bit.quantizers.calibration import Axis, mean_where, sharing
+from flax_customgrad.low_bit.quantizers.calibration import Axis, granularity_of, mean_where
 from flax_customgrad.low_bit.quantizers.codes import Codes, coded
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Scheme, quotient
 from flax_customgrad.numerics.accumulation import accumulator
-from flax_customgrad.numerics.arrays import broadcasts, summed_to
+from flax_customgrad.numerics.broadcasting import broadcasts, sum_to_shape
 
 
-def size(parameter: jax.Array, least: float = 2.0**-126) -> jax.Array:
+def abs_floor(parameter: jax.Array, least: float = 2.0**-126) -> jax.Array:
     """The magnitude of a learned size, and not less than the least one.
 
     Args:
@@ -42,8 +42,8 @@ def size(parameter: jax.Array, least: float = 2.0**-126) -> jax.Array:
     return jnp.maximum(jnp.abs(parameter), least)
 
 
-def side(parameter: jax.Array) -> jax.Array:
-    """The derivative of `size`: -1 below 0, else 1.
+def abs_floor_slope(parameter: jax.Array) -> jax.Array:
+    """The derivative of `abs_floor`: -1 below 0, else 1.
 
     Args:
         parameter: array of any shape, float.
@@ -65,11 +65,11 @@ class LearnedScale(Scheme):
 
     def scale(self, parameter: jax.Array) -> jax.Array:
         """The scale that a parameter stands for."""
-        return size(parameter)
+        return abs_floor(parameter)
 
     def slope(self, parameter: jax.Array) -> jax.Array:
         """The derivative of the scale."""
-        return side(parameter)
+        return abs_floor_slope(parameter)
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The nearest integer to x / s in [low, high]."""
@@ -90,7 +90,7 @@ class LearnedScale(Scheme):
         inside = (v >= self.low) & (v <= self.high)
         slope = jnp.where(inside, jnp.round(v) - v, jnp.clip(v, self.low, self.high))
         # Where round passes a gradient on, as here, the slope has no derivative.
-        ds = self.gain(x.shape, p) * summed_to(g * lax.stop_gradient(slope), p.shape)
+        ds = self.gain(x.shape, p) * sum_to_shape(g * lax.stop_gradient(slope), p.shape)
         return jnp.where(inside, g, 0), self.slope(p) * ds
 
     def gain(self, shape: tuple[int, ...], p: jax.Array) -> float:
@@ -155,7 +155,7 @@ class LSQ(Quantizer):
             raise ValueError(f"{name}: features={features!r} must be a positive integer, or None")
         if isinstance(grad_scale, str) and grad_scale != "lsq":
             raise ValueError(f'{name}: grad_scale={grad_scale!r} must be "lsq" or a number')
-        self.sharing = sharing(name, axis)
+        self.granularity = granularity_of(name, axis)
         self.features = features
         self.grad_scale = grad_scale
         # Of a unit normal distribution, whose mean magnitude is sqrt(2 / pi).
@@ -185,8 +185,8 @@ class LSQ(Quantizer):
         Args:
             x: array of any shape, float, like those to come.
         """
-        size = jnp.abs(lax.stop_gradient(x).astype(accumulator(x)))
-        mean = mean_where(size, jnp.isfinite(size), self.sharing)
+        magnitudes = jnp.abs(lax.stop_gradient(x).astype(accumulator(x)))
+        mean = mean_where(magnitudes, jnp.isfinite(magnitudes), self.granularity)
         scale = mean * (2 / math.sqrt(self.integers[1]))
         set_learned(self, "scale", jnp.where(scale > 0, scale, 1))
 
@@ -231,7 +231,7 @@ def learned(quantizer: LSQ, name: str, x: jax.Array) -> jax.Array:
     layer = type(quantizer).__name__
     if parameter is None:
         raise ValueError(
-            f"{layer}: axis={quantizer.sharing.axis} has as many scales as there are channels: "
+            f"{layer}: axis={quantizer.granularity.axis} has as many scales as there are channels: "
             "call observe(x) first, with an array like those to come"
         )
     if not broadcasts(parameter.shape, x.shape):
@@ -250,7 +250,7 @@ def set_learned(quantizer: LSQ, name: str, value: jax.Array) -> None:
         name: of the parameter.
         value: of ones for what is shared, as `calibration` has it.
     """
-    value = value.reshape(()) if quantizer.sharing.axis is None else value
+    value = value.reshape(()) if quantizer.granularity.axis is None else value
     parameter = getattr(quantizer, name)
     if parameter is not None and parameter.shape == value.shape:
         parameter[...] = value.astype(parameter.dtype)

@@ -21,7 +21,7 @@ from jax import lax
 from flax_customgrad.low_bit.quantizers.codes import Codes, coded
 from flax_customgrad.low_bit.quantizers.lsq import LSQ, LearnedScale, learned, set_learned
 from flax_customgrad.numerics.accumulation import accumulator
-from flax_customgrad.numerics.arrays import summed_to
+from flax_customgrad.numerics.broadcasting import sum_to_shape
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LearnedOffset(LearnedScale):
         """The gradient of x inside of the range, and those of scale and offset."""
         x, p, b = kept
         dx, dp = super().backward(g, x - b, p)
-        return dx, dp, self.gain(x.shape, b) * summed_to(g - dx, b.shape)
+        return dx, dp, self.gain(x.shape, b) * sum_to_shape(g - dx, b.shape)
 
 
 class LSQPlus(LSQ):
@@ -91,7 +91,7 @@ class LSQPlus(LSQ):
             x: array of any shape, float, like those to come.
         """
         wide = lax.stop_gradient(x).astype(accumulator(x))
-        wide, axes = self.sharing.grouped(wide)
+        wide, axes = self.granularity.grouped(wide)
         finite = {"where": jnp.isfinite(wide), "axis": axes, "keepdims": True}
         least = jnp.min(wide, initial=jnp.inf, **finite)
         largest = jnp.max(wide, initial=-jnp.inf, **finite)

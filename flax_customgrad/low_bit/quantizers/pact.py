@@ -19,7 +19,7 @@ from flax import nnx
 from jax import lax
 
 from flax_customgrad.low_bit.quantizers.codes import Codes, coded
-from flax_customgrad.low_bit.quantizers.lsq import checked_bits, side, size
+from flax_customgrad.low_bit.quantizers.lsq import abs_floor, abs_floor_slope, checked_bits
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Scheme, quotient
 from flax_customgrad.numerics.accumulation import accumulator, total
@@ -41,16 +41,16 @@ class Clipped(Scheme):
 
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
         """Which elements lie inside, and which at the bound or beyond; and the parameter."""
-        a = size(parameters[0])
+        a = abs_floor(parameters[0])
         return pack_mask((x >= 0) & (x < a)), pack_mask(x >= a), *parameters
 
     def backward(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
         """The gradient inside, and the sum of what is beyond."""
         inside, beyond, p = kept
-        return masked(g, inside), side(p) * total(masked(g, beyond), range(g.ndim))
+        return masked(g, inside), abs_floor_slope(p) * total(masked(g, beyond), range(g.ndim))
 
     def _scale(self, p: jax.Array) -> jax.Array:
-        return size(p * (1 / self.high))
+        return abs_floor(p * (1 / self.high))
 
 
 class PACT(Quantizer):

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.numerics.arrays import in_dtype, widened
+from flax_customgrad.numerics.dtypes import in_dtype, widened
 from flax_customgrad.numerics.packing import masked, pack_mask
 
 Arrays = tuple[jax.Array, ...]

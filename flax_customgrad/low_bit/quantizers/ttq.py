@@ -17,12 +17,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_customgrad.low_bit.quantizers.calibration import mean_where, own_range, sharing
+from flax_customgrad.low_bit.quantizers.calibration import (
+    granularity_of,
+    mean_where,
+    own_range,
+)
 from flax_customgrad.low_bit.quantizers.codes import Codes, coded
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Scheme
 from flax_customgrad.numerics.accumulation import accumulator
-from flax_customgrad.numerics.arrays import summed_to
+from flax_customgrad.numerics.broadcasting import sum_to_shape
 from flax_customgrad.numerics.packing import pack, packs, unpack
 
 
@@ -54,7 +58,7 @@ class Trained(Scheme):
         above, below = sides == 2, sides == 0
         dw = g * lax.stop_gradient(jnp.where(above, p, jnp.where(below, n, 1)))
         dp, dn = (jnp.where(above, g, 0), jnp.where(below, -g, 0))
-        return dw, summed_to(dp, p.shape), summed_to(dn, n.shape), None
+        return dw, sum_to_shape(dp, p.shape), sum_to_shape(dn, n.shape), None
 
 
 class TTQ(Quantizer):
@@ -108,8 +112,8 @@ class TTQ(Quantizer):
         wide = lax.stop_gradient(x).astype(accumulator(x))
         threshold = self._threshold_of(x)
         for size, w in ((self.positive, wide), (self.negative, -wide)):
-            mean = mean_where(w, w > threshold, sharing("TTQ", None)).reshape(())
+            mean = mean_where(w, w > threshold, granularity_of("TTQ", None)).reshape(())
             size[...] = jnp.where(mean > 0, mean, 1).astype(size.dtype)
 
     def _threshold_of(self, x: jax.Array) -> jax.Array:
-        return self.threshold * own_range(x, sharing("TTQ", None), True).high.reshape(())
+        return self.threshold * own_range(x, granularity_of("TTQ", None), True).high.reshape(())

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import flax_customgrad as fcg
-from flax_customgrad.contract.residual_storage import as_they_are
+from flax_customgrad.contract.residual_storage import inspecting_residuals
 
 LAYERS = 8
 
@@ -26,7 +26,7 @@ def temporaries(f, *args):
 
 def kept(f, *args):
     """The dtypes and shapes that a backward keeps beside its arguments."""
-    with as_they_are():
+    with inspecting_residuals():
         return [(str(r.dtype), r.shape) for r in fcg.residuals(f, *args) if not r.is_argument]
 
 

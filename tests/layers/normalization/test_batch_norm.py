@@ -10,8 +10,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flax_customgrad as fcg
-from flax_customgrad.layers.normalization.axes import Axes
-from flax_customgrad.layers.normalization.normalize import How, normalize
+from flax_customgrad.layers.normalization.axes import NormAxes
+from flax_customgrad.layers.normalization.normalize import NormConfig, normalize
 
 X = 100 + jax.random.normal(jax.random.key(0), (16, 2, 6))
 G = jax.random.normal(jax.random.key(1), X.shape)
@@ -166,7 +166,7 @@ def test_statistics_accept_cotangents():
     with jax.enable_x64(True):
         x = jax.random.normal(jax.random.key(0), (8, 3, 6), jnp.float64)
         mask = jax.random.bernoulli(jax.random.key(1), 0.7, x.shape).at[0].set(True)
-        how = How(Axes((0, 1), (2,)), 1e-5, jnp.dtype("float64"))
+        how = NormConfig(NormAxes((0, 1), (2,)), 1e-5, jnp.dtype("float64"))
         params = nnx.State({"scale": jnp.linspace(1, 2, 6), "bias": jnp.ones(6)})
 
         def loss(x, mask):

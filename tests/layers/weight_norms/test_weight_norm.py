@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flax_customgrad as fcg
-from flax_customgrad.layers.normalization.axes import Axes
-from flax_customgrad.layers.weight_norms.weight_norm import How, weight_norm
+from flax_customgrad.layers.normalization.axes import NormAxes
+from flax_customgrad.layers.weight_norms.weight_norm import WeightNormConfig, weight_norm
 
 KERNEL = ("kernel",)
 
@@ -188,9 +188,9 @@ def test_a_column_of_zeros(dtype, epsilon):
 )
 def test_the_written_gradient_is_the_derivative(shape, data, epsilon, use_scale):
     features = data.draw(st.sets(st.sampled_from(range(len(shape)))))
-    axes = Axes.per_feature(len(shape), features)
+    axes = NormAxes.per_feature(len(shape), features)
     with jax.enable_x64(True):
-        how = How(axes, epsilon, jnp.dtype(jnp.float64))
+        how = WeightNormConfig(axes, epsilon, jnp.dtype(jnp.float64))
         keys = jax.random.split(jax.random.key(0), 3)
         v = 1 + jax.random.uniform(keys[0], tuple(shape), jnp.float64)
         scale = jax.random.normal(keys[1], tuple(shape[i] for i in axes.features), jnp.float64)
@@ -301,7 +301,7 @@ def test_complex_weights_and_use_autodiff_are_left_to_nnx():
 
 def test_the_backward_keeps_a_number_per_feature():
     v, scale = jnp.ones((64, 8)), jnp.ones(8)
-    how = How(Axes.per_feature(2, -1), 1e-12, jnp.dtype(jnp.float32))
+    how = WeightNormConfig(NormAxes.per_feature(2, -1), 1e-12, jnp.dtype(jnp.float32))
     assert fcg.residual_bytes(lambda *a: weight_norm(*a, how), v, scale) == 4 * 8
 
 

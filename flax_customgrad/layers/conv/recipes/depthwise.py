@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from flax_customgrad.layers.conv.recipes.geometry import Geometry
 from flax_customgrad.layers.conv.recipes.sums_under_windows import at_once, in_blocks
-from flax_customgrad.numerics.accumulation import sealed
+from flax_customgrad.numerics.accumulation import fusion_barrier
 
 _WRITTEN_OUT = 16
 
@@ -56,7 +56,7 @@ def correlate(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
         )
         for f in range(outs)
     ]
-    return sealed(_interleaved(parts))
+    return fusion_barrier(_interleaved(parts))
 
 
 def kernel_gradient(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:

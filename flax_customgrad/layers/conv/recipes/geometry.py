@@ -135,7 +135,7 @@ class Geometry:
         return lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *self.strides, 1))
 
 
-Map = Callable[[jax.Array, jax.Array, Geometry], jax.Array]
+ConvPass = Callable[[jax.Array, jax.Array, Geometry], jax.Array]
 """`correlate`, of x and the kernel, or `kernel_gradient`, of x and g."""
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_customgrad.layers.conv.recipes.geometry import Geometry, Map
+from flax_customgrad.layers.conv.recipes.geometry import ConvPass, Geometry
 
 _WIDTH = 16
 _WRITTEN_OUT = 4
@@ -35,7 +35,7 @@ def fits(geometry: Geometry) -> bool:
     return geometry.groups > 1
 
 
-def correlate(x: jax.Array, w: jax.Array, geometry: Geometry, part: Map) -> jax.Array:
+def correlate(x: jax.Array, w: jax.Array, geometry: Geometry, part: ConvPass) -> jax.Array:
     """Dense convolutions of block-diagonal kernels.
 
     Args:
@@ -55,7 +55,7 @@ def correlate(x: jax.Array, w: jax.Array, geometry: Geometry, part: Map) -> jax.
     return _each(one, parts, x, w)
 
 
-def kernel_gradient(x: jax.Array, g: jax.Array, geometry: Geometry, part: Map) -> jax.Array:
+def kernel_gradient(x: jax.Array, g: jax.Array, geometry: Geometry, part: ConvPass) -> jax.Array:
     """The blocks on the diagonal of the gradients of dense kernels.
 
     Args:

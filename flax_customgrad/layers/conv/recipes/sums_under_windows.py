@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_customgrad.layers.conv.recipes.geometry import Geometry, padded
-from flax_customgrad.numerics.accumulation import sealed
+from flax_customgrad.numerics.accumulation import fusion_barrier
 
 _CACHE = 1 << 19  # bytes
 
@@ -77,7 +77,7 @@ def in_blocks(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
                 offset = zip(at, geometry.strides, tap, geometry.kernel_dilation, strict=True)
                 start = [i * s + t * d for i, s, t, d in offset]
                 products.append(every(x, start, steps) * every(g, list(at), list(block)))
-            parts.append(sealed(functools.reduce(jnp.add, products)))
+            parts.append(fusion_barrier(functools.reduce(jnp.add, products)))
         return tuple(parts)
 
     images = _images(x, g)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_customgrad.layers.conv.recipes import xla_convolution as xla
-from flax_customgrad.layers.conv.recipes.geometry import Geometry, Map, mirrored
+from flax_customgrad.layers.conv.recipes.geometry import ConvPass, Geometry, mirrored
 
 _MOST_PHASES = 16  # each is a convolution to compile
 
@@ -35,7 +35,7 @@ def fits(geometry: Geometry) -> bool:
     return any(d > 1 for d in geometry.input_dilation) and all(s == 1 for s in geometry.strides)
 
 
-def correlate(x: jax.Array, w: jax.Array, geometry: Geometry, part: Map) -> jax.Array:
+def correlate(x: jax.Array, w: jax.Array, geometry: Geometry, part: ConvPass) -> jax.Array:
     """One convolution for each phase of the output.
 
     Args:
@@ -55,7 +55,7 @@ def correlate(x: jax.Array, w: jax.Array, geometry: Geometry, part: Map) -> jax.
     return _interleaved(phases, geometry, counts)
 
 
-def kernel_gradient(x: jax.Array, g: jax.Array, geometry: Geometry, part: Map) -> jax.Array:
+def kernel_gradient(x: jax.Array, g: jax.Array, geometry: Geometry, part: ConvPass) -> jax.Array:
     """The gradient of the kernel of the transposed map.
 
     Args:
@@ -76,7 +76,7 @@ def _phase(
     geometry: Geometry,
     phase: tuple[int, ...],
     counts: list[int],
-    part: Map,
+    part: ConvPass,
 ) -> jax.Array:
     """Every s-th output, from one on."""
     dilation, padding = [], []

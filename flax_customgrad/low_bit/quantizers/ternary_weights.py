@@ -18,7 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_customgrad.low_bit.quantizers.calibration import Axis, mean_magnitude, mean_where, sharing
+from flax_customgrad.low_bit.quantizers.calibration import (
+    Axis,
+    granularity_of,
+    mean_magnitude,
+    mean_where,
+)
 from flax_customgrad.low_bit.quantizers.codes import Codes, coded
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Bounded, quotient
@@ -70,7 +75,7 @@ class TWN(Quantizer):
         self, threshold: float = 0.7, *, axis: Axis = None, clip_value: float | None = None
     ):
         self.threshold = positive("TWN", "threshold", threshold)
-        self.sharing = sharing("TWN", axis)
+        self.granularity = granularity_of("TWN", axis)
         self.clip_value = bound("TWN", clip_value)
 
     def quantize(self, x: jax.Array) -> Codes:
@@ -81,9 +86,9 @@ class TWN(Quantizer):
         """
         x = jnp.asarray(x)
         size = jnp.abs(lax.stop_gradient(x).astype(accumulator(x)))
-        threshold = self.threshold * mean_magnitude(x, self.sharing)
+        threshold = self.threshold * mean_magnitude(x, self.granularity)
         # NaN is beyond no threshold, and must not leave the scale finite.
-        scale = mean_where(size, ~(size <= threshold), self.sharing)
+        scale = mean_where(size, ~(size <= threshold), self.granularity)
         return coded(x, (scale, threshold), Ternary(-1, 1, self.clip_value))
 
 
@@ -106,7 +111,7 @@ class AbsMean(Quantizer):
     """
 
     def __init__(self, *, axis: Axis = None, clip_value: float | None = None):
-        self.sharing = sharing("AbsMean", axis)
+        self.granularity = granularity_of("AbsMean", axis)
         self.clip_value = bound("AbsMean", clip_value)
 
     def quantize(self, x: jax.Array) -> Codes:
@@ -116,6 +121,6 @@ class AbsMean(Quantizer):
             x: array of any shape, float.
         """
         x = jnp.asarray(x)
-        scale = mean_magnitude(x, self.sharing)
+        scale = mean_magnitude(x, self.granularity)
         scale = jnp.where(scale == 0, 1, scale)
         return coded(x, (scale,), Rounded(-1, 1, self.clip_value))

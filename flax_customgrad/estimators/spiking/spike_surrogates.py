@@ -34,7 +34,7 @@ from jax.typing import ArrayLike
 from flax_customgrad.estimators.rounding.heaviside import heaviside
 from flax_customgrad.estimators.rounding.step import Step, masked
 from flax_customgrad.numerics.argument_checks import positive
-from flax_customgrad.numerics.arrays import widened
+from flax_customgrad.numerics.dtypes import widened
 from flax_customgrad.numerics.hyperbolic import sech_squared
 
 

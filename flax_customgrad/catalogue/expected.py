@@ -1,0 +1,45 @@
+"""What the gradient of an example is compared with: a formula, or the layer of nnx itself."""
+
+from functools import partial
+from typing import Any
+
+from flax import nnx
+
+from flax_customgrad.contract.compat import set_class
+from flax_customgrad.registry.entry import Entry
+
+
+def expected(entry: Entry, example: tuple[Any, ...]) -> dict[str, Any]:
+    """The keywords `reference` or `formula` of `check_vjp` for an example of an entry.
+
+    Args:
+        entry: the entry of the layer.
+        example: what one of the entry's makers of examples made of `entry.module`.
+
+    Returns:
+        The formula of a surrogate; for a drop-in the layer or function of nnx itself, so that a
+        wrong value is found too; nothing for what is neither: JAX differentiates it itself.
+    """
+    first = example[0]
+    keywords = first.keywords if isinstance(first, partial) else {}
+    if entry.formula is not None:
+        return {"formula": partial(entry.formula, **keywords) if keywords else entry.formula}
+    if entry.reference is None:
+        return {}
+    if entry.is_function:
+        return {"reference": partial(entry.reference, **keywords)}
+    call = _call if isinstance(first, nnx.Module) else first
+    return {"reference": lambda layer, *inputs: call(_of_nnx(entry, layer), *inputs)}
+
+
+def _of_nnx(entry: Entry, layer: Any) -> Any:
+    """A layer of this library as that of nnx which it stands for, in its place."""
+    to_layer = getattr(entry.module, "to_layer", None)
+    if to_layer is not None:
+        return to_layer(layer)
+    set_class(layer, entry.reference)  # type: ignore[arg-type]
+    return layer
+
+
+def _call(layer: Any, *inputs: Any) -> Any:
+    return layer(*inputs)

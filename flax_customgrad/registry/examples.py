@@ -1,0 +1,53 @@
+"""How the examples of an entry are made: inputs, a layer built and called, a function applied."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_customgrad.registry.entry import Example
+
+
+def normal(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
+    """Normally distributed inputs, the same at every call.
+
+    Args:
+        *shape: the shape.
+        dtype: a floating dtype.
+    """
+    return jax.random.normal(jax.random.key(sum(shape)), shape, dtype)
+
+
+def made(*args: Any, inputs: tuple[Any, ...], call: Any = None, **kwargs: Any) -> Example:
+    """An example whose layer is built as `cls(*args, **kwargs, rngs=...)`.
+
+    Args:
+        *args: positional arguments of the constructor.
+        inputs: arrays, or functions that make them.
+        call: how to call the layer, if not as `layer(*inputs)`: a function of both.
+        **kwargs: keyword arguments of the constructor.
+    """
+
+    def make(cls: Any) -> tuple[Any, ...]:
+        layer = cls(*args, **kwargs, rngs=nnx.Rngs(0))
+        made = tuple(x() if callable(x) else x for x in inputs)
+        return (layer, *made) if call is None else (call, layer, *made)
+
+    return make
+
+
+def applied(*inputs: Any, **kwargs: Any) -> Example:
+    """An example that applies a function to arrays.
+
+    Args:
+        *inputs: arrays, or functions that make them.
+        **kwargs: keyword arguments of the function.
+    """
+
+    def make(function: Any) -> tuple[Any, ...]:
+        arrays = tuple(x() if callable(x) else x for x in inputs)
+        return (partial(function, **kwargs) if kwargs else function, *arrays)
+
+    return make
