@@ -4,7 +4,6 @@ Such a layer cannot call an operation of the user's own, takes floating arrays o
 place of a layer that holds the same parameters.
 """
 
-from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -106,20 +105,3 @@ def refuse_injected(name: str, layer: Any) -> None:
             raise ValueError(
                 f"{name} computes its product itself and cannot call `{attribute}`: leave it out"
             )
-
-
-def check_word(name: str, argument: str, value: Any, words: Iterable[str]) -> None:
-    """Refuses an argument of a layer that is none of some words.
-
-    Args:
-        name: the class, for the error.
-        argument: what the argument is called.
-        value: what was given.
-        words: what may be given.
-
-    Raises:
-        ValueError: it is another one.
-    """
-    if value not in words:
-        known = ", ".join(map(repr, words))
-        raise ValueError(f"{name}: {argument}={value!r} is none of {known}")

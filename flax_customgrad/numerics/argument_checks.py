@@ -1,6 +1,10 @@
-"""Numbers that must be positive: a slope, a temperature, a bound on where a gradient passes."""
+"""Checks of the arguments of constructors and functions: what is wrong with one, and what is right.
+
+Each takes the name of the layer and that of the argument, which its error names.
+"""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -8,13 +12,16 @@ import numpy as np
 from flax_customgrad.contract.compat import is_traced
 
 
-def positive(layer: str, name: str, value: Any) -> Any:
-    """A number, or an array of numbers, that must be positive and finite.
+def check_positive(layer: str, argument: str, value: Any) -> Any:
+    """Refuses a number, or an array of numbers, that is not positive and finite.
 
     Args:
         layer: the name of the layer, for the error.
-        name: the name of the argument.
-        value: a number or an array; or a traced one, which cannot be looked at.
+        argument: the name of the argument, for the error.
+        value: a number or an array; or a traced one, whose value is not known.
+
+    Returns:
+        The value.
 
     Raises:
         ValueError: a number is not positive, or not finite.
@@ -23,16 +30,49 @@ def positive(layer: str, name: str, value: Any) -> Any:
         return value
     numbers = np.asarray(value)
     if not np.all((numbers > 0) & (numbers < math.inf)):
-        raise ValueError(f"{layer}: {name}={value!r} must be positive and finite")
+        raise ValueError(f"{layer}: {argument}={value!r} must be positive and finite")
     return value
 
 
-def bound(layer: str, clip_value: float | None) -> float | None:
-    """A bound on where a gradient passes; None where it passes everywhere.
+def check_nonnegative(layer: str, argument: str, value: float) -> None:
+    """Refuses a number that is negative, infinite or NaN.
 
     Args:
         layer: the name of the layer, for the error.
-        clip_value: the bound.
+        argument: the name of the argument, for the error.
+        value: a number.
+
+    Raises:
+        ValueError: the number is negative, infinite or NaN.
+    """
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{layer}: {argument}={value!r} must be a number of at least 0")
+
+
+def check_size(layer: str, argument: str, value: Any) -> None:
+    """Refuses a size that is no positive integer.
+
+    Args:
+        layer: the name of the layer, for the error.
+        argument: the name of the argument, for the error.
+        value: the size.
+
+    Raises:
+        ValueError: the size is no integer, or below 1.
+    """
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{layer}: {argument}={value!r} must be an integer of at least 1")
+
+
+def check_clip_value(layer: str, clip_value: float | None) -> float | None:
+    """Refuses a bound on where a gradient passes that is not positive.
+
+    Args:
+        layer: the name of the layer, for the error.
+        clip_value: the bound; None where the gradient passes everywhere.
+
+    Returns:
+        The bound.
 
     Raises:
         ValueError: the bound is not positive.
@@ -43,3 +83,20 @@ def bound(layer: str, clip_value: float | None) -> float | None:
             "everywhere"
         )
     return clip_value
+
+
+def check_word(layer: str, argument: str, value: Any, words: Iterable[str]) -> None:
+    """Refuses a word that is not one of those an argument may be.
+
+    Args:
+        layer: the name of the layer, for the error.
+        argument: the name of the argument, for the error.
+        value: what was given.
+        words: what may be given.
+
+    Raises:
+        ValueError: the value is none of the words.
+    """
+    words = tuple(words)
+    if value not in words:
+        raise ValueError(f"{layer}: {argument}={value!r} is none of {', '.join(map(repr, words))}")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.numerics.accumulation import accumulator
-from flax_customgrad.numerics.argument_checks import positive
+from flax_customgrad.numerics.argument_checks import check_positive
 from flax_customgrad.numerics.broadcasting import broadcasts
 from flax_customgrad.numerics.dtypes import as_array, in_dtype, is_python_number
 from flax_customgrad.numerics.sharding import explicit_sharding
@@ -88,8 +88,8 @@ def checked(
 
 def _checked_temperature(name: str, temperature: Any, shape: tuple[int, ...], axis: int) -> Any:
     if is_python_number(temperature):
-        return positive(name, "temperature", temperature)
-    temperature = positive(name, "temperature", jnp.asarray(as_array(temperature)))
+        return check_positive(name, "temperature", temperature)
+    temperature = check_positive(name, "temperature", jnp.asarray(as_array(temperature)))
     rows = tuple(1 if i == axis % len(shape) else n for i, n in enumerate(shape))
     if not broadcasts(temperature.shape, rows):
         raise ValueError(

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from flax.nnx.module import first_from
 
-from flax_customgrad.numerics.argument_checks import positive
+from flax_customgrad.numerics.argument_checks import check_positive
 from flax_customgrad.numerics.dtypes import as_array
 
 Rngs = nnx.Rngs | nnx.RngStream | jax.Array | None
@@ -32,7 +32,7 @@ class Sampler(nnx.Module):
         rng_collection: str,
         rngs: nnx.Rngs | nnx.RngStream | None,
     ):
-        positive(type(self).__name__, "temperature", as_array(temperature))
+        check_positive(type(self).__name__, "temperature", as_array(temperature))
         self.temperature = temperature
         self.axis = axis
         self.deterministic = deterministic

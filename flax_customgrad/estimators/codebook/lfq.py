@@ -24,6 +24,7 @@ from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.estimators.codebook import codebook_arguments as check
 from flax_customgrad.estimators.codebook.code_entropy import code_entropy
 from flax_customgrad.estimators.codebook.usage import Quantized, use
+from flax_customgrad.numerics.argument_checks import check_nonnegative, check_size
 from flax_customgrad.numerics.dtypes import widened
 
 
@@ -112,7 +113,7 @@ class LFQ(nnx.Module):
         Raises:
             ValueError: a number is out of its range.
         """
-        check.size("LFQ", "features", features)
+        check_size("LFQ", "features", features)
         if features > 30:
             raise ValueError(
                 f"LFQ: features={features} make 2**{features} codes; int32 has numbers for up to "
@@ -123,7 +124,7 @@ class LFQ(nnx.Module):
             ("diversity", diversity),
             ("commitment", commitment),
         ):
-            check.weight("LFQ", name, value)
+            check_nonnegative("LFQ", name, value)
         for name, value in (("scale", scale), ("temperature", temperature)):
             if not value > 0:
                 raise ValueError(f"LFQ: {name}={value!r} must be positive")

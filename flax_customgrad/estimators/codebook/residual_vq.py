@@ -14,6 +14,7 @@ from flax_customgrad.estimators.codebook import codebook_arguments as check
 from flax_customgrad.estimators.codebook.quantize_vectors import left_over, quantize
 from flax_customgrad.estimators.codebook.usage import Quantized, use
 from flax_customgrad.estimators.codebook.vector_quantizer import VectorQuantizer
+from flax_customgrad.numerics.argument_checks import check_size
 from flax_customgrad.numerics.dtypes import widened
 
 
@@ -53,7 +54,7 @@ class ResidualVQ(nnx.Module):
         Raises:
             ValueError: as for `VectorQuantizer`.
         """
-        check.size(type(self).__name__, "num_quantizers", num_quantizers)
+        check_size(type(self).__name__, "num_quantizers", num_quantizers)
         self.features = features
         self.stages = nnx.List(
             [

@@ -21,6 +21,7 @@ from flax_customgrad.estimators.codebook.nearest import nearest
 from flax_customgrad.estimators.codebook.quantize_vectors import Gradient, quantize
 from flax_customgrad.estimators.codebook.usage import Quantized, use
 from flax_customgrad.estimators.codebook.vector_quantizer import Codebook, default_codebook_init
+from flax_customgrad.numerics.argument_checks import check_nonnegative, check_size, check_word
 from flax_customgrad.numerics.dtypes import widened
 
 default_kernel_init = nnx.initializers.lecun_normal()
@@ -65,10 +66,10 @@ class SimVQ(nnx.Module):
             ValueError: a number is out of its range, or a word is unknown.
         """
         name = type(self).__name__
-        check.size(name, "num_codes", num_codes)
-        check.size(name, "features", features)
-        check.word(name, "gradient", gradient, get_args(Gradient))
-        check.weight(name, "commitment", commitment)
+        check_size(name, "num_codes", num_codes)
+        check_size(name, "features", features)
+        check_word(name, "gradient", gradient, get_args(Gradient))
+        check_nonnegative(name, "commitment", commitment)
         self.num_codes = num_codes
         self.features = features
         self.gradient: Gradient = gradient

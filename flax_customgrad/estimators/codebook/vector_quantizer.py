@@ -20,6 +20,7 @@ from flax_customgrad.estimators.codebook.nearest import nearest
 from flax_customgrad.estimators.codebook.quantize_vectors import Gradient, quantize
 from flax_customgrad.estimators.codebook.usage import AxisName, Quantized, use
 from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.argument_checks import check_nonnegative, check_size, check_word
 
 Learning = Literal["loss", "ema"]
 
@@ -93,17 +94,17 @@ class VectorQuantizer(nnx.Module):
                 with "loss".
         """
         name = type(self).__name__
-        check.size(name, "num_codes", num_codes)
-        check.size(name, "features", features)
-        check.word(name, "gradient", gradient, get_args(Gradient))
-        check.word(name, "learning", learning, get_args(Learning))
-        check.weight(name, "commitment", commitment)
+        check_size(name, "num_codes", num_codes)
+        check_size(name, "features", features)
+        check_word(name, "gradient", gradient, get_args(Gradient))
+        check_word(name, "learning", learning, get_args(Learning))
+        check_nonnegative(name, "commitment", commitment)
         if not 0 <= decay < 1:
             raise ValueError(f"{name}: decay={decay!r} must be at least 0 and below 1")
         if not epsilon > 0:
             raise ValueError(f"{name}: epsilon={epsilon!r} must be positive")
         if dead_below is not None:
-            check.weight(name, "dead_below", dead_below)
+            check_nonnegative(name, "dead_below", dead_below)
             if learning != "ema":
                 raise ValueError(
                     f"{name}: dead_below={dead_below!r} needs the counts of a moving average: "

@@ -13,7 +13,7 @@ from flax import nnx
 
 from flax_customgrad.estimators.rounding.sign import within
 from flax_customgrad.estimators.rounding.step import Step, identity, keep_none, masked
-from flax_customgrad.numerics.argument_checks import bound
+from flax_customgrad.numerics.argument_checks import check_clip_value
 
 
 def heaviside(x: jax.Array, *parameters: object) -> jax.Array:
@@ -44,7 +44,7 @@ class SteHeaviside(nnx.Module):
     """
 
     def __init__(self, clip_value: float | None = 1.0):
-        self.clip_value = bound("SteHeaviside", clip_value)
+        self.clip_value = check_clip_value("SteHeaviside", clip_value)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The step of each element.

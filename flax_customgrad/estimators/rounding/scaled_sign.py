@@ -20,7 +20,7 @@ from jax import lax
 from flax_customgrad.estimators.rounding.sign import sign
 from flax_customgrad.estimators.rounding.step import Step
 from flax_customgrad.numerics.accumulation import accumulator
-from flax_customgrad.numerics.argument_checks import positive
+from flax_customgrad.numerics.argument_checks import check_positive
 
 
 def _scaled(w: jax.Array, a: jax.Array, *rest: Any) -> jax.Array:
@@ -65,7 +65,7 @@ class MagnitudeAwareSign(nnx.Module):
     """
 
     def __init__(self, clip_value: float = 1.0, channel_axis: int = -1):
-        self.clip_value = positive("MagnitudeAwareSign", "clip_value", clip_value)
+        self.clip_value = check_positive("MagnitudeAwareSign", "clip_value", clip_value)
         self.channel_axis = channel_axis
 
     def __call__(self, w: jax.Array) -> jax.Array:
@@ -103,7 +103,7 @@ class XNORSign(nnx.Module):
     """
 
     def __init__(self, clip_value: float = 1.0, channel_axis: int = -1):
-        self.clip_value = positive("XNORSign", "clip_value", clip_value)
+        self.clip_value = check_positive("XNORSign", "clip_value", clip_value)
         self.channel_axis = channel_axis
 
     def __call__(self, w: jax.Array) -> jax.Array:

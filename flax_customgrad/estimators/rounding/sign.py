@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_customgrad.estimators.rounding.step import Step, identity, keep_none, masked
-from flax_customgrad.numerics.argument_checks import bound, positive
+from flax_customgrad.numerics.argument_checks import check_clip_value, check_positive
 from flax_customgrad.numerics.hyperbolic import sech_squared
 
 
@@ -60,7 +60,7 @@ class SteSign(nnx.Module):
     """
 
     def __init__(self, clip_value: float | None = 1.0):
-        self.clip_value = bound("SteSign", clip_value)
+        self.clip_value = check_clip_value("SteSign", clip_value)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The sign of each element.
@@ -127,7 +127,7 @@ class SwishSign(nnx.Module):
     """
 
     def __init__(self, beta: float = 5.0):
-        self.beta = positive("SwishSign", "beta", beta)
+        self.beta = check_positive("SwishSign", "beta", beta)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The sign of each element.

@@ -19,7 +19,7 @@ from jax import lax
 from flax_customgrad.estimators.rounding.sign import sign
 from flax_customgrad.estimators.rounding.step import Step, identity, keep_none, masked
 from flax_customgrad.numerics.accumulation import accumulator
-from flax_customgrad.numerics.argument_checks import bound
+from flax_customgrad.numerics.argument_checks import check_clip_value
 
 
 def _ternary(x: jax.Array, threshold: Any, *bound: Any) -> jax.Array:
@@ -57,7 +57,7 @@ class SteTern(nnx.Module):
                 f'SteTern: threshold={threshold!r} must be a number from 0 on, or "twn"'
             )
         self.threshold = threshold
-        self.clip_value = bound("SteTern", clip_value)
+        self.clip_value = check_clip_value("SteTern", clip_value)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The ternary value of each element.

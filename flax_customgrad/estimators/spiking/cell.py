@@ -20,7 +20,7 @@ from flax_customgrad.estimators.rounding.rounding import clip_ste
 from flax_customgrad.estimators.spiking import spike_surrogates as surrogate
 from flax_customgrad.estimators.spiking.fire import Reset, fire
 from flax_customgrad.estimators.spiking.leak import leak
-from flax_customgrad.numerics.argument_checks import positive
+from flax_customgrad.numerics.argument_checks import check_positive
 from flax_customgrad.numerics.broadcasting import broadcasts
 from flax_customgrad.numerics.dtypes import as_array, is_supported_float
 
@@ -70,7 +70,7 @@ class SpikingCell(nnx.RNNCellBase):
         self.reset_gradient = reset_gradient
         self.learn_decay = learn_decay
         self.param_dtype = param_dtype
-        threshold = positive(name, "threshold", threshold)
+        threshold = check_positive(name, "threshold", threshold)
         self.threshold = self._variable("threshold", threshold, learn_threshold)
 
     @property

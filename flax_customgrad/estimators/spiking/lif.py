@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_customgrad.estimators.spiking.cell import SpikingCell
-from flax_customgrad.numerics.argument_checks import positive
+from flax_customgrad.numerics.argument_checks import check_positive
 
 Carry = tuple[jax.Array, jax.Array]
 """The synaptic current and the membrane potential."""
@@ -59,8 +59,8 @@ class LIF(SpikingCell):
         tau_mem: Any = 10.0,
         **neurons: Any,
     ):
-        current_decay = jnp.exp(-1 / jnp.asarray(positive("LIF", "tau_syn", tau_syn)))
-        membrane_decay = jnp.exp(-1 / jnp.asarray(positive("LIF", "tau_mem", tau_mem)))
+        current_decay = jnp.exp(-1 / jnp.asarray(check_positive("LIF", "tau_syn", tau_syn)))
+        membrane_decay = jnp.exp(-1 / jnp.asarray(check_positive("LIF", "tau_mem", tau_mem)))
         super().__init__(features, **neurons)
         self.current_decay = self._decay("current_decay", current_decay)
         self.membrane_decay = self._decay("membrane_decay", membrane_decay)

@@ -33,7 +33,7 @@ from jax.typing import ArrayLike
 
 from flax_customgrad.estimators.rounding.heaviside import heaviside
 from flax_customgrad.estimators.rounding.step import Step, masked
-from flax_customgrad.numerics.argument_checks import positive
+from flax_customgrad.numerics.argument_checks import check_positive
 from flax_customgrad.numerics.dtypes import widened
 from flax_customgrad.numerics.hyperbolic import sech_squared
 
@@ -78,7 +78,7 @@ def fast_sigmoid(u: ArrayLike, slope: ArrayLike = 25.0, *, normalize: bool = Fal
         >>> jax.grad(lambda u: fcg.surrogate.fast_sigmoid(u).sum())(u)
         Array([0.25  , 1.    , 0.0625], dtype=float32)
     """
-    slope = positive("fast_sigmoid", "slope", slope)
+    slope = check_positive("fast_sigmoid", "slope", slope)
     return _FAST_SIGMOID(u, slope, slope / 2 if normalize else 1)
 
 
@@ -101,7 +101,7 @@ def atan(u: ArrayLike, slope: ArrayLike = 2.0, *, normalize: bool = False) -> ja
         >>> jax.grad(fcg.surrogate.atan)(0.0)
         Array(1., dtype=float32, weak_type=True)
     """
-    slope = positive("atan", "slope", slope)
+    slope = check_positive("atan", "slope", slope)
     return _ATAN(u, slope, slope / 2)
 
 
@@ -124,7 +124,7 @@ def sigmoid(u: ArrayLike, slope: ArrayLike = 4.0, *, normalize: bool = False) ->
         >>> jax.vmap(jax.grad(fcg.surrogate.sigmoid))(jnp.array([0.0, 1000.0]))
         Array([1., 0.], dtype=float32)
     """
-    slope = positive("sigmoid", "slope", slope)
+    slope = check_positive("sigmoid", "slope", slope)
     return _SIGMOID(u, slope, slope / 4)
 
 
@@ -147,7 +147,7 @@ def triangular(u: ArrayLike, slope: ArrayLike = 1.0, *, normalize: bool = False)
         >>> jax.vmap(jax.grad(fcg.surrogate.triangular))(jnp.array([-0.25, 0.25, 1.5]))
         Array([0.75, 0.75, 0.  ], dtype=float32)
     """
-    slope = positive("triangular", "slope", slope)
+    slope = check_positive("triangular", "slope", slope)
     return _TRIANGULAR(u, slope, slope if normalize else 1)
 
 
@@ -172,7 +172,7 @@ def piecewise_exponential(
         >>> jax.vmap(jax.grad(fcg.surrogate.piecewise_exponential))(jnp.array([-1.0, 0.0]))
         Array([0.3678..., 1.        ], dtype=float32)
     """
-    slope = positive("piecewise_exponential", "slope", slope)
+    slope = check_positive("piecewise_exponential", "slope", slope)
     return _EXPONENTIAL(u, slope, slope / 2 if normalize else 1)
 
 
@@ -213,5 +213,5 @@ def boxcar(u: ArrayLike, slope: ArrayLike = 1.0, *, normalize: bool = False) -> 
         >>> jax.vmap(jax.grad(fcg.surrogate.boxcar))(jnp.array([-1.0, 0.5, 1.5]))
         Array([1., 1., 0.], dtype=float32)
     """
-    slope = positive("boxcar", "slope", slope)
+    slope = check_positive("boxcar", "slope", slope)
     return _BOXCAR(u, slope, slope / 2 if normalize else 1)

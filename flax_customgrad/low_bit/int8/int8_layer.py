@@ -5,11 +5,11 @@ from typing import Any, Literal, get_args
 from flax import nnx
 
 from flax_customgrad.layers.drop_in import Parameters, parameters
-from flax_customgrad.layers.replaced_matmul import check_word
 from flax_customgrad.low_bit.int8.int8_codes import Int8
 from flax_customgrad.low_bit.int8.int8_kernel import Int8Kernel
 from flax_customgrad.low_bit.int8.int8_product import Rounding, encode_kernel
-from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.argument_checks import check_word
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 from flax_customgrad.numerics.noise_stream import fork_stream
 
 Backward = Literal["float", "int8", "switchback"]
@@ -97,7 +97,7 @@ class InInt8:
         if self._packed is not None:
             return False
         kernel = self._parameters()["kernel"]
-        (computed,) = Arithmetic(self.dtype).promote(kernel)
+        (computed,) = MatmulConfig(self.dtype).promote(kernel)
         self.kernel = Int8Kernel(encode_kernel(computed, self.rounding), kernel.dtype)
         return True
 

@@ -16,7 +16,7 @@ import jax
 from flax import nnx
 
 from flax_customgrad.layers.linear.linear import Linear
-from flax_customgrad.layers.replaced_matmul import adopt, check_word, operands, refuse_injected
+from flax_customgrad.layers.replaced_matmul import adopt, operands, refuse_injected
 from flax_customgrad.low_bit.microscaling.mx import MX
 from flax_customgrad.low_bit.microscaling.scaled_linear import (
     RESIDUALS,
@@ -24,7 +24,8 @@ from flax_customgrad.low_bit.microscaling.scaled_linear import (
     scaled_linear,
 )
 from flax_customgrad.low_bit.microscaling.small_floats import E2M1, E4M3, E5M2
-from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.argument_checks import check_word
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 
 _FORMATS = {"mxfp8": E4M3, "mxfp4": E2M1}
 _GRADIENTS = {"e4m3": E4M3, "e5m2": E5M2, "e2m1": E2M1}
@@ -142,7 +143,7 @@ class MXLinear(Linear):
             gradient=MX(_GRADIENTS[self.gradient], self.block, up),
             residuals=self.residuals,
         )
-        how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        how = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         return scaled_linear(params, x, None, recipe, how)
 
     def _set(self, format: Any, gradient: Any, block: int, scale: Any, residuals: Any) -> None:

@@ -20,14 +20,15 @@ import jax
 from flax import nnx
 
 from flax_customgrad.layers.linear.linear import Linear
-from flax_customgrad.layers.replaced_matmul import adopt, check_word, operands, refuse_injected
+from flax_customgrad.layers.replaced_matmul import adopt, operands, refuse_injected
 from flax_customgrad.low_bit.microscaling.nvfp4 import NVFP4
 from flax_customgrad.low_bit.microscaling.scaled_linear import (
     RESIDUALS,
     BlockScaledConfig,
     scaled_linear,
 )
-from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.argument_checks import check_word
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 from flax_customgrad.numerics.noise_stream import fork_stream
 
 
@@ -143,7 +144,7 @@ class NVFP4Linear(Linear):
             rotates=self.hadamard,
             residuals=self.residuals,
         )
-        how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        how = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         key = None if self.rngs is None else self.rngs()
         return scaled_linear(params, x, key, recipe, how)
 

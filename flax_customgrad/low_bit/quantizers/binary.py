@@ -21,7 +21,7 @@ from flax_customgrad.low_bit.quantizers.calibration import Axis, granularity_of,
 from flax_customgrad.low_bit.quantizers.codes import Codes, coded
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Bounded
-from flax_customgrad.numerics.argument_checks import bound
+from flax_customgrad.numerics.argument_checks import check_clip_value
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class BinaryActivation(Quantizer):
     """
 
     def __init__(self, clip_value: float | None = 1.0):
-        self.clip_value = bound("BinaryActivation", clip_value)
+        self.clip_value = check_clip_value("BinaryActivation", clip_value)
 
     def quantize(self, x: jax.Array) -> Codes:
         """The sign of each element, and a bit that says which.
@@ -134,7 +134,7 @@ class BinaryWeight(Quantizer):
             )
         self.granularity = granularity_of("BinaryWeight", axis)
         self.scaled = scaled
-        self.clip_value = bound("BinaryWeight", clip_value)
+        self.clip_value = check_clip_value("BinaryWeight", clip_value)
         self.gradient = gradient
 
     def quantize(self, x: jax.Array) -> Codes:

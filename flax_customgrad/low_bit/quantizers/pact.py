@@ -23,7 +23,7 @@ from flax_customgrad.low_bit.quantizers.lsq import abs_floor, abs_floor_slope, c
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Scheme, quotient
 from flax_customgrad.numerics.accumulation import accumulator, total
-from flax_customgrad.numerics.argument_checks import positive
+from flax_customgrad.numerics.argument_checks import check_positive
 from flax_customgrad.numerics.packing import masked, pack_mask
 
 
@@ -82,7 +82,7 @@ class PACT(Quantizer):
 
     def __init__(self, bits: int = 8, *, alpha: float = 10.0):
         self.bits = checked_bits("PACT", bits, least=1)
-        self.alpha = nnx.Param(jnp.full((), positive("PACT", "alpha", alpha), jnp.float32))
+        self.alpha = nnx.Param(jnp.full((), check_positive("PACT", "alpha", alpha), jnp.float32))
 
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes an array, and says which code each value has.

@@ -28,7 +28,7 @@ from flax_customgrad.low_bit.quantizers.codes import Codes, coded
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Bounded, quotient
 from flax_customgrad.numerics.accumulation import accumulator
-from flax_customgrad.numerics.argument_checks import bound, positive
+from flax_customgrad.numerics.argument_checks import check_clip_value, check_positive
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class TWN(Quantizer):
     def __init__(
         self, threshold: float = 0.7, *, axis: Axis = None, clip_value: float | None = None
     ):
-        self.threshold = positive("TWN", "threshold", threshold)
+        self.threshold = check_positive("TWN", "threshold", threshold)
         self.granularity = granularity_of("TWN", axis)
-        self.clip_value = bound("TWN", clip_value)
+        self.clip_value = check_clip_value("TWN", clip_value)
 
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes weights, and says which code each value has.
@@ -112,7 +112,7 @@ class AbsMean(Quantizer):
 
     def __init__(self, *, axis: Axis = None, clip_value: float | None = None):
         self.granularity = granularity_of("AbsMean", axis)
-        self.clip_value = bound("AbsMean", clip_value)
+        self.clip_value = check_clip_value("AbsMean", clip_value)
 
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes weights, and says which code each value has.

@@ -338,8 +338,8 @@ def test_in_shard_map_dead_codes_take_vectors_of_all_devices():
     [
         ({"num_codes": 0}, "num_codes=0 must be an integer of at least 1"),
         ({"features": 2.0}, "features=2.0 must be an integer"),
-        ({"gradient": "ste"}, "gradient='ste' is unknown; write 'straight_through' or 'rotation'"),
-        ({"learning": "EMA"}, "learning='EMA' is unknown; write 'loss' or 'ema'"),
+        ({"gradient": "ste"}, "gradient='ste' is none of 'straight_through', 'rotation'"),
+        ({"learning": "EMA"}, "learning='EMA' is none of 'loss', 'ema'"),
         ({"commitment": -0.1}, "commitment=-0.1 must be a number of at least 0"),
         ({"commitment": float("nan")}, "commitment=nan must be"),
         ({"decay": 1.0}, "decay=1.0 must be at least 0 and below 1"),
