@@ -23,7 +23,7 @@ from flax_customgrad.estimators.sparse.n_m import (
 from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.layers.linear.linear import Linear, linear
 from flax_customgrad.numerics.accumulation import total
-from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 from flax_customgrad.numerics.products import input_gradient, parameter_gradient
 
 
@@ -34,12 +34,12 @@ class Residuals(NamedTuple):
     x: jax.Array
     decay: Any
     pattern: Pattern
-    how: Arithmetic
+    how: MatmulConfig
 
 
 @custom_vjp(surrogate=True)
 def sparse_linear(
-    params: Parameters, x: jax.Array, decay: Any, pattern: Pattern, how: Arithmetic
+    params: Parameters, x: jax.Array, decay: Any, pattern: Pattern, how: MatmulConfig
 ) -> jax.Array:
     """Applies a linear map with a pruned kernel over the last axis.
 
@@ -58,7 +58,7 @@ def sparse_linear(
 
 
 def _fwd(
-    params: Parameters, x: jax.Array, decay: Any, pattern: Pattern, how: Arithmetic
+    params: Parameters, x: jax.Array, decay: Any, pattern: Pattern, how: MatmulConfig
 ) -> tuple[jax.Array, Residuals]:
     y = sparse_linear(params, x, decay, pattern, how)
     return y, Residuals(params, x, decay, pattern, how)
@@ -162,7 +162,7 @@ class NMSparseLinear(Linear):
         params = parameters(self, "kernel", "bias")
         if injected or not has_custom_backward(inputs, params):
             return self._with_sparse_kernel(inputs, out_sharding)
-        how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        how = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         decay = checked_decay("NMSparseLinear", self.decay)
         return sparse_linear(params, inputs, decay, Pattern(self.n, self.m, 0), how)
 

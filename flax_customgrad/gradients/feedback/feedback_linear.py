@@ -24,7 +24,7 @@ from flax_customgrad.gradients.feedback.alignment import aligned, checked_inputs
 from flax_customgrad.gradients.feedback.feedback_variable import Feedback
 from flax_customgrad.layers.drop_in import parameters
 from flax_customgrad.layers.linear.linear import Linear, linear
-from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 
 
 class FeedbackLinear(Linear):
@@ -88,5 +88,5 @@ class FeedbackLinear(Linear):
             or self.promote_dtype is not dtypes.promote_dtype
         )
         x = checked_inputs(self, inputs, injected)
-        how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        how = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         return aligned(parameters(self, "kernel", "bias"), self.feedback[...], x, linear, how)

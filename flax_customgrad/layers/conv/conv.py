@@ -17,7 +17,7 @@ from flax_customgrad.layers.conv.images import (
 from flax_customgrad.layers.conv.padding import resolved
 from flax_customgrad.layers.conv.recipes.geometry import Geometry
 from flax_customgrad.layers.drop_in import has_custom_backward
-from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 
 
 class Conv(nnx.Conv):
@@ -89,7 +89,5 @@ class Conv(nnx.Conv):
             dilation,
             groups,
         )
-        arithmetic = Arithmetic(
-            self.dtype, self.precision, self.preferred_element_type, out_sharding
-        )
-        return ConvConfig(geometry, around, False, arithmetic)
+        matmul = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        return ConvConfig(geometry, around, False, matmul)

@@ -19,7 +19,7 @@ from flax_customgrad.layers.conv.images import (
 from flax_customgrad.layers.conv.padding import BoundaryPadding, pairs_of
 from flax_customgrad.layers.conv.recipes.geometry import Geometry, spread
 from flax_customgrad.layers.drop_in import has_custom_backward
-from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 
 
 class ConvTranspose(nnx.ConvTranspose):
@@ -91,8 +91,8 @@ class ConvTranspose(nnx.ConvTranspose):
             strides,
             dilation,
         )
-        arithmetic = Arithmetic(self.dtype, self.precision, self.preferred_element_type)
-        return ConvConfig(geometry, around, self.transpose_kernel, arithmetic)
+        matmul = MatmulConfig(self.dtype, self.precision, self.preferred_element_type)
+        return ConvConfig(geometry, around, self.transpose_kernel, matmul)
 
 
 def _named(padding: str, reach: int, stride: int) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from flax_customgrad.layers.conv.padding import BoundaryPadding
 from flax_customgrad.layers.conv.recipes.geometry import Geometry, mirrored
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.numerics.accumulation import total
-from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class ConvConfig:
         geometry: where the windows lie, on the image with what is `around` it.
         around: what is put around the image other than zeros, or None.
         mirror: whether the kernel is that of the transposed map.
-        arithmetic: dtype, precision and sharding.
+        matmul: dtype, precision and sharding.
     """
 
     geometry: Geometry
     around: BoundaryPadding | None
     mirror: bool
-    arithmetic: Arithmetic
+    matmul: MatmulConfig
 
 
 class Residuals(NamedTuple):
@@ -67,15 +67,15 @@ def convolution(params: Parameters, x: jax.Array, how: ConvConfig) -> jax.Array:
     Returns:
         Images of shape (batch, *out, out_features), in the dtype of the computation.
     """
-    arithmetic = how.arithmetic
-    x, kernel, bias = arithmetic.promote(x, params["kernel"], params.get("bias"))
+    matmul = how.matmul
+    x, kernel, bias = matmul.promote(x, params["kernel"], params.get("bias"))
     y = lowering.correlate(
         _surrounded(x, how),
         _mirrored(kernel, how),
         how.geometry,
-        arithmetic.preferred_element_type,
-        arithmetic.precision,
-        arithmetic.out_sharding,
+        matmul.preferred_element_type,
+        matmul.precision,
+        matmul.out_sharding,
     )
     return y if bias is None else y + lax.expand_dims(bias, range(y.ndim - 1))
 
@@ -86,9 +86,9 @@ def _fwd(params: Parameters, x: jax.Array, how: ConvConfig) -> tuple[jax.Array, 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None]:
     params, how = res.params, res.how
-    x, kernel = how.arithmetic.promote(res.x, params["kernel"])
+    x, kernel = how.matmul.promote(res.x, params["kernel"])
     dx, dkernel = lowering.gradients(
-        _surrounded(x, how), _mirrored(kernel, how), g, how.geometry, how.arithmetic.precision
+        _surrounded(x, how), _mirrored(kernel, how), g, how.geometry, how.matmul.precision
     )
     if how.around is not None:
         dx = how.around.transpose(dx, x)

@@ -27,7 +27,7 @@ from flax.nnx.nn import dtypes
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.numerics.accumulation import total
-from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 from flax_customgrad.numerics.products import input_gradient, parameter_gradient
 
 
@@ -86,11 +86,11 @@ class Residuals(NamedTuple):
     params: Parameters
     x: jax.Array
     equation: Equation
-    how: Arithmetic
+    how: MatmulConfig
 
 
 @custom_vjp
-def einsum(params: Parameters, x: jax.Array, equation: Equation, how: Arithmetic) -> jax.Array:
+def einsum(params: Parameters, x: jax.Array, equation: Equation, how: MatmulConfig) -> jax.Array:
     """Computes an einsum of an input and a kernel, and adds a bias.
 
     Args:
@@ -105,7 +105,7 @@ def einsum(params: Parameters, x: jax.Array, equation: Equation, how: Arithmetic
     """
     x, kernel, bias = how.promote(x, params["kernel"], params.get("bias"))
     labels = f"{equation.x},{equation.kernel}->{equation.y}"
-    y = jnp.einsum(labels, x, kernel, **how.forward())
+    y = jnp.einsum(labels, x, kernel, **how.forward_kwargs())
     if bias is None:
         return y
     return y + jnp.reshape(
@@ -114,7 +114,7 @@ def einsum(params: Parameters, x: jax.Array, equation: Equation, how: Arithmetic
 
 
 def _fwd(
-    params: Parameters, x: jax.Array, equation: Equation, how: Arithmetic
+    params: Parameters, x: jax.Array, equation: Equation, how: MatmulConfig
 ) -> tuple[jax.Array, Residuals]:
     return einsum(params, x, equation, how), Residuals(params, x, equation, how)
 
@@ -204,7 +204,7 @@ class Einsum(nnx.Einsum):
         # nnx says what is wrong with a missing equation.
         if equation is None:
             return super().__call__(inputs, einsum_str, out_sharding)
-        how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        how = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         return einsum(params, inputs, equation, how)
 
     def _equation(self, einsum_str: str | None, x: jax.Array, kernel: jax.Array) -> Equation | None:

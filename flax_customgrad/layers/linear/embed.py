@@ -25,7 +25,7 @@ from flax.nnx.nn import dtypes
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.numerics.accumulation import accumulator, total
-from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 from flax_customgrad.numerics.products import input_gradient, parameter_gradient
 from flax_customgrad.numerics.sharding import explicit_sharding
 
@@ -38,7 +38,7 @@ class LookupResiduals(NamedTuple):
 
 
 @custom_vjp
-def lookup(params: Parameters, ids: jax.Array, how: Arithmetic) -> jax.Array:
+def lookup(params: Parameters, ids: jax.Array, how: MatmulConfig) -> jax.Array:
     """Takes rows of a table.
 
     Args:
@@ -63,7 +63,7 @@ def lookup(params: Parameters, ids: jax.Array, how: Arithmetic) -> jax.Array:
 
 
 def _lookup_fwd(
-    params: Parameters, ids: jax.Array, how: Arithmetic
+    params: Parameters, ids: jax.Array, how: MatmulConfig
 ) -> tuple[jax.Array, LookupResiduals]:
     table = jax.typeof(params["embedding"])
     return lookup(params, ids, how), LookupResiduals(None if table.shape[0] == 1 else ids, table)
@@ -96,11 +96,11 @@ class AttendResiduals(NamedTuple):
 
     params: Parameters
     query: jax.Array
-    how: Arithmetic
+    how: MatmulConfig
 
 
 @custom_vjp
-def attend(params: Parameters, query: jax.Array, how: Arithmetic) -> jax.Array:
+def attend(params: Parameters, query: jax.Array, how: MatmulConfig) -> jax.Array:
     """Multiplies a query with every row of a table.
 
     Args:
@@ -116,7 +116,7 @@ def attend(params: Parameters, query: jax.Array, how: Arithmetic) -> jax.Array:
 
 
 def _attend_fwd(
-    params: Parameters, query: jax.Array, how: Arithmetic
+    params: Parameters, query: jax.Array, how: MatmulConfig
 ) -> tuple[jax.Array, AttendResiduals]:
     return attend(params, query, how), AttendResiduals(params, query, how)
 
@@ -167,7 +167,7 @@ class Embed(nnx.Embed):
         ids = jnp.issubdtype(inputs.dtype, jnp.integer)
         if self._injected or not ids or not has_custom_backward(params["embedding"], params):
             return super().__call__(inputs, out_sharding)
-        return lookup(params, inputs, Arithmetic(self.dtype, out_sharding=out_sharding))
+        return lookup(params, inputs, MatmulConfig(self.dtype, out_sharding=out_sharding))
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Multiplies a query with every row of the table, as an output layer that shares it does.
@@ -182,7 +182,7 @@ class Embed(nnx.Embed):
         params = parameters(self, "embedding")
         if self._injected or not has_custom_backward(query, params):
             return super().attend(query, out_sharding)
-        return attend(params, query, Arithmetic(self.dtype, out_sharding=out_sharding))
+        return attend(params, query, MatmulConfig(self.dtype, out_sharding=out_sharding))
 
     @property
     def _injected(self) -> bool:

@@ -22,7 +22,7 @@ from jax import lax
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.numerics.accumulation import total
-from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 from flax_customgrad.numerics.products import input_gradient, parameter_gradient
 
 
@@ -31,11 +31,11 @@ class Residuals(NamedTuple):
 
     params: Parameters
     x: jax.Array
-    how: Arithmetic
+    how: MatmulConfig
 
 
 @custom_vjp
-def linear(params: Parameters, x: jax.Array, how: Arithmetic) -> jax.Array:
+def linear(params: Parameters, x: jax.Array, how: MatmulConfig) -> jax.Array:
     """Applies a linear map over the last axis.
 
     Args:
@@ -48,11 +48,11 @@ def linear(params: Parameters, x: jax.Array, how: Arithmetic) -> jax.Array:
         Outputs of shape (..., out_features), in the dtype of the computation.
     """
     x, kernel, bias = how.promote(x, params["kernel"], params.get("bias"))
-    y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **how.forward())
+    y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **how.forward_kwargs())
     return y if bias is None else y + lax.expand_dims(bias, range(y.ndim - 1))
 
 
-def _fwd(params: Parameters, x: jax.Array, how: Arithmetic) -> tuple[jax.Array, Residuals]:
+def _fwd(params: Parameters, x: jax.Array, how: MatmulConfig) -> tuple[jax.Array, Residuals]:
     return linear(params, x, how), Residuals(params, x, how)
 
 
@@ -107,5 +107,5 @@ class Linear(nnx.Linear):
         params = parameters(self, "kernel", "bias")
         if injected or not has_custom_backward(inputs, params):
             return super().__call__(inputs, out_sharding)
-        how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        how = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         return linear(params, inputs, how)

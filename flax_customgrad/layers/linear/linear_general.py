@@ -25,7 +25,7 @@ from jax import lax
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.numerics.accumulation import total
-from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 from flax_customgrad.numerics.products import input_gradient, parameter_gradient
 
 
@@ -60,12 +60,12 @@ class Residuals(NamedTuple):
     params: Parameters
     x: jax.Array
     axes: ContractionAxes
-    how: Arithmetic
+    how: MatmulConfig
 
 
 @custom_vjp
 def linear_general(
-    params: Parameters, x: jax.Array, axes: ContractionAxes, how: Arithmetic
+    params: Parameters, x: jax.Array, axes: ContractionAxes, how: MatmulConfig
 ) -> jax.Array:
     """Applies a linear map over several axes.
 
@@ -81,7 +81,7 @@ def linear_general(
     """
     x, kernel, bias = how.promote(x, params["kernel"], params.get("bias"))
     numbers = ((axes.contracted, axes.kernel_in), (axes.batch, axes.kernel_batch))
-    y = lax.dot_general(x, kernel, numbers, **how.forward())
+    y = lax.dot_general(x, kernel, numbers, **how.forward_kwargs())
     if bias is None:
         return y
     batch, out = bias.shape[: len(axes.batch)], bias.shape[len(axes.batch) :]
@@ -89,7 +89,7 @@ def linear_general(
 
 
 def _fwd(
-    params: Parameters, x: jax.Array, axes: ContractionAxes, how: Arithmetic
+    params: Parameters, x: jax.Array, axes: ContractionAxes, how: MatmulConfig
 ) -> tuple[jax.Array, Residuals]:
     return linear_general(params, x, axes, how), Residuals(params, x, axes, how)
 
@@ -163,7 +163,7 @@ class LinearGeneral(nnx.LinearGeneral):
         params = parameters(self, "kernel", "bias")
         if injected or not has_custom_backward(inputs, params):
             return super().__call__(inputs, out_sharding)
-        how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        how = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         return linear_general(params, inputs, self._axes(inputs), how)
 
     def _axes(self, inputs: jax.Array) -> ContractionAxes:

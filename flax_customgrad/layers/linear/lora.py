@@ -24,7 +24,7 @@ from flax_customgrad.contract.compat import set_class
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.layers.linear.linear import Linear
-from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 from flax_customgrad.numerics.products import input_gradient, parameter_gradient
 
 
@@ -34,11 +34,11 @@ class Residuals(NamedTuple):
     params: Parameters
     x: jax.Array
     h: jax.Array
-    how: Arithmetic
+    how: MatmulConfig
 
 
 @custom_vjp
-def lora(params: Parameters, x: jax.Array, how: Arithmetic) -> jax.Array:
+def lora(params: Parameters, x: jax.Array, how: MatmulConfig) -> jax.Array:
     """Applies a linear map of low rank over the last axis.
 
     Args:
@@ -52,7 +52,7 @@ def lora(params: Parameters, x: jax.Array, how: Arithmetic) -> jax.Array:
     return _fwd(params, x, how)[0]
 
 
-def _fwd(params: Parameters, x: jax.Array, how: Arithmetic) -> tuple[jax.Array, Residuals]:
+def _fwd(params: Parameters, x: jax.Array, how: MatmulConfig) -> tuple[jax.Array, Residuals]:
     x_, a, b = how.promote(x, params["lora_a"], params["lora_b"])
     h = x_ @ a
     return h @ b, Residuals(params, x, h, how)
@@ -106,7 +106,7 @@ class LoRA(nnx.LoRA):
         params = parameters(self, "lora_a", "lora_b")
         if self.promote_dtype is not dtypes.promote_dtype or not has_custom_backward(x, params):
             return super().__call__(x, **kwargs)
-        out = lora(params, x, Arithmetic(self.dtype))
+        out = lora(params, x, MatmulConfig(self.dtype))
         if self.base_module is not None:
             if not callable(self.base_module):
                 raise ValueError("`self.base_module` must be callable.")

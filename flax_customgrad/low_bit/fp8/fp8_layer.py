@@ -11,7 +11,7 @@ from flax_customgrad.layers.replaced_matmul import refuse_injected
 from flax_customgrad.low_bit.fp8.delayed_scaling import DelayedScaling
 from flax_customgrad.low_bit.fp8.fp8_product import Fp8Config, fp8_product
 from flax_customgrad.low_bit.quant_layers.quantized_product import LinearOp
-from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 
 Scaling = Literal["delayed", "current"]
 
@@ -62,7 +62,7 @@ def product(
         bias_shape: the shape of the bias that broadcasts to the output.
     """
     # Of codes: what dtype the result has is decided when they are scaled.
-    of = LinearOp(op, (*equation, Arithmetic(None, layer.precision, None, out_sharding)))
-    how = Arithmetic(layer.dtype, preferred_element_type=layer.preferred_element_type)
+    of = LinearOp(op, (*equation, MatmulConfig(None, layer.precision, None, out_sharding)))
+    how = MatmulConfig(layer.dtype, preferred_element_type=layer.preferred_element_type)
     remembered = None if layer.delayed is None else layer.delayed.remembered()
     return fp8_product(params, x, remembered, Fp8Config(of, bias_shape, how, layer.margin))

@@ -28,8 +28,8 @@ from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, para
 from flax_customgrad.layers.linear.linear import Linear
 from flax_customgrad.low_bit.frozen.frozen_variable import Frozen
 from flax_customgrad.numerics.accumulation import total
-from flax_customgrad.numerics.arithmetic import Arithmetic
 from flax_customgrad.numerics.dtypes import as_array
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 from flax_customgrad.numerics.products import input_gradient
 
 
@@ -70,13 +70,13 @@ class Residuals(NamedTuple):
     x: jax.ShapeDtypeStruct
     dtype: Any
     has_bias: bool
-    how: Arithmetic
+    how: MatmulConfig
     form: Form
 
 
 @custom_vjp
 def frozen_linear(
-    params: Parameters, stored: Parameters, x: jax.Array, how: Arithmetic, form: Form
+    params: Parameters, stored: Parameters, x: jax.Array, how: MatmulConfig, form: Form
 ) -> jax.Array:
     """Applies a linear map with a frozen kernel over the last axis.
 
@@ -94,10 +94,10 @@ def frozen_linear(
 
 
 def _fwd(
-    params: Parameters, stored: Parameters, x: jax.Array, how: Arithmetic, form: Form
+    params: Parameters, stored: Parameters, x: jax.Array, how: MatmulConfig, form: Form
 ) -> tuple[jax.Array, Residuals]:
     x_, kernel, *bias = how.promote(x, constant(stored, form), *params.values())
-    y = lax.dot_general(x_, kernel, (((x.ndim - 1,), (0,)), ((), ())), **how.forward())
+    y = lax.dot_general(x_, kernel, (((x.ndim - 1,), (0,)), ((), ())), **how.forward_kwargs())
     for b in bias:
         y += lax.expand_dims(b, range(y.ndim - 1))
     like = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.typeof(x).sharding)
@@ -236,7 +236,7 @@ class FrozenLinear(nnx.Module):
             Array of shape (..., out_features), in `dtype` or the promoted dtype.
         """
         inputs, params = as_array(inputs), parameters(self, "bias")
-        how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        how = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         apply = frozen_linear if has_custom_backward(inputs, params) else frozen_linear.fun
         return apply(params, self._stored, inputs, how, self.form)
 

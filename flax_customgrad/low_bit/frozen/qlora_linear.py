@@ -30,8 +30,8 @@ from flax_customgrad.layers.linear.linear import Linear
 from flax_customgrad.low_bit.frozen.frozen_linear import Form, constant, constant_after
 from flax_customgrad.low_bit.frozen.nf4_linear import NF4Linear
 from flax_customgrad.numerics.accumulation import total
-from flax_customgrad.numerics.arithmetic import Arithmetic
 from flax_customgrad.numerics.dtypes import as_array
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 from flax_customgrad.numerics.products import input_gradient, parameter_gradient
 
 
@@ -42,7 +42,7 @@ class Residuals(NamedTuple):
     stored: Parameters
     x: jax.Array
     factor: float
-    how: Arithmetic
+    how: MatmulConfig
     form: Form
 
 
@@ -52,7 +52,7 @@ def qlora_linear(
     stored: Parameters,
     x: jax.Array,
     factor: float,
-    how: Arithmetic,
+    how: MatmulConfig,
     form: Form,
 ) -> jax.Array:
     """Applies a linear map with a frozen kernel and one of low rank over the last axis.
@@ -73,8 +73,8 @@ def qlora_linear(
     x, kernel, a, b, bias = how.promote(x, constant(stored, form), a, b, bias)
     over_features = (((x.ndim - 1,), (0,)), ((), ()))
     h = factor * lax.dot_general(x, a, over_features, precision=how.precision)
-    y = lax.dot_general(x, kernel, over_features, **how.forward())
-    y += lax.dot_general(h, b, over_features, **how.forward())
+    y = lax.dot_general(x, kernel, over_features, **how.forward_kwargs())
+    y += lax.dot_general(h, b, over_features, **how.forward_kwargs())
     return y if bias is None else y + lax.expand_dims(bias, range(y.ndim - 1))
 
 
@@ -83,7 +83,7 @@ def _fwd(
     stored: Parameters,
     x: jax.Array,
     factor: float,
-    how: Arithmetic,
+    how: MatmulConfig,
     form: Form,
 ) -> tuple[jax.Array, Residuals]:
     y = qlora_linear(params, stored, x, factor, how, form)
@@ -223,7 +223,7 @@ class QLoRALinear(NF4Linear):
             Array of shape (..., out_features), in `dtype` or the promoted dtype.
         """
         inputs, params = as_array(inputs), parameters(self, "lora_a", "lora_b", "bias")
-        how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        how = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         apply = qlora_linear if has_custom_backward(inputs, params) else qlora_linear.fun
         return apply(params, self._stored, inputs, self._factor, how, self.form)
 

@@ -31,7 +31,7 @@ from flax_customgrad.low_bit.int8.int8_layer import (
 )
 from flax_customgrad.low_bit.int8.int8_product import int8_product
 from flax_customgrad.low_bit.int8.int32_sums import is_exact, summed
-from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 
 _FEW = 4  # features: XLA's convolution of fewer int8 is slower than that of floats
 
@@ -47,9 +47,9 @@ class Images:
     how: ConvConfig
 
     @property
-    def arithmetic(self) -> Arithmetic:
+    def arithmetic(self) -> MatmulConfig:
         """dtype, precision and sharding."""
-        return self.how.arithmetic
+        return self.how.matmul
 
     def __call__(self, params: Parameters, x: jax.Array) -> jax.Array:
         """The convolution of floats."""
@@ -61,13 +61,13 @@ class Images:
 
     def output(self, x: jax.Array, w: jax.Array, wide: Any) -> jax.Array:
         """The convolution."""
-        return _correlate(self._surrounded(x), w, self.how.geometry, wide, self.how.arithmetic)
+        return _correlate(self._surrounded(x), w, self.how.geometry, wide, self.how.matmul)
 
     def input_gradient(self, x: jax.Array, w: jax.Array, g: jax.Array, wide: Any) -> jax.Array:
         """The convolution of g with the mirrored kernel."""
         geometry = self.how.geometry
         w = mirrored(w, geometry.groups)
-        there = replace(self.how.arithmetic, out_sharding=None)
+        there = replace(self.how.matmul, out_sharding=None)
         dx = _correlate(g, w, geometry.transposed, wide, there)
         around = self.how.around
         return dx if around is None else around.transpose(dx, x.astype(wide))
@@ -75,14 +75,14 @@ class Images:
     def kernel_gradient(self, x: jax.Array, w: jax.Array, g: jax.Array, wide: Any) -> jax.Array:
         """The sums over images and places, in float: XLA has no fast convolution of int8 for it."""
         x, w, g = (a.astype(wide) for a in (self._surrounded(x), w, g))
-        return lowering.gradients(x, w, g, self.how.geometry, self.how.arithmetic.precision)[1]
+        return lowering.gradients(x, w, g, self.how.geometry, self.how.matmul.precision)[1]
 
     def _surrounded(self, x: jax.Array) -> jax.Array:
         return x if self.how.around is None else self.how.around.of(x)
 
 
 def _correlate(
-    x: jax.Array, w: jax.Array, geometry: Geometry, wide: Any, how: Arithmetic
+    x: jax.Array, w: jax.Array, geometry: Geometry, wide: Any, how: MatmulConfig
 ) -> jax.Array:
     """A convolution of codes: in int8 where all of several features meet, else in float."""
 

@@ -22,7 +22,7 @@ from flax_customgrad.low_bit.int8.int8_layer import (
 from flax_customgrad.low_bit.int8.int8_product import int8_product
 from flax_customgrad.low_bit.int8.int32_sums import summed
 from flax_customgrad.numerics import products
-from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Rows:
         arithmetic: dtype, precision and sharding.
     """
 
-    arithmetic: Arithmetic
+    arithmetic: MatmulConfig
 
     def __call__(self, params: Parameters, x: jax.Array) -> jax.Array:
         """X times the kernel, in float."""
@@ -182,5 +182,5 @@ class Int8Linear(Linear, InInt8):
         """
         params, x = checked(self, self._parameters(), inputs)
         key = None if self.noise is None else self.noise()
-        how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        how = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         return int8_product(params, x, self._packed, key, Rows(how), self.rounding)

@@ -37,7 +37,7 @@ from flax_customgrad.low_bit.microscaling.block_codes import Codes, coded, decod
 from flax_customgrad.low_bit.microscaling.hadamard import rotated
 from flax_customgrad.low_bit.microscaling.scaled_blocks import Format, as_rows
 from flax_customgrad.numerics.accumulation import accumulator, total
-from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 from flax_customgrad.numerics.products import parameter_gradient
 from flax_customgrad.numerics.sharding import explicit_sharding
 
@@ -89,7 +89,7 @@ class Residuals(NamedTuple):
     codes: Codes | None
     key: jax.Array | None
     recipe: BlockScaledConfig
-    how: Arithmetic
+    how: MatmulConfig
     of: Any
 
 
@@ -99,7 +99,7 @@ def scaled_linear(
     x: jax.Array,
     key: jax.Array | None,
     recipe: BlockScaledConfig,
-    how: Arithmetic,
+    how: MatmulConfig,
 ) -> jax.Array:
     """Applies a linear map over the last axis.
 
@@ -134,7 +134,7 @@ def _fwd(
     x: jax.Array,
     key: jax.Array | None,
     recipe: BlockScaledConfig,
-    how: Arithmetic,
+    how: MatmulConfig,
 ) -> tuple[jax.Array, Residuals]:
     y, codes, held = scaled_linear(params, x, key, recipe, how), None, x
     # Outside of a trace there is no XLA to drop the input.

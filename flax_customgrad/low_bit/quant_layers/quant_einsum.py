@@ -18,7 +18,7 @@ from flax import nnx
 
 from flax_customgrad.layers.linear.einsum import Einsum, einsum
 from flax_customgrad.low_bit.quant_layers.quant_layer import QuantLayer, quantizing
-from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 
 
 class QuantEinsum(Einsum, QuantLayer):
@@ -66,5 +66,5 @@ class QuantEinsum(Einsum, QuantLayer):
         params, x = self._operands(inputs)
         kernel = params["kernel"]
         equation = self._regular_equation(einsum_str, x, kernel)
-        how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        how = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         return self._product(params, x, einsum, equation, how)

@@ -22,7 +22,7 @@ from flax_customgrad.layers.drop_in import Parameters, parameters
 from flax_customgrad.layers.linear.embed import Embed, attend, lookup
 from flax_customgrad.layers.replaced_matmul import checked
 from flax_customgrad.low_bit.quant_layers.quant_layer import QuantLayer, quantizing
-from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 
 
 class QuantEmbed(Embed, QuantLayer):
@@ -72,7 +72,7 @@ class QuantEmbed(Embed, QuantLayer):
         checked(self, params, table)
         if self.weight is not None:
             table = self.weight(table)
-        how = Arithmetic(self.dtype, out_sharding=out_sharding)
+        how = MatmulConfig(self.dtype, out_sharding=out_sharding)
         return self._shaped(lookup(nnx.State({"embedding": table}), ids, how))
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
@@ -89,7 +89,7 @@ class QuantEmbed(Embed, QuantLayer):
             TypeError: the query is not floating.
         """
         params, x = self._operands(query)
-        return self._product(params, x, attend, Arithmetic(self.dtype, out_sharding=out_sharding))
+        return self._product(params, x, attend, MatmulConfig(self.dtype, out_sharding=out_sharding))
 
     def _parameters(self) -> Parameters:
         return parameters(self, "embedding")

@@ -15,7 +15,7 @@ from flax import nnx
 
 from flax_customgrad.layers.linear.linear import Linear, linear
 from flax_customgrad.low_bit.quant_layers.quant_layer import QuantLayer, quantizing
-from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 
 
 class QuantLinear(Linear, QuantLayer):
@@ -68,5 +68,5 @@ class QuantLinear(Linear, QuantLayer):
             TypeError: the inputs are not floating.
         """
         params, x = self._operands(inputs)
-        how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        how = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         return self._product(params, x, linear, how)

@@ -18,7 +18,7 @@ from flax import nnx
 
 from flax_customgrad.layers.linear.linear_general import LinearGeneral, linear_general
 from flax_customgrad.low_bit.quant_layers.quant_layer import QuantLayer, quantizing
-from flax_customgrad.numerics.arithmetic import Arithmetic
+from flax_customgrad.numerics.matmul_config import MatmulConfig
 
 
 class QuantLinearGeneral(LinearGeneral, QuantLayer):
@@ -61,5 +61,5 @@ class QuantLinearGeneral(LinearGeneral, QuantLayer):
             TypeError: the inputs are not floating.
         """
         params, x = self._operands(inputs)
-        how = Arithmetic(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        how = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         return self._product(params, x, linear_general, self._axes(x), how)

@@ -17,7 +17,7 @@ from flax.nnx.nn import dtypes
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class MatmulConfig:
     """The choices of a layer that are not arrays.
 
     Attributes:
@@ -40,7 +40,7 @@ class Arithmetic:
         dtype = dtypes.canonicalize_dtype(*arrays, dtype=self.dtype)
         return tuple(a if a is None or a.dtype == dtype else a.astype(dtype) for a in arrays)
 
-    def forward(self) -> dict[str, Any]:
+    def forward_kwargs(self) -> dict[str, Any]:
         """The keyword arguments of the forward `dot_general` or `einsum`."""
         kwargs = {"precision": self.precision, "out_sharding": self.out_sharding}
         if self.preferred_element_type is not None:
