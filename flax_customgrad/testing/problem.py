@@ -7,7 +7,7 @@ derivatives vanish for no argument, and the weights leave no sum over the batch 
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -90,6 +90,10 @@ class Problem:
             tuple(sorted(differentiable)),
             tuple(sorted(parameters)),
         )
+
+    def at(self, arrays: Sequence[jax.Array]) -> "Problem":
+        """The same problem for other arrays, such as those of a trace."""
+        return replace(self, arrays=list(arrays), args=self.packed.unpack(arrays))
 
     @property
     def inputs(self) -> tuple[int, ...]:
