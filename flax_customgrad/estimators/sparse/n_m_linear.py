@@ -23,8 +23,7 @@ from flax_customgrad.estimators.sparse.n_m import (
 from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.layers.linear.linear import Linear, linear
 from flax_customgrad.numerics.accumulation import total
-from flax_customgrad.numerics.matmul_config import MatmulConfig
-from flax_customgrad.numerics.products import input_gradient, parameter_gradient
+from flax_customgrad.numerics.products import MatmulConfig, input_gradient, parameter_gradient
 
 
 class Residuals(NamedTuple):

@@ -24,7 +24,7 @@ from flax_customgrad.gradients.feedback.alignment import aligned, checked_inputs
 from flax_customgrad.gradients.feedback.feedback_variable import Feedback
 from flax_customgrad.layers.drop_in import parameters
 from flax_customgrad.layers.linear.linear import Linear, linear
-from flax_customgrad.numerics.matmul_config import MatmulConfig
+from flax_customgrad.numerics.products import MatmulConfig
 
 
 class FeedbackLinear(Linear):

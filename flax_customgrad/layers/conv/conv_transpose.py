@@ -19,7 +19,7 @@ from flax_customgrad.layers.conv.images import (
 from flax_customgrad.layers.conv.padding import BoundaryPadding, pairs_of
 from flax_customgrad.layers.conv.recipes.geometry import Geometry, spread
 from flax_customgrad.layers.drop_in import has_custom_backward
-from flax_customgrad.numerics.matmul_config import MatmulConfig
+from flax_customgrad.numerics.products import MatmulConfig
 
 
 class ConvTranspose(nnx.ConvTranspose):

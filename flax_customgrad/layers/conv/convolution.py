@@ -26,7 +26,7 @@ from flax_customgrad.layers.conv.padding import BoundaryPadding
 from flax_customgrad.layers.conv.recipes.geometry import Geometry, mirrored
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.numerics.accumulation import total
-from flax_customgrad.numerics.matmul_config import MatmulConfig
+from flax_customgrad.numerics.products import MatmulConfig
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,7 @@ from flax.nnx.nn import dtypes
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.numerics.accumulation import accumulator, total
-from flax_customgrad.numerics.matmul_config import MatmulConfig
-from flax_customgrad.numerics.products import input_gradient, parameter_gradient
+from flax_customgrad.numerics.products import MatmulConfig, input_gradient, parameter_gradient
 from flax_customgrad.numerics.sharding import explicit_sharding
 
 

@@ -11,7 +11,7 @@ from flax_customgrad.layers.replaced_matmul import refuse_injected
 from flax_customgrad.low_bit.fp8.delayed_scaling import DelayedScaling
 from flax_customgrad.low_bit.fp8.fp8_product import Fp8Config, fp8_product
 from flax_customgrad.low_bit.quant_layers.quantized_product import LinearOp
-from flax_customgrad.numerics.matmul_config import MatmulConfig
+from flax_customgrad.numerics.products import MatmulConfig
 
 Scaling = Literal["delayed", "current"]
 

@@ -37,7 +37,7 @@ from flax_customgrad.low_bit.fp8.fp8_formats import E4M3, E5M2, amax, scale_of
 from flax_customgrad.low_bit.quant_layers.quantized_product import LinearOp
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.broadcasting import sum_to_shape
-from flax_customgrad.numerics.matmul_config import MatmulConfig
+from flax_customgrad.numerics.products import MatmulConfig
 from flax_customgrad.numerics.sharding import varying_like
 
 

@@ -29,8 +29,7 @@ from flax_customgrad.layers.linear.linear import Linear
 from flax_customgrad.low_bit.frozen.frozen_variable import Frozen
 from flax_customgrad.numerics.accumulation import total
 from flax_customgrad.numerics.dtypes import as_array
-from flax_customgrad.numerics.matmul_config import MatmulConfig
-from flax_customgrad.numerics.products import input_gradient
+from flax_customgrad.numerics.products import MatmulConfig, input_gradient
 
 
 class Form(Protocol):

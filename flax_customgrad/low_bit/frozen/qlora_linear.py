@@ -31,8 +31,7 @@ from flax_customgrad.low_bit.frozen.frozen_linear import Form, constant, constan
 from flax_customgrad.low_bit.frozen.nf4_linear import NF4Linear
 from flax_customgrad.numerics.accumulation import total
 from flax_customgrad.numerics.dtypes import as_array
-from flax_customgrad.numerics.matmul_config import MatmulConfig
-from flax_customgrad.numerics.products import input_gradient, parameter_gradient
+from flax_customgrad.numerics.products import MatmulConfig, input_gradient, parameter_gradient
 
 
 class Residuals(NamedTuple):

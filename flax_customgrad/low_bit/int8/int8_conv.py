@@ -31,7 +31,7 @@ from flax_customgrad.low_bit.int8.int8_layer import (
 )
 from flax_customgrad.low_bit.int8.int8_product import int8_product
 from flax_customgrad.low_bit.int8.int32_sums import is_exact, summed
-from flax_customgrad.numerics.matmul_config import MatmulConfig
+from flax_customgrad.numerics.products import MatmulConfig
 
 _FEW = 4  # features: XLA's convolution of fewer int8 is slower than that of floats
 

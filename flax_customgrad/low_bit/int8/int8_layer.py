@@ -9,8 +9,8 @@ from flax_customgrad.low_bit.int8.int8_codes import Int8
 from flax_customgrad.low_bit.int8.int8_kernel import Int8Kernel
 from flax_customgrad.low_bit.int8.int8_product import Rounding, encode_kernel
 from flax_customgrad.numerics.argument_checks import check_word
-from flax_customgrad.numerics.matmul_config import MatmulConfig
 from flax_customgrad.numerics.noise_stream import fork_stream
+from flax_customgrad.numerics.products import MatmulConfig
 
 Backward = Literal["float", "int8", "switchback"]
 Residuals = Literal["quantized", "original"]

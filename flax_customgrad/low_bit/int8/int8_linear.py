@@ -22,7 +22,7 @@ from flax_customgrad.low_bit.int8.int8_layer import (
 from flax_customgrad.low_bit.int8.int8_product import int8_product
 from flax_customgrad.low_bit.int8.int32_sums import summed
 from flax_customgrad.numerics import products
-from flax_customgrad.numerics.matmul_config import MatmulConfig
+from flax_customgrad.numerics.products import MatmulConfig
 
 
 @dataclass(frozen=True)

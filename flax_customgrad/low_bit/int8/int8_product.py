@@ -42,7 +42,7 @@ from flax_customgrad.contract.residual_storage import with_derivative_of
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.low_bit.int8.int8_codes import Int8, encode
 from flax_customgrad.numerics.accumulation import total
-from flax_customgrad.numerics.matmul_config import MatmulConfig
+from flax_customgrad.numerics.products import MatmulConfig
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from flax_customgrad.low_bit.microscaling.scaled_linear import (
 )
 from flax_customgrad.low_bit.microscaling.small_floats import E2M1, E4M3, E5M2
 from flax_customgrad.numerics.argument_checks import check_word
-from flax_customgrad.numerics.matmul_config import MatmulConfig
+from flax_customgrad.numerics.products import MatmulConfig
 
 _FORMATS = {"mxfp8": E4M3, "mxfp4": E2M1}
 _GRADIENTS = {"e4m3": E4M3, "e5m2": E5M2, "e2m1": E2M1}

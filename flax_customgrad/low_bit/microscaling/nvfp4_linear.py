@@ -28,8 +28,8 @@ from flax_customgrad.low_bit.microscaling.scaled_linear import (
     scaled_linear,
 )
 from flax_customgrad.numerics.argument_checks import check_word
-from flax_customgrad.numerics.matmul_config import MatmulConfig
 from flax_customgrad.numerics.noise_stream import fork_stream
+from flax_customgrad.numerics.products import MatmulConfig
 
 
 class NVFP4Linear(Linear):

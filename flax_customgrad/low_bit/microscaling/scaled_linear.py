@@ -37,8 +37,7 @@ from flax_customgrad.low_bit.microscaling.block_codes import Codes, coded, decod
 from flax_customgrad.low_bit.microscaling.hadamard import rotated
 from flax_customgrad.low_bit.microscaling.scaled_blocks import Format, as_rows
 from flax_customgrad.numerics.accumulation import accumulator, total
-from flax_customgrad.numerics.matmul_config import MatmulConfig
-from flax_customgrad.numerics.products import parameter_gradient
+from flax_customgrad.numerics.products import MatmulConfig, parameter_gradient
 from flax_customgrad.numerics.sharding import explicit_sharding
 
 RESIDUALS = ("quantized", "original")

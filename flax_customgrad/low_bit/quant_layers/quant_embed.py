@@ -22,7 +22,7 @@ from flax_customgrad.layers.drop_in import Parameters, parameters
 from flax_customgrad.layers.linear.embed import Embed, attend, lookup
 from flax_customgrad.layers.replaced_matmul import checked
 from flax_customgrad.low_bit.quant_layers.quant_layer import QuantLayer, quantizing
-from flax_customgrad.numerics.matmul_config import MatmulConfig
+from flax_customgrad.numerics.products import MatmulConfig
 
 
 class QuantEmbed(Embed, QuantLayer):

@@ -15,7 +15,7 @@ from flax import nnx
 
 from flax_customgrad.layers.linear.linear import Linear, linear
 from flax_customgrad.low_bit.quant_layers.quant_layer import QuantLayer, quantizing
-from flax_customgrad.numerics.matmul_config import MatmulConfig
+from flax_customgrad.numerics.products import MatmulConfig
 
 
 class QuantLinear(Linear, QuantLayer):
