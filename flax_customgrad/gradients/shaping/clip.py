@@ -1,18 +1,30 @@
-"""Gradient clip: the identity, with a gradient that is kept small, by value or by norm.
+"""Gradient clip: the identity, whose backward clips the cotangent by value or by norm.
+
+By value, element by element:
 
     forward   y  = x
-    backward  dx = g where |g| <= c, c sign(g) elsewhere        by value, element by element
-              dx = g where |g| <= c, c g / |g| elsewhere        by norm, |g| = sqrt(sum g^2)
-    kept      c
+    backward  dx = g                  where |g| <= limit
+                   limit sign(g)      elsewhere
+    kept      limit
+
+By norm, with sums over `axes`:
+
+    forward   y  = x
+    backward  dx = g                  where norm(g) <= limit,  norm(g) = sqrt(sum g^2)
+                   limit g / norm(g)  elsewhere
+    computed  with u = g / unit and norm = norm(u), for a power of two `unit` about as large as g:
+              norm(g) <= limit is norm <= limit / unit, and limit g / norm(g) is u limit / norm
+    kept      limit
 
 It clips the gradient of one activation where it passes, and with it of all that lies before;
-`optax.clip` clips that of parameters afterwards. A g of exactly the limit passes as it is.
+`optax.clip` clips that of parameters afterwards. A cotangent of exactly the limit passes as it is.
 
 The norm is that of the whole gradient, or of each example: the sum runs over all axes but the batch
-axes. It is computed in float32 of g divided by a power of two, so that elements of 1e30 do not
-overflow, those of 1e-30 do not vanish, and zeros stay zeros. A gradient with an element that is not
-finite has no norm to clip to and passes as it is; by value infinity becomes c, and NaN stays.
-arXiv:1211.5063.
+axes. It is computed in float32 of `u`, so that elements of 1e30 do not overflow, those of 1e-30 do
+not vanish, and zeros stay zeros. A gradient with an element that is not finite has no norm to clip
+to and passes as it is; by value infinity becomes the limit, and NaN stays.
+
+Source: arXiv:1211.5063
 """
 
 from collections.abc import Sequence
@@ -24,92 +36,97 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.gradients.shaping.amount import (
-    Amount,
+from flax_customgrad.gradients.shaping.shaping_arguments import (
+    NumberOrArray,
     Schedule,
-    at_step,
     check_broadcasts,
-    checked,
+    check_number_or_array,
+    value_at_step,
 )
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.scaling import magnitude
 
 
-class ByValue(NamedTuple):
-    """What the backward of `clipped_by_value` keeps."""
+class ValueResiduals(NamedTuple):
+    """What the backward of `clip_cotangent_by_value` keeps."""
 
-    limit: Amount
+    limit: NumberOrArray
 
 
 @custom_vjp(surrogate=True)
-def clipped_by_value(x: jax.Array, limit: Amount) -> jax.Array:
-    """Returns x.
+def clip_cotangent_by_value(x: jax.Array, limit: NumberOrArray) -> jax.Array:
+    """Returns `x`.
 
     Args:
         x: array of any shape, float.
-        limit: of each element of its gradient: a number, or an array that broadcasts to x.
+        limit: bound on each element of the cotangent: a number, or an array that broadcasts to `x`.
     """
     return x
 
 
-def _fwd_by_value(x: jax.Array, limit: Amount) -> tuple[jax.Array, ByValue]:
-    return clipped_by_value(x, limit), ByValue(limit)
+def _fwd_by_value(x: jax.Array, limit: NumberOrArray) -> tuple[jax.Array, ValueResiduals]:
+    return clip_cotangent_by_value(x, limit), ValueResiduals(limit)
 
 
-def _bwd_by_value(res: ByValue, g: jax.Array) -> tuple[jax.Array, None]:
-    g = g.astype(accumulator(g))
-    dx = jnp.where(jnp.abs(g) > res.limit, res.limit * jnp.sign(g), g)
+def _bwd_by_value(res: ValueResiduals, g: jax.Array) -> tuple[jax.Array, None]:
+    limit, g = res.limit, g.astype(accumulator(g))
+    chex.assert_is_broadcastable(jnp.shape(limit), g.shape)
+    dx = jnp.where(jnp.abs(g) > limit, limit * jnp.sign(g), g)
     chex.assert_equal_shape([dx, g])
     return dx, None
 
 
-clipped_by_value.defvjp(_fwd_by_value, _bwd_by_value)
+clip_cotangent_by_value.defvjp(_fwd_by_value, _bwd_by_value)
 
 
-class ByNorm(NamedTuple):
-    """What the backward of `clipped_by_norm` keeps."""
+class NormResiduals(NamedTuple):
+    """What the backward of `clip_cotangent_by_norm` keeps."""
 
-    limit: Amount
+    limit: NumberOrArray
     axes: tuple[int, ...]
 
 
 @custom_vjp(surrogate=True)
-def clipped_by_norm(x: jax.Array, limit: Amount, axes: tuple[int, ...]) -> jax.Array:
-    """Returns x.
+def clip_cotangent_by_norm(x: jax.Array, limit: NumberOrArray, axes: tuple[int, ...]) -> jax.Array:
+    """Returns `x`.
 
     Args:
         x: array of any shape, float.
-        limit: of the norm of its gradient: a number, or an array without axes.
-        axes: what shares a norm.
+        limit: bound on the norm of the cotangent: a number, or an array without axes.
+        axes: the axes over which a norm sums.
     """
     return x
 
 
-def _fwd_by_norm(x: jax.Array, limit: Amount, axes: tuple[int, ...]) -> tuple[jax.Array, ByNorm]:
-    return clipped_by_norm(x, limit, axes), ByNorm(limit, axes)
+def _fwd_by_norm(
+    x: jax.Array, limit: NumberOrArray, axes: tuple[int, ...]
+) -> tuple[jax.Array, NormResiduals]:
+    return clip_cotangent_by_norm(x, limit, axes), NormResiduals(limit, axes)
 
 
-def _bwd_by_norm(res: ByNorm, g: jax.Array) -> tuple[jax.Array, None, None]:
-    g = g.astype(accumulator(g))
-    # The result does not depend on what g is divided by, so neither do its derivatives.
+def _bwd_by_norm(res: NormResiduals, g: jax.Array) -> tuple[jax.Array, None, None]:
+    limit, g = res.limit, g.astype(accumulator(g))
+    # The result does not depend on the unit, so neither do its derivatives.
     unit = magnitude(g, res.axes)
-    squares = jnp.sum((g / unit) ** 2, res.axes, keepdims=True)
+    u = g / unit
+    squares = jnp.sum(u**2, res.axes, keepdims=True)
     has_norm = (squares > 0) & jnp.isfinite(squares)
     norm = jnp.sqrt(jnp.where(has_norm, squares, 1))
-    beyond = has_norm & (norm > res.limit / unit)
-    dx = jnp.where(beyond, g / unit * (res.limit / norm), g)
+    chex.assert_rank(limit, 0)
+    chex.assert_shape([unit, norm], [1 if i in res.axes else n for i, n in enumerate(g.shape)])
+    dx = jnp.where(has_norm & (norm > limit / unit), u * (limit / norm), g)
     chex.assert_equal_shape([dx, g])
     return dx, None, None
 
 
-clipped_by_norm.defvjp(_fwd_by_norm, _bwd_by_norm)
+clip_cotangent_by_norm.defvjp(_fwd_by_norm, _bwd_by_norm)
 
 
 def gradient_clip(
     x: Any,
     *,
-    max_value: Amount | None = None,
-    max_norm: Amount | None = None,
+    max_value: NumberOrArray | None = None,
+    max_norm: NumberOrArray | None = None,
     batch_axes: int | Sequence[int] = (),
 ) -> jax.Array:
     """The identity, with a gradient that is clipped by value or by norm.
@@ -139,6 +156,8 @@ def gradient_clip(
         >>> jax.grad(lambda x: jnp.sum(fcg.gradient_clip(x, max_norm=2.0, batch_axes=0) ** 2))(x)
         Array([[1.2, 1.6],
                [0.6, 0.8]], dtype=float32)
+
+    Source: arXiv:1211.5063
     """
     _check_choice("gradient_clip", max_value, max_norm, batch_axes)
     x = jnp.asarray(x)
@@ -146,17 +165,17 @@ def gradient_clip(
         raise TypeError(f"gradient_clip: x is an array of {x.dtype}; it clips real gradients")
     inexact = jnp.issubdtype(x.dtype, jnp.inexact)
     if max_value is not None:
-        limit = checked("gradient_clip: max_value", max_value, positive=True)
+        limit = check_number_or_array("gradient_clip: max_value", max_value, positive=True)
         check_broadcasts("gradient_clip: max_value", limit, x)
-        return clipped_by_value(x, limit) if inexact else x
-    limit = checked("gradient_clip: max_norm", max_norm, positive=True)
+        return clip_cotangent_by_value(x, limit) if inexact else x
+    limit = check_number_or_array("gradient_clip: max_norm", max_norm, positive=True)
     if jnp.ndim(limit):
         raise ValueError(
             f"gradient_clip: max_norm has shape {limit.shape}; write a number or an array "
             "without axes"
         )
-    axes = _others(batch_axes, x.ndim)
-    return clipped_by_norm(x, limit, axes) if inexact else x
+    axes = _all_axes_but(batch_axes, x.ndim)
+    return clip_cotangent_by_norm(x, limit, axes) if inexact else x
 
 
 class GradientClip(nnx.Module):
@@ -180,18 +199,20 @@ class GradientClip(nnx.Module):
         >>> layer = fcg.GradientClip(max_value=1.0)
         >>> jax.grad(lambda x: jnp.sum(layer(x) ** 2))(jnp.array([-3.0, 0.2]))
         Array([-1. ,  0.4], dtype=float32)
+
+    Source: arXiv:1211.5063
     """
 
     def __init__(
         self,
         *,
-        max_value: Amount | Schedule | None = None,
-        max_norm: Amount | Schedule | None = None,
+        max_value: NumberOrArray | Schedule | None = None,
+        max_norm: NumberOrArray | Schedule | None = None,
         batch_axes: int | Sequence[int] = (),
     ):
         _check_choice("GradientClip", max_value, max_norm, batch_axes)
-        self.max_value = _checked_limit("GradientClip: max_value", max_value)
-        self.max_norm = _checked_limit("GradientClip: max_norm", max_norm)
+        self.max_value = _check_limit("GradientClip: max_value", max_value)
+        self.max_norm = _check_limit("GradientClip: max_norm", max_norm)
         self.batch_axes = batch_axes if isinstance(batch_axes, int) else tuple(batch_axes)
 
     def __call__(self, x: Any, step: Any = None) -> jax.Array:
@@ -210,8 +231,8 @@ class GradientClip(nnx.Module):
         """
         return gradient_clip(
             x,
-            max_value=at_step("GradientClip: max_value", self.max_value, step),
-            max_norm=at_step("GradientClip: max_norm", self.max_norm, step),
+            max_value=value_at_step("GradientClip: max_value", self.max_value, step),
+            max_norm=value_at_step("GradientClip: max_norm", self.max_norm, step),
             batch_axes=self.batch_axes,
         )
 
@@ -230,12 +251,14 @@ def _check_choice(name: str, max_value: Any, max_norm: Any, batch_axes: Any) -> 
         )
 
 
-def _checked_limit(name: str, limit: Amount | Schedule | None) -> Any:
-    return limit if limit is None or callable(limit) else checked(name, limit, positive=True)
+def _check_limit(name: str, limit: NumberOrArray | Schedule | None) -> Any:
+    if limit is None or callable(limit):
+        return limit
+    return check_number_or_array(name, limit, positive=True)
 
 
-def _others(batch_axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
-    """All axes but some, which may be counted from the last."""
+def _all_axes_but(batch_axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    """The axes that share a norm; batch axes may be negative."""
     batch = (batch_axes,) if isinstance(batch_axes, int) else tuple(batch_axes)
     if any(not -ndim <= axis < ndim for axis in batch):
         raise ValueError(

@@ -1,6 +1,7 @@
 """The catalogue's entries of gradient shaping."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +23,19 @@ def _many() -> jax.Array:
 
 def _positive() -> jax.Array:
     return normal(4096, 1024) > 0
+
+
+def _column() -> jax.Array:
+    return 2 * normal(8, 1, 3)
+
+
+def _each_feature() -> jax.Array:
+    return jnp.array([-0.5, 0.0, 2.0])
+
+
+def _clip_to(x: jax.Array, limit: jax.Array, *, by: str, batch_axes: Any = ()) -> jax.Array:
+    """`gradient_clip` with its limit as an array beside x."""
+    return clip.gradient_clip(x, batch_axes=batch_axes, **{by: limit})
 
 
 def _half_of_step(step: Any) -> Any:
@@ -49,9 +63,17 @@ def _clipped(g: jax.Array, max_value: Any, max_norm: Any, batch_axes: Any) -> ja
 
 
 def _clip_formula(
-    x: jax.Array, g: jax.Array, max_value: Any = None, max_norm: Any = None, batch_axes: Any = ()
+    x: jax.Array,
+    *limit_and_g: jax.Array,
+    by: str = "",
+    max_value: Any = None,
+    max_norm: Any = None,
+    batch_axes: Any = (),
 ) -> tuple[Any, ...]:
-    return (_clipped(g, max_value, max_norm, batch_axes),)
+    *limit, g = limit_and_g
+    if limit:
+        max_value, max_norm = (limit[0], None) if by == "max_value" else (None, limit[0])
+    return _clipped(g, max_value, max_norm, batch_axes), *(None for _ in limit)
 
 
 _CLIP_EXAMPLES: dict[str, dict[str, Any]] = {
@@ -102,8 +124,9 @@ ENTRIES = (
         formula=lambda x, scale, g: (scale * g, None),
         examples={
             "number": applied(_few, 0.3),
-            "array": applied(_few, lambda: jnp.array([0.5, 1.0, 2.0])),
+            "3-D, a scale for each feature": applied(_column, lambda: jnp.array([-0.5, 0.0, 2.0])),
         },
+        operations={scale.scale_cotangent: "3-D, a scale for each feature"},
         curves={"0.3": Curve(lambda x: scale.gradient_scale(x, 0.3))},
         workloads={"4096x1024": applied(_many, 0.3)},
     ),
@@ -130,7 +153,23 @@ ENTRIES = (
         source="arXiv:1211.5063",
         formula=_clip_formula,
         curves={"1, before x^2 / 2": Curve(lambda x: clip.gradient_clip(x, max_value=1) ** 2 / 2)},
-        examples={name: applied(_few, **how) for name, how in _CLIP_EXAMPLES.items()},
+        examples={
+            **{name: applied(_few, **limit) for name, limit in _CLIP_EXAMPLES.items()},
+            "by value, 3-D, a limit for each feature": lambda _: (
+                partial(_clip_to, by="max_value"),
+                _column(),
+                jnp.array([0.5, 0.8, jnp.inf]),
+            ),
+            "by norm, 3-D, each example, a traced limit": lambda _: (
+                partial(_clip_to, by="max_norm", batch_axes=0),
+                _column(),
+                jnp.asarray(0.6),
+            ),
+        },
+        operations={
+            clip.clip_cotangent_by_value: "by value, 3-D, a limit for each feature",
+            clip.clip_cotangent_by_norm: "by norm, 3-D, each example, a traced limit",
+        },
         workloads={"4096x1024, by norm": applied(_many, max_norm=1.0)},
     ),
     Entry(
@@ -146,7 +185,7 @@ ENTRIES = (
             None,
             _clipped(g, layer.max_value, layer.max_norm, layer.batch_axes),
         ),
-        examples={name: _layer(**how) for name, how in _CLIP_EXAMPLES.items()},
+        examples={name: _layer(**limit) for name, limit in _CLIP_EXAMPLES.items()},
         workloads={"4096x1024, by norm": _layer(inputs=_many, max_norm=1.0)},
     ),
     Entry(
@@ -159,7 +198,13 @@ ENTRIES = (
         gain="a gradient stopped in places, or when a traced boolean says so",
         formula=lambda x, where, g: (jnp.where(where, 0, g), None),
         curves={"where x > 1": Curve(lambda x: stop.stop_gradient(x, x > 1))},
-        examples={"in places": applied(_few, lambda: jnp.arange(24).reshape(8, 3) % 5 < 2)},
+        examples={
+            "in places": applied(_few, lambda: jnp.arange(24).reshape(8, 3) % 5 < 2),
+            "3-D, features of some examples": applied(
+                lambda: 2 * normal(8, 3, 2), lambda: jnp.arange(16).reshape(8, 1, 2) % 5 < 2
+            ),
+        },
+        operations={stop.stop_cotangent: "3-D, features of some examples"},
         workloads={"4096x1024": applied(_many, _positive)},
     ),
     Entry(

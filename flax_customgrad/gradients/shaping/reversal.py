@@ -1,4 +1,4 @@
-"""Gradient reversal: the identity, with a gradient that changes its sign, arXiv:1505.07818.
+"""Gradient reversal: the identity, whose backward changes the sign of the cotangent.
 
     forward   y  = x
     backward  dx = -strength g
@@ -6,7 +6,9 @@
 
 Between features and a classifier of domains it makes domain-adversarial training of one ordinary
 gradient step: the classifier learns to tell the domains apart, the features to give it nothing to
-tell. It is `gradient_scale` with a negative scale.
+tell. The operation is `scale_cotangent`, with the scale `-strength`.
+
+Source: arXiv:1505.07818
 """
 
 from typing import Any
@@ -15,23 +17,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.gradients.shaping.amount import (
-    Amount,
+from flax_customgrad.gradients.shaping.scale import scale_cotangent
+from flax_customgrad.gradients.shaping.shaping_arguments import (
+    NumberOrArray,
     Schedule,
-    at_step,
     check_broadcasts,
-    checked,
+    check_number_or_array,
+    value_at_step,
 )
-from flax_customgrad.gradients.shaping.scale import scaled
 
 
-def gradient_reversal(x: Any, strength: Amount = 1.0) -> jax.Array:
+def gradient_reversal(x: Any, strength: NumberOrArray = 1.0) -> jax.Array:
     """The identity, with a gradient that changes its sign.
 
     Args:
         x: array of any shape. Integers have no gradient and pass as they are.
-        strength: what the gradient is multiplied by besides: a number, or an array that broadcasts
-            to x. It gets no gradient.
+        strength: what the gradient is multiplied by, beside -1: a number, or an array that
+            broadcasts to x. It gets no gradient.
 
     Returns:
         x.
@@ -45,14 +47,17 @@ def gradient_reversal(x: Any, strength: Amount = 1.0) -> jax.Array:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
         >>> jax.grad(lambda x: fcg.gradient_reversal(x, 0.5) ** 2)(3.0)
         Array(-3., dtype=float32)
+
+    Source: arXiv:1505.07818
     """
-    x, strength = jnp.asarray(x), checked("gradient_reversal: strength", strength)
+    x = jnp.asarray(x)
+    strength = check_number_or_array("gradient_reversal: strength", strength)
     check_broadcasts("gradient_reversal: strength", strength, x)
-    return scaled(x, -strength) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+    return scale_cotangent(x, -strength) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
 class GradientReversal(nnx.Module):
-    """The identity, with a gradient that changes its sign, arXiv:1505.07818.
+    """The identity, with a gradient that changes its sign.
 
     Attributes:
         strength: a number; an array, which may be replaced without compiling anew; or a schedule,
@@ -70,11 +75,15 @@ class GradientReversal(nnx.Module):
         >>> gradient = jax.grad(lambda x, step: layer(x, step) ** 2)
         >>> [round(float(gradient(3.0, step)), 2) for step in (10, 100, 1000)]
         [-0.3, -2.77, -6.0]
+
+    Source: arXiv:1505.07818
     """
 
-    def __init__(self, strength: Amount | Schedule = 1.0):
+    def __init__(self, strength: NumberOrArray | Schedule = 1.0):
         self.strength = (
-            strength if callable(strength) else checked("GradientReversal: strength", strength)
+            strength
+            if callable(strength)
+            else check_number_or_array("GradientReversal: strength", strength)
         )
 
     def __call__(self, x: Any, step: Any = None) -> jax.Array:
@@ -91,4 +100,5 @@ class GradientReversal(nnx.Module):
             TypeError: the strength is a schedule and there is no step.
             ValueError: the strength does not broadcast to x.
         """
-        return gradient_reversal(x, at_step("GradientReversal: strength", self.strength, step))
+        strength = value_at_step("GradientReversal: strength", self.strength, step)
+        return gradient_reversal(x, strength)

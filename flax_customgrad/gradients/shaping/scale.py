@@ -1,12 +1,12 @@
-"""Gradient scale: the identity, with a gradient that is multiplied.
+"""Gradient scale: the identity, whose backward multiplies the cotangent by a scale.
 
     forward   y  = x
     backward  dx = scale g
     kept      scale
 
-What it multiplies is the gradient of everything before it: how fast a part of a model learns,
-without an optimizer of its own. The scale itself gets no gradient. The product is computed in
-float32, or wider where g is wider, and rounded once.
+It multiplies the gradient of everything before it: how fast a part of a model learns, without an
+optimizer of its own. The scale itself gets no gradient. The product is computed in float32, or
+wider where `g` is wider, and rounded once.
 """
 
 from typing import Any, NamedTuple
@@ -17,47 +17,49 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.gradients.shaping.amount import (
-    Amount,
+from flax_customgrad.gradients.shaping.shaping_arguments import (
+    NumberOrArray,
     Schedule,
-    at_step,
     check_broadcasts,
-    checked,
+    check_number_or_array,
+    value_at_step,
 )
 from flax_customgrad.numerics.accumulation import accumulator
 
 
 class Residuals(NamedTuple):
-    """What the backward of `scaled` keeps."""
+    """What the backward of `scale_cotangent` keeps."""
 
-    scale: Amount
+    scale: NumberOrArray
 
 
 @custom_vjp(surrogate=True)
-def scaled(x: jax.Array, scale: Amount) -> jax.Array:
-    """Returns x.
+def scale_cotangent(x: jax.Array, scale: NumberOrArray) -> jax.Array:
+    """Returns `x`.
 
     Args:
         x: array of any shape, float or complex.
-        scale: what to multiply its gradient by: a number, or an array that broadcasts to x.
+        scale: what the backward multiplies by: a number, or an array that broadcasts to `x`.
     """
     return x
 
 
-def _fwd(x: jax.Array, scale: Amount) -> tuple[jax.Array, Residuals]:
-    return scaled(x, scale), Residuals(scale)
+def _fwd(x: jax.Array, scale: NumberOrArray) -> tuple[jax.Array, Residuals]:
+    return scale_cotangent(x, scale), Residuals(scale)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, None]:
-    dx = res.scale * g.astype(accumulator(g))
+    scale = res.scale
+    chex.assert_is_broadcastable(jnp.shape(scale), g.shape)
+    dx = scale * g.astype(accumulator(g))
     chex.assert_equal_shape([dx, g])
     return dx, None
 
 
-scaled.defvjp(_fwd, _bwd)
+scale_cotangent.defvjp(_fwd, _bwd)
 
 
-def gradient_scale(x: Any, scale: Amount) -> jax.Array:
+def gradient_scale(x: Any, scale: NumberOrArray) -> jax.Array:
     """The identity, with a gradient that is multiplied by a scale.
 
     A scale of 0 multiplies as well: it makes NaN of infinity, where `stop_gradient` has 0.
@@ -79,9 +81,9 @@ def gradient_scale(x: Any, scale: Amount) -> jax.Array:
         >>> jax.grad(lambda x: fcg.gradient_scale(x, 0.1) ** 2)(3.0)
         Array(0.6, dtype=float32)
     """
-    x, scale = jnp.asarray(x), checked("gradient_scale: scale", scale)
+    x, scale = jnp.asarray(x), check_number_or_array("gradient_scale: scale", scale)
     check_broadcasts("gradient_scale: scale", scale, x)
-    return scaled(x, scale) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+    return scale_cotangent(x, scale) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
 class GradientScale(nnx.Module):
@@ -102,8 +104,10 @@ class GradientScale(nnx.Module):
         Array(3., dtype=float32)
     """
 
-    def __init__(self, scale: Amount | Schedule):
-        self.scale = scale if callable(scale) else checked("GradientScale: scale", scale)
+    def __init__(self, scale: NumberOrArray | Schedule):
+        self.scale = (
+            scale if callable(scale) else check_number_or_array("GradientScale: scale", scale)
+        )
 
     def __call__(self, x: Any, step: Any = None) -> jax.Array:
         """Applies the layer.
@@ -119,4 +123,4 @@ class GradientScale(nnx.Module):
             TypeError: the scale is a schedule and there is no step.
             ValueError: the scale does not broadcast to x.
         """
-        return gradient_scale(x, at_step("GradientScale: scale", self.scale, step))
+        return gradient_scale(x, value_at_step("GradientScale: scale", self.scale, step))

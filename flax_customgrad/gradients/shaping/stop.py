@@ -1,12 +1,12 @@
-"""Stop gradient: the identity, with a gradient that is let through in places or at times.
+"""Stop gradient: the identity, whose backward stops the cotangent in places or at some steps.
 
     forward   y  = x
-    backward  dx = 0 where stopped, g elsewhere
-    kept      where
+    backward  dx = where(stopped, 0, g)
+    kept      stopped
 
-What is stopped is 0 whatever g is, infinite and NaN included. `where` may be traced, so that one
-compiled step serves before, in and after a window of steps; a `where` that is known in Python costs
-nothing, and what leads to x is not differentiated at all.
+What is stopped is 0 whatever `g` is, infinite and NaN included. `stopped` may be traced, so that
+one compiled step serves before, in and after a window of steps; where it is known in Python it
+costs nothing, and what leads to `x` is not differentiated at all.
 """
 
 from typing import Any, NamedTuple
@@ -19,38 +19,41 @@ from flax import nnx
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.gradients.shaping.amount import check_broadcasts
+from flax_customgrad.gradients.shaping.shaping_arguments import check_broadcasts
 from flax_customgrad.numerics.dtypes import as_array
 
 
 class Residuals(NamedTuple):
-    """What the backward of `stopped` keeps."""
+    """What the backward of `stop_cotangent` keeps."""
 
-    where: jax.Array
+    stopped: jax.Array
 
 
 @custom_vjp(surrogate=True)
-def stopped(x: jax.Array, where: jax.Array) -> jax.Array:
-    """Returns x.
+def stop_cotangent(x: jax.Array, stopped: jax.Array) -> jax.Array:
+    """Returns `x`.
 
     Args:
         x: array of any shape, float or complex.
-        where: booleans that broadcast to x, True where its gradient is stopped.
+        stopped: bool array that broadcasts to `x`, True where the backward stops the cotangent.
     """
     return x
 
 
-def _fwd(x: jax.Array, where: jax.Array) -> tuple[jax.Array, Residuals]:
-    return stopped(x, where), Residuals(where)
+def _fwd(x: jax.Array, stopped: jax.Array) -> tuple[jax.Array, Residuals]:
+    return stop_cotangent(x, stopped), Residuals(stopped)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, None]:
-    dx = jnp.where(res.where, jnp.zeros_like(g), g)
+    stopped = res.stopped
+    chex.assert_type(stopped, bool)
+    chex.assert_is_broadcastable(stopped.shape, g.shape)
+    dx = jnp.where(stopped, jnp.zeros_like(g), g)
     chex.assert_equal_shape([dx, g])
     return dx, None
 
 
-stopped.defvjp(_fwd, _bwd)
+stop_cotangent.defvjp(_fwd, _bwd)
 
 
 def stop_gradient(x: Any, where: Any = True) -> jax.Array:
@@ -82,7 +85,7 @@ def stop_gradient(x: Any, where: Any = True) -> jax.Array:
         came = where.dtype if isinstance(where, jax.Array) else repr(where)
         raise TypeError(f"stop_gradient: where is {came}; write a boolean or an array of them")
     check_broadcasts("stop_gradient: where", where, x)
-    return stopped(x, where) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+    return stop_cotangent(x, where) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
 class StopGradient(nnx.Module):

@@ -1,0 +1,82 @@
+"""The arguments of gradient shaping: numbers, arrays and schedules of them."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_customgrad.numerics.broadcasting import broadcasts
+from flax_customgrad.numerics.dtypes import as_array, is_python_number
+
+NumberOrArray = float | jax.Array
+"""A number, which is static, or an array, which may be traced."""
+
+Schedule = Callable[[Any], Any]
+"""A function of a step that returns a number or an array, such as those of optax."""
+
+
+def check_number_or_array(name: str, value: Any, *, positive: bool = False) -> Any:
+    """A number as it is, or an array as one of JAX.
+
+    Args:
+        name: what it is called, such as "GradientScale: scale", for the errors.
+        value: a number, or an array of real numbers; the values of an array are not looked at.
+        positive: whether a number has to be positive, and may be infinite.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: a number that is not finite, or not positive.
+    """
+    value = as_array(value)
+    if is_python_number(value):
+        if positive and not value > 0:
+            raise ValueError(f"{name}={value!r} must be positive")
+        if not positive and not math.isfinite(value):
+            raise ValueError(f"{name}={value!r} must be finite")
+    elif not isinstance(value, jax.Array) or value.dtype == bool or jnp.iscomplexobj(value):
+        raise TypeError(f"{name} is {_description(value)}; write a number or an array of numbers")
+    return value
+
+
+def value_at_step(name: str, value: NumberOrArray | Schedule, step: Any) -> Any:
+    """What a schedule returns for a step; a number or an array as it is.
+
+    Args:
+        name: what it is called, such as "GradientScale: scale", for the errors.
+        value: a number, an array or a schedule.
+        step: what the schedule takes; None where there is none.
+
+    Raises:
+        TypeError: there is a schedule and no step.
+    """
+    if not callable(value):
+        return value
+    if step is None:
+        raise TypeError(f"{name} is a schedule, a function of a step: write layer(x, step)")
+    return value(as_array(step))
+
+
+def check_broadcasts(name: str, value: Any, x: jax.Array) -> None:
+    """Checks that there is one value for each element of an array.
+
+    Args:
+        name: what the value is called, for the error.
+        value: a number or an array.
+        x: the array.
+
+    Raises:
+        ValueError: the value does not broadcast to the shape of x.
+    """
+    shape = jnp.shape(value)
+    if not broadcasts(shape, x.shape):
+        raise ValueError(
+            f"{name} has shape {shape}, which does not broadcast to the shape {x.shape} of x"
+        )
+
+
+def _description(value: Any) -> str:
+    if isinstance(value, jax.Array):
+        return f"an array of {value.dtype}"
+    return f"{value!r}, a {type(value).__name__}"
