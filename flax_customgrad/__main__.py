@@ -1,11 +1,20 @@
 """The command line: `python -m flax_customgrad` and one of the commands below."""
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from flax_customgrad.command import check, codebooks, estimators, listing, quantized, train
+from flax_customgrad.command import (
+    check,
+    codebooks,
+    common,
+    estimators,
+    listing,
+    quantized,
+    train,
+)
 
 _COMMANDS = {
     "train": train,
@@ -18,7 +27,7 @@ _COMMANDS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that complains in one line; `--help` shows the usage to whoever asks for it."""
+    """A parser whose errors take one line; the usage is for `--help`."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
@@ -31,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process by default.
 
     Returns:
-        The exit status: 0 if all is well, 1 if a command found a fault, 2 for bad arguments.
+        The exit status: 0 for success, 1 if a command found a fault, 2 for bad arguments or a
+        missing package.
     """
     parser = _Parser(
         prog="flax-customgrad",
@@ -47,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
+    if importlib.util.find_spec("rich") is None:
+        return common.print_error(args.command, "rich is not installed: pip install rich")
     return args.run(args)
 
 

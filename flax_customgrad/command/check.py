@@ -1,4 +1,4 @@
-"""Proves the gradient of every layer, or of those named.
+"""Checks the gradient of every layer, or of those named.
 
 Each example of a catalogue entry goes through `check_vjp`, and gets a line as soon as it is done.
 """
@@ -6,14 +6,15 @@ Each example of a catalogue entry goes through `check_vjp`, and gets a line as s
 import argparse
 import os
 import time
+from typing import TYPE_CHECKING
 
 import jax
-from rich.console import Console
-from rich.padding import Padding
-from rich.text import Text
 
 from flax_customgrad import catalogue
 from flax_customgrad.testing import CHECKS, Report, check_vjp
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 _DEVICES = 8
 
@@ -39,6 +40,10 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         The exit status: 1 if any comparison failed, else 0.
     """
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
     _ask_for_devices()
     console = Console(highlight=False)
     named = [catalogue.find(name) for name in dict.fromkeys(args.layers)]
@@ -73,8 +78,10 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _line(report: Report, width: int, seconds: float) -> Text:
+def _line(report: Report, width: int, seconds: float) -> "Text":
     """The summary of one example, below the heading that `run` prints."""
+    from rich.text import Text
+
     shares = [r.error / r.tolerance for r in report.rows if r.error is not None and r.tolerance]
     worst = f"{max(shares):.1e}" if shares else ""
     return Text.assemble(

@@ -8,12 +8,11 @@ import argparse
 import time
 from typing import Any
 
-from rich.console import Console
+from flax_customgrad.command import common
+from flax_customgrad.command.row_printer import RowPrinter
 
-from flax_customgrad.command import training
-from flax_customgrad.command.rows import Rows
-
-_AHEAD = 5.0
+_LEAST_GAIN = 5.0
+"""How many points an estimator must be ahead of its control."""
 
 _HEADING = ("estimator", "accuracy", "worst seed", "control", "ahead by")
 
@@ -26,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="an estimator, by its name in the catalogue; all by default",
     )
-    training.add_arguments(parser)
+    common.add_training_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,42 +35,46 @@ def run(args: argparse.Namespace) -> int:
         The exit status: 1 if an estimator is less than 5 points ahead of its control, 2 if a
         package or an estimator is missing, else 0.
     """
-    if missing := training.missing():
-        return training.complain("estimators", missing)
-    from flax_customgrad.command.digits import probe, trials
+    if missing := common.missing_package():
+        return common.print_error("estimators", missing)
+    from rich.console import Console
+
+    from flax_customgrad.command.digits import controlled, trials
 
     unknown = [name for name in args.estimators if name not in trials.TRIALS]
     if unknown:
-        there_are = ", ".join(trials.TRIALS)
-        return training.complain(
-            "estimators", f"no estimator {unknown[0]!r} to train with; there are {there_are}"
+        known = ", ".join(trials.TRIALS)
+        return common.print_error(
+            "estimators", f"no estimator {unknown[0]!r} to train with; there are {known}"
         )
     names = list(dict.fromkeys(args.estimators)) or list(trials.TRIALS)
     console = Console(highlight=False)
-    rows = Rows(console, _HEADING, names, args.markdown)
+    rows = RowPrinter(console, _HEADING, names, args.markdown)
     behind, start = [], time.perf_counter()
     for name in names:
         with console.status(f"training with {name}"):
-            found = probe.probe(trials.TRIALS[name].build, args.seeds, args.steps)
-        if found.gain < _AHEAD:
+            result = controlled.train_with_control(
+                trials.TRIALS[name].build, args.seeds, args.steps
+            )
+        if result.gain < _LEAST_GAIN:
             behind.append(name)
-        rows.add(name, _values(found), fine=found.gain >= _AHEAD)
+        rows.add(name, _values(result), passed=result.gain >= _LEAST_GAIN)
     if not args.markdown:
-        console.print(training.summary(args, start))
+        console.print(common.training_summary(args, start))
     if behind:
-        return training.complain(
+        return common.print_error(
             "estimators",
-            f"less than {_AHEAD:.0f} points ahead of a zero gradient: {', '.join(behind)}",
+            f"less than {_LEAST_GAIN:.0f} points ahead of a zero gradient: {', '.join(behind)}",
             status=1,
         )
     return 0
 
 
-def _values(found: Any) -> tuple[str, ...]:
-    accuracy, control = 100 * found.accuracy, 100 * found.control
+def _values(result: Any) -> tuple[str, ...]:
+    accuracy, control = 100 * result.accuracy, 100 * result.control
     return (
         f"{accuracy.mean():.1f} ± {accuracy.std():.1f} %",
         f"{accuracy.min():.1f} %",
         f"{control.mean():.1f} %",
-        f"{found.gain:.1f} points",
+        f"{result.gain:.1f} points",
     )

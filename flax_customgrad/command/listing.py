@@ -6,13 +6,12 @@ what its backward keeps and what it is for.
 
 import argparse
 import re
-
-import rich.box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from flax_customgrad import catalogue
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table; returns the exit status, 0."""
+    import rich.box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     families = [args.family] if args.family else _families()
     table = Table(box=rich.box.SIMPLE_HEAD)
     for column in ("layer", "gradient"):
@@ -37,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _cells(entry: catalogue.Entry) -> tuple[str, str, Text]:
+def _cells(entry: catalogue.Entry) -> tuple[str, str, "Text"]:
+    from rich.text import Text
+
     facts = {
         "for": entry.stands_for,
         "keeps": entry.keeps,

@@ -8,12 +8,12 @@ import time
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
-from flax_customgrad.command import training
-from flax_customgrad.command.rows import Rows
+from flax_customgrad.command import common
+from flax_customgrad.command.row_printer import RowPrinter
 
-_AHEAD = 5.0
+_LEAST_GAIN = 5.0
+"""How many points a network must be ahead of its control."""
 
 _HEADING = ("recipe", "accuracy", "float32", "behind by", "allowed", "control")
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipes", nargs="*", metavar="NAME", help="a recipe by its name; all by default"
     )
-    training.add_arguments(parser)
+    common.add_training_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,48 +33,52 @@ def run(args: argparse.Namespace) -> int:
         The exit status: 1 if a network is further behind float32 than its recipe allows, or less
         than 5 points ahead of its control; 2 if a package or a recipe is missing; else 0.
     """
-    if missing := training.missing():
-        return training.complain("quantized", missing)
-    from flax_customgrad.command.digits import probe, recipes
+    if missing := common.missing_package():
+        return common.print_error("quantized", missing)
+    from rich.console import Console
+
+    from flax_customgrad.command.digits import controlled, recipes
 
     unknown = [name for name in args.recipes if name not in recipes.RECIPES]
     if unknown:
-        there_are = ", ".join(map(repr, recipes.RECIPES))
-        return training.complain(
-            "quantized", f"no recipe {unknown[0]!r} to train with; there are {there_are}"
+        known = ", ".join(map(repr, recipes.RECIPES))
+        return common.print_error(
+            "quantized", f"no recipe {unknown[0]!r} to train with; there are {known}"
         )
     names = list(dict.fromkeys(args.recipes)) or list(recipes.RECIPES)
     console = Console(highlight=False)
-    rows = Rows(console, _HEADING, names, args.markdown)
+    rows = RowPrinter(console, _HEADING, names, args.markdown)
     failed, start = [], time.perf_counter()
     with console.status("training in float32"):
-        float32 = probe.probe(recipes.FLOAT32.build, args.seeds, args.steps)
+        float32 = controlled.train_with_control(recipes.FLOAT32.build, args.seeds, args.steps)
     for name in names:
         recipe = recipes.RECIPES[name]
         with console.status(f"training {name}"):
-            found = probe.probe(recipe.build, args.seeds, args.steps, at_once=recipe.at_once)
-        behind = 100 * float((float32.accuracy - found.accuracy).mean())
-        fine = behind <= recipe.within and found.gain >= _AHEAD
-        if not fine:
+            result = controlled.train_with_control(
+                recipe.build, args.seeds, args.steps, vmap_seeds=recipe.vmap_seeds
+            )
+        behind = 100 * float((float32.accuracy - result.accuracy).mean())
+        passed = behind <= recipe.tolerance and result.gain >= _LEAST_GAIN
+        if not passed:
             failed.append(name)
-        rows.add(name, _values(found, float32.accuracy, behind, recipe.within), fine=fine)
+        rows.add(name, _values(result, float32.accuracy, behind, recipe.tolerance), passed=passed)
     if not args.markdown:
-        console.print(training.summary(args, start))
+        console.print(common.training_summary(args, start))
     if failed:
-        return training.complain(
+        return common.print_error(
             "quantized",
             "further behind float32 than allowed, or less than "
-            f"{_AHEAD:.0f} points ahead of a zero gradient: {', '.join(failed)}",
+            f"{_LEAST_GAIN:.0f} points ahead of a zero gradient: {', '.join(failed)}",
             status=1,
         )
     return 0
 
 
-def _values(found: Any, float32: np.ndarray, behind: float, within: float) -> tuple[str, ...]:
+def _values(result: Any, float32: np.ndarray, behind: float, tolerance: float) -> tuple[str, ...]:
     return (
-        f"{100 * found.accuracy.mean():.1f} ± {100 * found.accuracy.std():.1f} %",
+        f"{100 * result.accuracy.mean():.1f} ± {100 * result.accuracy.std():.1f} %",
         f"{100 * float32.mean():.1f} %",
         f"{behind:.1f} points",
-        f"{within:.0f}",
-        f"{100 * found.control.mean():.1f} %",
+        f"{tolerance:.0f}",
+        f"{100 * result.control.mean():.1f} %",
     )

@@ -4,16 +4,14 @@ import argparse
 import os
 from pathlib import Path
 
-from rich.console import Console
-
-from flax_customgrad.command import training
+from flax_customgrad.command import common
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `train` to a parser."""
     parser.add_argument(
         "--steps",
-        type=training.at_least(1),
+        type=common.positive_integer,
         default=400,
         help="training steps (default: %(default)s)",
     )
@@ -39,25 +37,26 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         The exit status: 1 if the two runs disagree, 2 if a package is missing, else 0.
     """
-    if missing := training.missing():
-        return training.complain("train", missing)
+    if missing := common.missing_package():
+        return common.print_error("train", missing)
+    from rich.console import Console
+
     from flax_customgrad.command.digits import comparison, figure, progress, table
 
     console = Console(highlight=False)
-    watching = progress.hidden() if args.quiet else progress.shown(console, args.steps)
-    found = comparison.compare(args.steps, args.seed, watching)
-    figure.save(found, args.out)
-    console.print(table.make(found, args.out))
-    disagreements = found.disagreements()
+    show = progress.silent() if args.quiet else progress.on_console(console, args.steps)
+    result = comparison.compare(args.steps, args.seed, show)
+    figure.save(result, args.out)
+    console.print(table.make(result, args.out))
+    disagreements = result.disagreements()
     if disagreements:
-        return training.complain(
-            "train", f"the runs disagree: {'; '.join(disagreements)}", status=1
-        )
+        reason = f"the runs disagree: {'; '.join(disagreements)}"
+        return common.print_error("train", reason, status=1)
     return 0
 
 
 def _seed(text: str) -> int:
-    seed = training.whole(text)
+    seed = common.integer(text)
     # The largest that NumPy, JAX and scikit-learn all take.
     if not 0 <= seed < 2**32:
         raise argparse.ArgumentTypeError(f"a seed is from 0 to {2**32 - 1}, got {seed}")

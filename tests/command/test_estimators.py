@@ -7,7 +7,7 @@ import pytest
 
 from flax_customgrad import catalogue
 from flax_customgrad.__main__ import main
-from flax_customgrad.command.digits import autoencoder, probe, trials
+from flax_customgrad.command.digits import autoencoder, controlled, trials
 
 # What shapes a gradient has no step to learn through, a function is tried as the layer that calls
 # it, and cells of neurons learn in a network over time.
@@ -24,14 +24,14 @@ WITHOUT = {
 
 
 # The command `quantized` trains these.
-IN_FEW_BITS = {"quantized", "int8", "fp8", "microscaling"}
+LOW_BIT = {"quantizers", "quant_layers", "int8", "fp8", "microscaling"}
 
 
 def test_there_is_a_trial_for_each_estimator_of_the_catalogue():
     estimators = {
         entry.name
         for entry in catalogue.entries()
-        if entry.gradient == "surrogate" and entry.family not in {"shaping", *IN_FEW_BITS}
+        if entry.gradient == "surrogate" and entry.family not in {"shaping", *LOW_BIT}
     }
     # FSQ and LFQ are exact but for their rounding; a codebook comes in several ways.
     tried = {name.partition(" (")[0] for name in trials.TRIALS}
@@ -49,7 +49,8 @@ def test_a_network_learns_through_a_sign_and_its_control_does_not(capsys):
 
 def test_what_lets_no_gradient_through_is_a_failure(capsys, monkeypatch):
     same = np.array([0.8, 0.9])
-    monkeypatch.setattr(probe, "probe", lambda *args: probe.Outcome(same + 0.04, same))
+    result = controlled.ControlledResult(same + 0.04, same)
+    monkeypatch.setattr(controlled, "train_with_control", lambda *args: result)
     assert main(["estimators", "SteSign", "--markdown"]) == 1
     out, err = capsys.readouterr()
     assert out.splitlines() == [

@@ -8,10 +8,10 @@ from flax import nnx
 
 from flax_customgrad import catalogue
 from flax_customgrad.__main__ import main
-from flax_customgrad.command.digits import probe, recipes
+from flax_customgrad.command.digits import controlled, recipes
 from flax_customgrad.model.convert import layers
 
-FAMILIES = {"quantized", "int8", "fp8", "microscaling"}
+FAMILIES = {"quantizers", "quant_layers", "int8", "fp8", "microscaling"}
 
 # What is no layer of a network of vectors.
 WITHOUT = {
@@ -33,7 +33,7 @@ def _network(recipe):
     def build():
         return recipe.build(nnx.Rngs(0))
 
-    network = nnx.eval_shape(build) if recipe.at_once else build()
+    network = nnx.eval_shape(build) if recipe.vmap_seeds else build()
     return network, nnx.eval_shape(nnx.grad(lambda m: m(jnp.ones((2, 64))).sum()), network)
 
 
@@ -52,9 +52,9 @@ def test_what_learns_less_than_float32_is_a_failure(capsys, monkeypatch, quantiz
     outcomes = iter([(0.95, 0.5), (quantized, control)])
 
     def trained(*args, **kwargs):
-        return probe.Outcome(*(np.full(2, share) for share in next(outcomes)))
+        return controlled.ControlledResult(*(np.full(2, share) for share in next(outcomes)))
 
-    monkeypatch.setattr(probe, "probe", trained)
+    monkeypatch.setattr(controlled, "train_with_control", trained)
     assert main(["quantized", "FakeQuant W8A8", "--markdown"]) == 1
     out, err = capsys.readouterr()
     behind = 100 * (0.95 - quantized)

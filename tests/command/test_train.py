@@ -18,7 +18,7 @@ import flax_customgrad as fcg
 from flax_customgrad import catalogue
 from flax_customgrad.__main__ import main
 from flax_customgrad.command.digits import comparison, data, figure, progress
-from flax_customgrad.command.digits.comparison import Comparison, Layer, Outcome
+from flax_customgrad.command.digits.comparison import Comparison, LayerPair, RunResult
 from flax_customgrad.command.digits.network import Network
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -111,8 +111,8 @@ def test_a_wrong_gradient_is_found(tmp_path, monkeypatch):
 
 
 def _comparison(**changes):
-    outcome = Outcome([2.0, 1.0], 0.98, [1e-3, 2e-3, 3e-3], 100)
-    layer = Layer("dense", nnx.Linear, fcg.Linear)
+    outcome = RunResult([2.0, 1.0], 0.98, [1e-3, 2e-3, 3e-3], 100)
+    layer = LayerPair("dense", nnx.Linear, fcg.Linear)
     return dataclasses.replace(
         Comparison(2, 0, [layer], {"dense/kernel": 3e-7, "dense/bias": 0.0}, outcome, outcome),
         **changes,
@@ -128,9 +128,9 @@ def test_agreement_is_no_disagreement():
     [
         ({"gradients": {"dense/bias": 1.1e-4}}, "the gradient of dense/bias differs by 1.1e-04"),
         ({"gradients": {"dense/bias": math.inf}}, "differs by inf"),
-        ({"converted": Outcome([1.0], 0.95, [1e-3] * 2, 1)}, "accuracy differs by 3.0 points"),
-        ({"plain": Outcome([1.0, math.nan], 0.98, [1e-3] * 2, 1)}, "plain run is not finite"),
-        ({"converted": Outcome([math.inf], 0.98, [1e-3] * 2, 1)}, "converted run is not finite"),
+        ({"converted": RunResult([1.0], 0.95, [1e-3] * 2, 1)}, "accuracy differs by 3.0 points"),
+        ({"plain": RunResult([1.0, math.nan], 0.98, [1e-3] * 2, 1)}, "plain run is not finite"),
+        ({"converted": RunResult([math.inf], 0.98, [1e-3] * 2, 1)}, "converted run is not finite"),
     ],
 )
 def test_each_disagreement_is_named(changes, complaint):
@@ -139,8 +139,8 @@ def test_each_disagreement_is_named(changes, complaint):
 
 
 def test_speed_is_the_median_ratio_of_the_pairs():
-    slow = Outcome([1.0], 0.98, [3.0, 8.0, 10.0], 1)
-    fast = Outcome([1.0], 0.98, [1.0, 4.0, 10.0], 1)
+    slow = RunResult([1.0], 0.98, [3.0, 8.0, 10.0], 1)
+    fast = RunResult([1.0], 0.98, [1.0, 4.0, 10.0], 1)
     assert _comparison(plain=slow, converted=fast).speed == (1.0, 2.0, 3.0)
 
 
@@ -148,7 +148,7 @@ def test_speed_is_the_median_ratio_of_the_pairs():
     ("loss", "difference"), [(1.0, 0.0), (1.0, 1e-12), (math.inf, 30.0), (math.nan, math.inf)]
 )
 def test_anything_can_be_drawn(tmp_path, loss, difference):
-    run = Outcome([loss, loss], 0.1, [1e-3], 1)
+    run = RunResult([loss, loss], 0.1, [1e-3], 1)
     changes = {"plain": run, "converted": run, "gradients": {"dense/bias": difference}}
     figure.save(_comparison(**changes), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(PNG)
@@ -158,7 +158,7 @@ def test_two_bars_in_a_terminal():
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, width=80, _environ={"TERM": "xterm"})
     run = SimpleNamespace(losses=[0.5], accuracies=[0.25])
-    with progress.shown(console, 1) as watch:
+    with progress.on_console(console, 1) as watch:
         watch(run, run)
     text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.getvalue())
     for name in ("plain nnx", "converted"):

@@ -18,7 +18,7 @@ from flax_customgrad.layers.linear.linear import Linear
 CODES = 256
 """How many codes there are; an image becomes four of them."""
 
-_PIXELS, _HIDDEN, _VECTORS, _SIZE = 64, 128, 4, 8
+_HIDDEN, _VECTORS, _SIZE = 128, 4, 8
 
 CODEBOOKS: dict[str, dict[str, Any]] = {
     "straight-through, loss": {},
@@ -36,11 +36,11 @@ CODEBOOKS: dict[str, dict[str, Any]] = {
 
 
 class Autoencoder(nnx.Module):
-    """From an image to four codes, and back."""
+    """A network from an image to four codes, and back."""
 
     def __init__(self, rngs: nnx.Rngs, **kwargs: Any):
         self.encoder = nnx.Sequential(
-            Linear(_PIXELS, _HIDDEN, rngs=rngs),
+            Linear(data.PIXELS, _HIDDEN, rngs=rngs),
             nnx.relu,
             Linear(_HIDDEN, _VECTORS * _SIZE, rngs=rngs),
         )
@@ -48,11 +48,11 @@ class Autoencoder(nnx.Module):
         self.decoder = nnx.Sequential(
             Linear(_VECTORS * _SIZE, _HIDDEN, rngs=rngs),
             nnx.relu,
-            Linear(_HIDDEN, _PIXELS, rngs=rngs),
+            Linear(_HIDDEN, data.PIXELS, rngs=rngs),
         )
 
     def __call__(self, pixels: jax.Array) -> tuple[jax.Array, Quantized]:
-        """The image as it comes back, and its codes.
+        """Returns the image as it comes back, and its codes.
 
         Args:
             pixels: array of shape (n, 64).
@@ -62,8 +62,8 @@ class Autoencoder(nnx.Module):
         return self.decoder(einops.rearrange(codes.values, "n v d -> n (v d)")), codes
 
 
-class Outcome(NamedTuple):
-    """What became of an autoencoder, on the test images; arrays of one value for each seed.
+class AutoencoderResult(NamedTuple):
+    """How well autoencoders do on the test images; arrays with a value for each seed.
 
     Attributes:
         error: the mean squared error of a pixel, relative to the variance of the pixels.
@@ -76,7 +76,7 @@ class Outcome(NamedTuple):
     perplexity: np.ndarray
 
 
-def trained(arguments: dict[str, Any], seeds: int, steps: int) -> Outcome:
+def train(arguments: dict[str, Any], seeds: int, steps: int) -> AutoencoderResult:
     """Trains autoencoders, one for each seed.
 
     Args:
@@ -84,25 +84,25 @@ def trained(arguments: dict[str, Any], seeds: int, steps: int) -> Outcome:
         seeds: how many; each splits the data anew.
         steps: how many steps of 64 images.
     """
-    train, test = data.stacked(seeds)
-    one = functools.partial(_of_seed, arguments, steps)
-    return Outcome(*map(np.asarray, jax.jit(jax.vmap(one))(jnp.arange(seeds), train, test)))
+    batches = data.load_seeds(seeds)
+    one = functools.partial(_train_seed, arguments, steps)
+    return AutoencoderResult(*map(np.asarray, jax.jit(jax.vmap(one))(jnp.arange(seeds), *batches)))
 
 
-def _of_seed(
+def _train_seed(
     arguments: dict[str, Any], steps: int, seed: jax.Array, train: data.Batch, test: data.Batch
 ) -> tuple[jax.Array, ...]:
     rngs = nnx.Rngs(jax.random.key(seed))
 
     def loss(network: Autoencoder, batch: data.Batch) -> jax.Array:
-        pixels = data.flat(batch.images)
-        again, codes = network(pixels)
-        return jnp.square(again - pixels).mean() / pixels.var() + codes.loss
+        pixels = data.flatten(batch.images)
+        decoded, codes = network(pixels)
+        return jnp.square(decoded - pixels).mean() / pixels.var() + codes.loss
 
     network = fit(Autoencoder(rngs, **arguments), loss, train, steps, rngs())
     network.eval()
-    pixels = data.flat(test.images)
-    again, codes = network(pixels)
+    pixels = data.flatten(test.images)
+    decoded, codes = network(pixels)
     assert codes.usage is not None
     assert codes.perplexity is not None
-    return jnp.square(again - pixels).mean() / pixels.var(), codes.usage, codes.perplexity
+    return jnp.square(decoded - pixels).mean() / pixels.var(), codes.usage, codes.perplexity

@@ -1,4 +1,4 @@
-"""The comparison: two runs on the same batches from the same seed, and how far they are apart."""
+"""Two runs on the same batches from the same seed, and how far they are apart."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ from flax import nnx
 import flax_customgrad
 from flax_customgrad.command.digits import data
 from flax_customgrad.command.digits.network import Network
-from flax_customgrad.command.digits.run import Run
+from flax_customgrad.command.digits.training_run import TrainingRun
 from flax_customgrad.model.convert import layers
 from flax_customgrad.testing.check_vjp import relative_error
 
@@ -23,12 +23,12 @@ GRADIENT_TOLERANCE = 1e-4
 _ACCURACY_TOLERANCE = 0.02
 _ROUNDS = 100
 
-Watch = Callable[[Run, Run], None]
+Watch = Callable[[TrainingRun, TrainingRun], None]
 """Called with the plain and the converted run after each step."""
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerPair:
     """A layer of the network, before and after the conversion.
 
     Attributes:
@@ -48,8 +48,8 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of one run.
+class RunResult:
+    """The measurements of one run.
 
     Attributes:
         losses: the training loss of each step.
@@ -71,7 +71,7 @@ class Comparison:
     Attributes:
         steps: how many steps both were trained.
         seed: the seed of both.
-        layers: the layers of the network, which itself is none.
+        layers: the layers of the network, without the network itself.
         gradients: largest difference of each parameter's gradient at the first step, relative to
             its largest value in the plain run.
         plain: the run of the layers of flax.nnx.
@@ -80,10 +80,10 @@ class Comparison:
 
     steps: int
     seed: int
-    layers: list[Layer]
+    layers: list[LayerPair]
     gradients: dict[str, float]
-    plain: Outcome
-    converted: Outcome
+    plain: RunResult
+    converted: RunResult
 
     @property
     def worst_gradient(self) -> tuple[str, float]:
@@ -92,64 +92,64 @@ class Comparison:
 
     @property
     def speed(self) -> tuple[float, float, float]:
-        """How many times as fast a converted step is: lower quartile, median, upper quartile."""
+        """Time of a plain step / of a converted one: lower quartile, median, upper quartile."""
         pairs = zip(self.plain.seconds, self.converted.seconds, strict=True)
         lower, median, upper = statistics.quantiles((p / c for p, c in pairs), n=4)
         return lower, median, upper
 
     def disagreements(self) -> list[str]:
-        """Why the two runs cannot pass for the same training; empty if they do."""
-        found = []
+        """The ways in which the two runs differ by more than rounding; empty if there are none."""
+        reasons = []
         path, difference = self.worst_gradient
         if difference > GRADIENT_TOLERANCE:
-            found.append(
+            reasons.append(
                 f"the gradient of {path} differs by {difference:.1e} at the first step, "
                 f"{GRADIENT_TOLERANCE:.0e} is allowed"
             )
         apart = abs(self.plain.test_accuracy - self.converted.test_accuracy)
         if apart > _ACCURACY_TOLERANCE:
-            found.append(
+            reasons.append(
                 f"test accuracy differs by {100 * apart:.1f} points, "
                 f"{100 * _ACCURACY_TOLERANCE:.0f} are allowed"
             )
         for name, run in {"plain": self.plain, "converted": self.converted}.items():
             if not all(map(math.isfinite, run.losses)):
-                found.append(f"the loss of the {name} run is not finite")
-        return found
+                reasons.append(f"the loss of the {name} run is not finite")
+        return reasons
 
 
-def compare(steps: int, seed: int, watching: AbstractContextManager[Watch]) -> Comparison:
+def compare(steps: int, seed: int, show: AbstractContextManager[Watch]) -> Comparison:
     """Trains both networks step by step, then measures them.
 
     Args:
         steps: how many steps, at least 1.
         seed: of the split of the data, the parameters and the batches.
-        watching: a context that shows the training while it lasts.
+        show: a context that shows the training while it lasts.
     """
     train, test = data.load(seed)
     network = Network(nnx.Rngs(seed))
     classes = {path: type(layer) for (path, *_), layer in layers(network)}
-    plain = Run(network)
+    plain = TrainingRun(network)
     network = flax_customgrad.convert(Network(nnx.Rngs(seed)))
     pairs = [
-        Layer(path, classes[path], type(layer)) for (path, *_), layer in layers(network) if path
+        LayerPair(path, classes[path], type(layer)) for (path, *_), layer in layers(network) if path
     ]
-    converted = Run(network)
+    converted = TrainingRun(network)
     # On a GPU, products of float32 are otherwise rounded to fewer bits, differently in each run.
     with jax.default_matmul_precision("float32"):
         gradients = {}
-        with watching as watch:
+        with show as watch:
             for batch in data.batches(train, steps, seed):
                 expected, got = plain.step(batch), converted.step(batch)
                 gradients = gradients or _differences(got, expected)
                 watch(plain, converted)
         batch = next(data.batches(train, 1, seed))
         seconds = _paired_seconds(plain, converted, batch)
-        outcomes = [
-            Outcome(run.losses, run.test_accuracy(test), times, run.residual_bytes(batch))
+        results = [
+            RunResult(run.losses, run.test_accuracy(test), times, run.residual_bytes(batch))
             for run, times in zip((plain, converted), seconds, strict=True)
         ]
-    return Comparison(steps, seed, pairs, gradients, *outcomes)
+    return Comparison(steps, seed, pairs, gradients, *results)
 
 
 def _differences(got: nnx.State, expected: nnx.State) -> dict[str, float]:
@@ -162,7 +162,9 @@ def _differences(got: nnx.State, expected: nnx.State) -> dict[str, float]:
     }
 
 
-def _paired_seconds(plain: Run, converted: Run, batch: data.Batch) -> tuple[list[float], ...]:
+def _paired_seconds(
+    plain: TrainingRun, converted: TrainingRun, batch: data.Batch
+) -> tuple[list[float], ...]:
     """Times steps of both in turn, so that whatever else the machine does slows both alike."""
     pairs = []
     for k in range(_ROUNDS):

@@ -11,6 +11,12 @@ from jax.typing import ArrayLike
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+CLASSES = 10
+"""How many digits there are."""
+
+PIXELS = 64
+"""How many pixels an image has."""
+
 _BATCH = 64
 
 
@@ -27,17 +33,17 @@ class Batch(NamedTuple):
 
 
 def load(seed: int) -> tuple[Batch, Batch]:
-    """The images to train on, and a quarter of each class to test on."""
+    """Splits the images: three quarters of each class to train on, a quarter to test on."""
     pixels, classes = load_digits(return_X_y=True)
     images = (np.reshape(pixels, (-1, 8, 8, 1)) / 16).astype(np.float32)
     labels = np.asarray(classes, np.int32)
     rows = np.arange(len(labels))
-    kept, held_out = train_test_split(rows, test_size=0.25, stratify=labels, random_state=seed)
-    return Batch(images[kept], labels[kept]), Batch(images[held_out], labels[held_out])
+    chosen, held_out = train_test_split(rows, test_size=0.25, stratify=labels, random_state=seed)
+    return Batch(images[chosen], labels[chosen]), Batch(images[held_out], labels[held_out])
 
 
 def batches(data: Batch, steps: int, seed: int) -> Iterator[Batch]:
-    """That many batches of 64, in a new order for each pass over the data."""
+    """Draws batches of 64, in a new order for each pass over the data."""
     rng = np.random.default_rng(seed)
     order = np.empty(0, np.int64)
     for _ in range(steps):
@@ -47,12 +53,12 @@ def batches(data: Batch, steps: int, seed: int) -> Iterator[Batch]:
         yield Batch(data.images[chosen], data.labels[chosen])
 
 
-def stacked(seeds: int) -> tuple[Batch, Batch]:
-    """What to train and to test on for each of some seeds, along a first axis."""
+def load_seeds(seeds: int) -> tuple[Batch, Batch]:
+    """The images to train and to test on of each seed, along a first axis."""
     splits = [load(seed) for seed in range(seeds)]
     return jax.tree.map(lambda *arrays: np.stack(arrays), *splits)
 
 
-def flat(images: ArrayLike) -> jax.Array:
+def flatten(images: ArrayLike) -> jax.Array:
     """Images of shape (n, 8, 8, 1) as rows of pixels, of shape (n, 64)."""
     return einops.rearrange(jnp.asarray(images), "n h w 1 -> n (h w)")

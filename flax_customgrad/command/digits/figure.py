@@ -13,23 +13,23 @@ _PLAIN, _CONVERTED = "#56B4E9", "#D55E00"
 _SMALLEST, _LARGEST = 1e-9, 10.0
 
 
-def save(found: Comparison, path: Path) -> None:
+def save(result: Comparison, path: Path) -> None:
     """Draws the figure of a comparison and saves it as PNG."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _draw_losses(left, found)
-    _draw_gradients(right, found)
-    figure.suptitle(f"Handwritten digits, {found.steps} steps, seed {found.seed}")
+    _draw_losses(left, result)
+    _draw_gradients(right, result)
+    figure.suptitle(f"Handwritten digits, {result.steps} steps, seed {result.seed}")
     # A Figure of its own, without pyplot, is drawn by Agg and needs no display.
     figure.savefig(path, dpi=150)
 
 
-def _draw_losses(axes: Axes, found: Comparison) -> None:
-    steps = range(1, found.steps + 1)
-    marker = "o" if found.steps == 1 else None
+def _draw_losses(axes: Axes, result: Comparison) -> None:
+    steps = range(1, result.steps + 1)
+    marker = "o" if result.steps == 1 else None
     for run, name, style in (
-        (found.plain, "plain nnx", {"color": _PLAIN, "linewidth": 3}),
-        (found.converted, "converted", {"color": _CONVERTED, "linewidth": 0.9}),
+        (result.plain, "plain nnx", {"color": _PLAIN, "linewidth": 3}),
+        (result.converted, "converted", {"color": _CONVERTED, "linewidth": 0.9}),
     ):
         label = f"{name}, test accuracy {run.test_accuracy:.1%}"
         axes.plot(steps, run.losses, label=label, marker=marker, **style)
@@ -38,8 +38,8 @@ def _draw_losses(axes: Axes, found: Comparison) -> None:
     axes.legend(frameon=False)
 
 
-def _draw_gradients(axes: Axes, found: Comparison) -> None:
-    names, differences = list(found.gradients), list(found.gradients.values())
+def _draw_gradients(axes: Axes, result: Comparison) -> None:
+    names, differences = list(result.gradients), list(result.gradients.values())
     # A bar on a logarithmic axis has to end somewhere, for a difference of 0 and for one of inf.
     lengths = [min(max(difference, _SMALLEST), _LARGEST) for difference in differences]
     bars = axes.barh(names, lengths, color=_CONVERTED, height=0.6)

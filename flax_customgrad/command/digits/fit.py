@@ -22,7 +22,7 @@ def fit(
     steps: int,
     key: jax.Array,
 ) -> Network:
-    """Trains a network with Adam, its rate a cosine from 3e-3 to 0.
+    """Trains a network with Adam; the learning rate falls from 3e-3 to 0 by a cosine.
 
     Args:
         network: the network; it may write its state when it is called.
@@ -37,7 +37,7 @@ def fit(
     graph, params, rest = nnx.split(network, nnx.Param, ...)
     optimizer = optax.adam(optax.cosine_decay_schedule(_RATE, steps))
 
-    def of_params(params: Any, rest: Any, batch: Batch) -> tuple[jax.Array, Any]:
+    def loss_of_params(params: Any, rest: Any, batch: Batch) -> tuple[jax.Array, Any]:
         network = nnx.merge(graph, params, rest, copy=True)
         return loss(network, batch), nnx.state(network, nnx.Not(nnx.Param))
 
@@ -45,10 +45,10 @@ def fit(
         params, rest, state = carry
         chosen = jax.random.randint(key, (_BATCH,), 0, len(train.labels))
         batch = jax.tree.map(lambda a: jnp.asarray(a)[chosen], train)
-        gradient, rest = jax.grad(of_params, has_aux=True)(params, rest, batch)
+        gradient, rest = jax.grad(loss_of_params, has_aux=True)(params, rest, batch)
         updates, state = optimizer.update(gradient, state)
         return (optax.apply_updates(params, updates), rest, state), None
 
-    begin = (params, rest, optimizer.init(params))  # type: ignore[arg-type]
-    (params, rest, _), _ = jax.lax.scan(step, begin, jax.random.split(key, steps))
+    initial = (params, rest, optimizer.init(params))  # type: ignore[arg-type]
+    (params, rest, _), _ = jax.lax.scan(step, initial, jax.random.split(key, steps))
     return nnx.merge(graph, params, rest)

@@ -1,11 +1,11 @@
-"""The network: two convolutions and two dense layers, all of them layers of flax.nnx."""
+"""The network of `train`: two convolutions and two dense layers, all of them of flax.nnx."""
 
 import jax
 from flax import nnx
 
 
 class Network(nnx.Module):
-    """From an image of a digit to a logit for each of ten classes."""
+    """A network from an image of a digit to a logit for each of ten classes."""
 
     def __init__(self, rngs: nnx.Rngs):
         # A bias in front of BatchNorm would be subtracted again: its gradient is rounding alone.
@@ -21,13 +21,13 @@ class Network(nnx.Module):
 
         Args:
             images: array of shape (n, 8, 8, 1).
-            training: whether BatchNorm takes its statistics from these images and notes them.
+            training: whether BatchNorm takes its statistics from these images and records them.
 
         Returns:
             Logits of shape (n, 10).
         """
-        noted = not training
-        x = nnx.relu(self.norm_1(self.conv_1(images), use_running_average=noted))
+        use_running_average = not training
+        x = nnx.relu(self.norm_1(self.conv_1(images), use_running_average))
         x = nnx.max_pool(x, (2, 2), (2, 2))
-        x = nnx.relu(self.norm_2(self.conv_2(x), use_running_average=noted))
+        x = nnx.relu(self.norm_2(self.conv_2(x), use_running_average))
         return self.dense_2(nnx.gelu(self.dense_1(x)))

@@ -1,7 +1,7 @@
-"""Networks in few bits: for each recipe one in which the hidden layers are quantized.
+"""Networks with quantized layers: one for each recipe, with two quantized hidden layers.
 
-The first and the last layer are in float32, as is usual; two hidden ones are not. Around each
-quantized layer stand batch normalization and a rectifier.
+The first and the last layer are in float32, as is usual. Each quantized layer is followed by batch
+normalization and a ReLU.
 """
 
 import functools
@@ -12,7 +12,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_customgrad.command.digits.probe import CLASSES, PIXELS, Activation
+from flax_customgrad.command.digits.blocks import ActivationBlock
+from flax_customgrad.command.digits.data import CLASSES, PIXELS
 from flax_customgrad.layers.normalization.batch_norm import BatchNorm
 from flax_customgrad.low_bit.fp8.fp8_linear import Fp8Linear
 from flax_customgrad.low_bit.int8.int8_linear import Int8Linear
@@ -36,24 +37,24 @@ _WIDTH = 64
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """A way to quantize the hidden layers of a network.
 
     Attributes:
         linear: makes a hidden layer, as `nnx.Linear` is made.
-        within: how many points it may be less accurate than the network in float32.
+        tolerance: how many points it may be less accurate than the network in float32.
         activation: what stands between two layers.
-        at_once: whether networks of several seeds can be trained in one program.
+        vmap_seeds: whether networks of several seeds can be trained in one program.
     """
 
     linear: Callable[..., nnx.Module]
-    within: float = 1.0
+    tolerance: float = 1.0
     activation: Callable[[jax.Array], jax.Array] = nnx.relu
-    at_once: bool = True
+    vmap_seeds: bool = True
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """Makes the network."""
-        hidden = functools.partial(Activation, self.activation, self.linear, _WIDTH, _WIDTH)
+        hidden = functools.partial(ActivationBlock, self.activation, self.linear, _WIDTH, _WIDTH)
         return nnx.Sequential(
             nnx.Linear(PIXELS, _WIDTH, use_bias=False, rngs=rngs),
             BatchNorm(_WIDTH, momentum=0.9, rngs=rngs),
@@ -64,7 +65,7 @@ class Recipe:
         )
 
 
-def _as_it_is(x: jax.Array) -> jax.Array:
+def _identity(x: jax.Array) -> jax.Array:
     return x
 
 
@@ -74,7 +75,7 @@ def _quantized(
     gradient: Callable[[nnx.Rngs], Any] | None = None,
     *,
     between: Callable[[jax.Array], jax.Array] = nnx.relu,
-) -> Recipe:
+) -> TrainingRecipe:
     """Layers whose quantizers are made anew for each."""
 
     def linear(*features: int, rngs: nnx.Rngs, **kwargs: Any) -> nnx.Module:
@@ -87,25 +88,25 @@ def _quantized(
             **kwargs,
         )
 
-    return Recipe(linear, activation=between)
+    return TrainingRecipe(linear, activation=between)
 
 
-def _fake_quant(bits: int, gradient: Callable[[nnx.Rngs], Any] | None = None) -> Recipe:
+def _fake_quant(bits: int, gradient: Callable[[nnx.Rngs], Any] | None = None) -> TrainingRecipe:
     return _quantized(lambda: FakeQuant(bits, axis=-1), lambda: FakeQuant(bits), gradient)
 
 
-def _lsq(bits: int, cls: type[LSQ] = LSQ) -> Recipe:
+def _lsq(bits: int, cls: type[LSQ] = LSQ) -> TrainingRecipe:
     return _quantized(lambda: LSQ(bits), lambda: cls(bits, signed=False, features=1))
 
 
-def _signed_or_not(cls: Callable[..., Any], bits: int) -> Recipe:
+def _signed_or_not(cls: Callable[..., Any], bits: int) -> TrainingRecipe:
     return _quantized(lambda: cls(bits), lambda: cls(bits, signed=False))
 
 
-FLOAT32 = Recipe(nnx.Linear)
+FLOAT32 = TrainingRecipe(nnx.Linear)
 """What the others are compared with."""
 
-RECIPES: dict[str, Recipe] = {
+RECIPES: dict[str, TrainingRecipe] = {
     "FakeQuant W8A8": _fake_quant(8),
     "FakeQuant W4A4": _fake_quant(4),
     "FakeQuant W8A8, gradient of 8 bits": _fake_quant(8, lambda rngs: GradientQuant(8, rngs=rngs)),
@@ -114,7 +115,7 @@ RECIPES: dict[str, Recipe] = {
     "LSQ W2A2": _lsq(2),
     "LSQ W4, LSQ+ A4": _lsq(4, LSQPlus),
     "FakeQuant W4, PACT A4": _quantized(
-        lambda: FakeQuant(4, axis=-1), lambda: PACT(4), between=_as_it_is
+        lambda: FakeQuant(4, axis=-1), lambda: PACT(4), between=_identity
     ),
     "DoReFa W4A4, gradient of 6 bits": _quantized(
         lambda: DoReFaWeight(4),
@@ -124,17 +125,19 @@ RECIPES: dict[str, Recipe] = {
     "TQT W4A4": _signed_or_not(TQT, 4),
     "EWGS W4A4": _signed_or_not(EWGS, 4),
     "TTQ": _quantized(TTQ),
-    "TernaryLinear": Recipe(TernaryLinear),
-    "BitLinear": Recipe(BitLinear),
-    "BinaryLinear": Recipe(BinaryLinear, within=3.0, activation=_as_it_is),
-    "Int8Linear": Recipe(Int8Linear),
-    "Int8Linear, backward in int8": Recipe(
+    "TernaryLinear": TrainingRecipe(TernaryLinear),
+    "BitLinear": TrainingRecipe(BitLinear),
+    "BinaryLinear": TrainingRecipe(BinaryLinear, tolerance=3.0, activation=_identity),
+    "Int8Linear": TrainingRecipe(Int8Linear),
+    "Int8Linear, backward in int8": TrainingRecipe(
         functools.partial(Int8Linear, backward="int8", stochastic_rounding=True)
     ),
-    "Int8Linear, SwitchBack": Recipe(functools.partial(Int8Linear, backward="switchback")),
-    "Fp8Linear, current scaling": Recipe(functools.partial(Fp8Linear, scaling="current")),
-    "Fp8Linear, delayed scaling": Recipe(functools.partial(Fp8Linear, history=16), at_once=False),
-    "MXLinear, MXFP8": Recipe(MXLinear),
-    "MXLinear, MXFP4": Recipe(functools.partial(MXLinear, format="mxfp4")),
-    "NVFP4Linear": Recipe(NVFP4Linear),
+    "Int8Linear, SwitchBack": TrainingRecipe(functools.partial(Int8Linear, backward="switchback")),
+    "Fp8Linear, current scaling": TrainingRecipe(functools.partial(Fp8Linear, scaling="current")),
+    "Fp8Linear, delayed scaling": TrainingRecipe(
+        functools.partial(Fp8Linear, history=16), vmap_seeds=False
+    ),
+    "MXLinear, MXFP8": TrainingRecipe(MXLinear),
+    "MXLinear, MXFP4": TrainingRecipe(functools.partial(MXLinear, format="mxfp4")),
+    "NVFP4Linear": TrainingRecipe(NVFP4Linear),
 }

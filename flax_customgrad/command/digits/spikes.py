@@ -1,4 +1,4 @@
-"""Digits as spikes over time, and blocks of spiking neurons that hand them on."""
+"""Digits as spike trains, and blocks of spiking neurons."""
 
 from collections.abc import Callable
 
@@ -6,31 +6,31 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.command.digits.probe import Block
+from flax_customgrad.command.digits.blocks import Block
 
 STEPS = 25
 """For how many steps an image is shown."""
 
 
 class SpikeTrains(nnx.Module):
-    """Images as spikes: in each step a pixel fires with the probability of its intensity."""
+    """Encodes images as spikes: in each step a pixel fires with its intensity as probability."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.rngs = rngs["spikes"].fork()
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Spikes of shape (STEPS, n, pixels), 0 or 1, from intensities of shape (n, pixels)."""
+        """Draws spikes of shape (STEPS, n, pixels), 0 or 1, from intensities of (n, pixels)."""
         fired = jax.random.bernoulli(self.rngs(), pixels, (STEPS, *pixels.shape))
         return fired.astype(jnp.float32)
 
 
-class Spiking(Block):
+class SpikingBlock(Block):
     """A linear layer and spiking neurons.
 
     Args:
         neurons: makes the cell from the number of neurons.
-        in_features: how many neurons come in.
-        out_features: how many go out.
+        in_features: how many features come in.
+        out_features: how many neurons there are.
         rngs: the streams.
     """
 
@@ -46,8 +46,8 @@ class Spiking(Block):
         self.neurons = nnx.RNN(neurons(out_features), time_major=True, rngs=rngs)
 
     def __call__(self, spikes: jax.Array) -> jax.Array:
-        """Spikes of shape (steps, n, out_features) from those of (steps, n, in_features)."""
-        return self.let_through(self.neurons(self.linear(spikes)))  # type: ignore[arg-type]
+        """Maps spikes of shape (steps, n, in_features) to spikes of (steps, n, out_features)."""
+        return self.gate_gradient(self.neurons(self.linear(spikes)))  # type: ignore[arg-type]
 
 
 def over_time(*layers: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:

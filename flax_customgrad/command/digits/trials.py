@@ -1,4 +1,4 @@
-"""A network for each estimator of the catalogue, in which learning depends on its gradient."""
+"""A network for each estimator of the catalogue, which learns through its gradient."""
 
 import functools
 from collections.abc import Callable
@@ -8,16 +8,15 @@ import einops
 import jax
 from flax import nnx
 
-from flax_customgrad.command.digits.probe import (
-    CLASSES,
-    PIXELS,
+from flax_customgrad.command.digits.blocks import (
     WIDTH,
-    Activation,
+    ActivationBlock,
     Block,
-    Make,
-    Weights,
+    MakeBlock,
+    WeightBlock,
 )
-from flax_customgrad.command.digits.spikes import Spiking, over_time
+from flax_customgrad.command.digits.data import CLASSES, PIXELS
+from flax_customgrad.command.digits.spikes import SpikingBlock, over_time
 from flax_customgrad.estimators.categorical.gumbel_softmax import GumbelSoftmax
 from flax_customgrad.estimators.categorical.reinmax import ReinMax
 from flax_customgrad.estimators.categorical.top_k import TopKST
@@ -37,33 +36,30 @@ from flax_customgrad.gradients.feedback.direct_feedback import DirectFeedback
 from flax_customgrad.gradients.feedback.feedback_conv import FeedbackConv
 from flax_customgrad.gradients.feedback.feedback_linear import FeedbackLinear
 
-_SIZE = 4
-"""How many features are one vector to a codebook."""
+_CODE_FEATURES = 4
+"""How many features make one vector for a codebook."""
 
-_CHOICES = 8
+_CLASSES_PER_CHOICE = 8
 """How many features are the classes of one categorical choice."""
 
-Linear = Callable[..., nnx.Module]
-
-
 Chain = Callable[..., nnx.Module]
-"""Makes one Module of layers, and `rngs`, which calls them one after another."""
+"""Makes one Module of layers and `rngs`, which calls the layers in order."""
 
 
 def in_sequence(*layers: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
-    """The plain chain."""
+    """Calls layers one after another."""
     return nnx.Sequential(*layers)
 
 
 class Trial(NamedTuple):
-    """A network to try an estimator in: two hidden blocks with it, and a layer that reads them.
+    """A network with an estimator in its two hidden blocks, and a layer that reads them.
 
     Attributes:
         block: makes a hidden block.
         chain: puts the layers one after another.
     """
 
-    block: Make
+    block: MakeBlock
     chain: Chain = in_sequence
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
@@ -76,19 +72,21 @@ class Trial(NamedTuple):
         )
 
 
-def _drawing(step: Callable[[nnx.Rngs], Callable[..., Any]]) -> Trial:
-    """A step of features that is made from the streams that it draws from."""
+def _random(step: Callable[[nnx.Rngs], Callable[..., Any]]) -> Trial:
+    """A step function of features that draws from random streams."""
 
     def make(in_features: int, out_features: int, rngs: nnx.Rngs) -> Block:
-        return Activation(step(rngs), nnx.Linear, in_features, out_features, rngs)
+        return ActivationBlock(step(rngs), nnx.Linear, in_features, out_features, rngs)
 
     return Trial(make)
 
 
 def _step(
-    function: Callable[..., Any], linear: Linear = nnx.Linear, chain: Chain = in_sequence
+    function: Callable[..., Any],
+    linear: Callable[..., nnx.Module] = nnx.Linear,
+    chain: Chain = in_sequence,
 ) -> Trial:
-    return Trial(functools.partial(Activation, function, linear), chain)
+    return Trial(functools.partial(ActivationBlock, function, linear), chain)
 
 
 def _three_levels(
@@ -100,33 +98,33 @@ def _three_levels(
 
 
 def _weights(function: Callable[[jax.Array], jax.Array]) -> Trial:
-    return Trial(functools.partial(Weights, function))
+    return Trial(functools.partial(WeightBlock, function))
 
 
-class _Choices(nnx.Module):
-    """A categorical choice among each few features."""
+class _GroupedChoice(nnx.Module):
+    """A categorical choice in each group of features."""
 
     def __init__(self, layer: Callable[[jax.Array], jax.Array]):
         self.layer = layer
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        chosen = self.layer(einops.rearrange(x, "n (i k) -> n i k", k=_CHOICES))
+        chosen = self.layer(einops.rearrange(x, "n (i k) -> n i k", k=_CLASSES_PER_CHOICE))
         return einops.rearrange(chosen, "n i k -> n (i k)")
 
 
-class _Codes(nnx.Module):
-    """A codebook for each few features; returns its loss too."""
+class _GroupedCodebook(nnx.Module):
+    """A codebook for the vectors that groups of features make; returns its loss too."""
 
     def __init__(self, layer: Callable[[jax.Array], Quantized]):
         self.layer = layer
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        found = self.layer(einops.rearrange(x, "n (i d) -> n i d", d=_SIZE))
-        return einops.rearrange(found.values, "n i d -> n (i d)"), found.loss
+        result = self.layer(einops.rearrange(x, "n (i d) -> n i d", d=_CODE_FEATURES))
+        return einops.rearrange(result.values, "n i d -> n (i d)"), result.loss
 
 
-class _Convolved(nnx.Module):
-    """Features as an image of 2 by 2 patches, and back."""
+class _FeedbackConvBlock(nnx.Module):
+    """A FeedbackConv of features that are taken for an image of 2 by 2 patches."""
 
     def __init__(self, in_features: int, out_features: int, **kwargs: Any):
         self.conv = FeedbackConv(in_features // 4, out_features // 4, (3, 3), **kwargs)
@@ -136,20 +134,20 @@ class _Convolved(nnx.Module):
         return einops.rearrange(self.conv(patches), "n h w c -> n (h w c)")
 
 
-def _chosen(cls: Callable[..., Any], *args: Any) -> Trial:
-    return _drawing(lambda rngs: _Choices(cls(*args, rngs=rngs)))
+def _choice(cls: Callable[..., Any], *args: Any) -> Trial:
+    return _random(lambda rngs: _GroupedChoice(cls(*args, rngs=rngs)))
 
 
-def _coded(make: Callable[[nnx.Rngs], Any]) -> Trial:
-    return _drawing(lambda rngs: _Codes(make(rngs)))
+def _codebook(make: Callable[[nnx.Rngs], Any]) -> Trial:
+    return _random(lambda rngs: _GroupedCodebook(make(rngs)))
 
 
 def _vq(**kwargs: Any) -> Trial:
-    return _coded(lambda rngs: VectorQuantizer(32, _SIZE, rngs=rngs, **kwargs))
+    return _codebook(lambda rngs: VectorQuantizer(32, _CODE_FEATURES, rngs=rngs, **kwargs))
 
 
-def _neurons(cell: Callable[[int], nnx.RNNCellBase]) -> Trial:
-    return Trial(functools.partial(Spiking, cell), over_time)
+def _spiking(cell: Callable[[int], nnx.RNNCellBase]) -> Trial:
+    return Trial(functools.partial(SpikingBlock, cell), over_time)
 
 
 def _by_direct_feedback(*layers: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
@@ -162,7 +160,7 @@ TRIALS: dict[str, Trial] = {
     "ceil_ste": _three_levels(rounding.ceil_ste),
     "trunc_ste": _three_levels(rounding.trunc_ste),
     "clip_ste": _three_levels(rounding.round_ste, "masked"),
-    "StochasticRound": _drawing(lambda rngs: rounding.StochasticRound(rngs=rngs)),
+    "StochasticRound": _random(lambda rngs: rounding.StochasticRound(rngs=rngs)),
     "SteSign": _step(sign.SteSign()),
     "ApproxSign": _step(sign.ApproxSign()),
     "SwishSign": _step(sign.SwishSign()),
@@ -170,27 +168,27 @@ TRIALS: dict[str, Trial] = {
     "SteTern": _weights(ternary.SteTern("twn")),
     "MagnitudeAwareSign": _weights(scaled_sign.MagnitudeAwareSign()),
     "XNORSign": _weights(scaled_sign.XNORSign()),
-    "GumbelSoftmax": _chosen(GumbelSoftmax),
-    "ReinMax": _chosen(ReinMax),
-    "TopKST": _chosen(TopKST, 2),
+    "GumbelSoftmax": _choice(GumbelSoftmax),
+    "ReinMax": _choice(ReinMax),
+    "TopKST": _choice(TopKST, 2),
     "n_m_sparsify": _weights(n_m_sparsify),
     "NMSparseLinear": _step(sign.SteSign(), NMSparseLinear),
     "VectorQuantizer": _vq(),
     "VectorQuantizer (rotation)": _vq(gradient="rotation"),
     "VectorQuantizer (ema)": _vq(learning="ema"),
-    "ResidualVQ": _coded(lambda rngs: ResidualVQ(2, 8, _SIZE, rngs=rngs)),
-    "FSQ": _coded(lambda rngs: FSQ((5,) * _SIZE)),
-    "LFQ": _coded(lambda rngs: LFQ(_SIZE)),
-    "SimVQ": _coded(lambda rngs: SimVQ(32, _SIZE, rngs=rngs)),
+    "ResidualVQ": _codebook(lambda rngs: ResidualVQ(2, 8, _CODE_FEATURES, rngs=rngs)),
+    "FSQ": _codebook(lambda rngs: FSQ((5,) * _CODE_FEATURES)),
+    "LFQ": _codebook(lambda rngs: LFQ(_CODE_FEATURES)),
+    "SimVQ": _codebook(lambda rngs: SimVQ(32, _CODE_FEATURES, rngs=rngs)),
     "surrogate.fast_sigmoid": _step(functools.partial(surrogate.fast_sigmoid, slope=5.0)),
     "surrogate.atan": _step(surrogate.atan),
     "surrogate.sigmoid": _step(surrogate.sigmoid),
     "surrogate.triangular": _step(surrogate.triangular),
     "surrogate.boxcar": _step(surrogate.boxcar),
     "surrogate.piecewise_exponential": _step(surrogate.piecewise_exponential),
-    "Leaky": _neurons(Leaky),
-    "LIF": _neurons(LIF),
+    "Leaky": _spiking(Leaky),
+    "LIF": _spiking(LIF),
     "FeedbackLinear": _step(nnx.relu, FeedbackLinear),
-    "FeedbackConv": _step(nnx.relu, _Convolved),
+    "FeedbackConv": _step(nnx.relu, _FeedbackConvBlock),
     "DirectFeedback": _step(nnx.tanh, chain=_by_direct_feedback),
 }

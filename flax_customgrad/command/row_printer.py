@@ -1,25 +1,26 @@
-"""A table that grows a row at a time: columns in a terminal, or Markdown."""
+"""A table that is printed row by row: columns in a terminal, or Markdown."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _WIDTH = 14
 
 
-class Rows:
-    """Prints rows as they come.
+class RowPrinter:
+    """Prints a heading, and then each row as soon as it is known.
 
     Args:
-        console: where to.
+        console: where to print.
         heading: the title of each column.
-        names: what will stand in the first column.
+        names: what will stand in the first column, which is as wide as the longest of them.
         markdown: whether to print Markdown.
     """
 
     def __init__(
-        self, console: Console, heading: Sequence[str], names: Sequence[str], markdown: bool
+        self, console: "Console", heading: Sequence[str], names: Sequence[str], markdown: bool
     ):
         self._console = console
         self._markdown = markdown
@@ -30,20 +31,22 @@ class Rows:
         else:
             self._print(self._in_columns(heading), "dim")
 
-    def add(self, name: str, values: Sequence[str], fine: bool = True) -> None:
+    def add(self, name: str, values: Sequence[str], passed: bool = True) -> None:
         """Prints a row.
 
         Args:
             name: what stands in the first column.
             values: what stands in the others.
-            fine: whether the row is as it should be.
+            passed: whether the row meets what is asked of it; one that does not is red.
         """
         if self._markdown:
             self._print(_in_markdown((name, *values)))
         else:
-            self._print(self._in_columns((name, *values)), "" if fine else "red")
+            self._print(self._in_columns((name, *values)), "" if passed else "red")
 
     def _print(self, line: str, style: str = "") -> None:
+        from rich.text import Text
+
         self._console.print(Text(line, style), soft_wrap=True)
 
     def _in_columns(self, cells: Sequence[str]) -> str:

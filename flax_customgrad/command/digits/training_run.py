@@ -1,4 +1,4 @@
-"""One network in training, as pure functions of its state: what JAX compiles, times and traces."""
+"""A network in training, as pure functions of its state, which JAX compiles, times and traces."""
 
 import functools
 import time
@@ -15,7 +15,7 @@ from flax_customgrad.contract.residuals import residual_bytes
 _OPTIMIZER = optax.adam(1e-3)
 
 
-class State(NamedTuple):
+class TrainingState(NamedTuple):
     """What a step changes."""
 
     params: nnx.State
@@ -23,7 +23,7 @@ class State(NamedTuple):
     optimizer: Any
 
 
-class Run:
+class TrainingRun:
     """A network, its state, and the course of its training.
 
     Attributes:
@@ -34,7 +34,7 @@ class Run:
 
     def __init__(self, network: Network):
         self._graph, params, statistics = nnx.split(network, nnx.Param, ...)
-        self.state = State(params, statistics, _OPTIMIZER.init(params))  # type: ignore[arg-type]
+        self.state = TrainingState(params, statistics, _OPTIMIZER.init(params))  # type: ignore[arg-type]
         self.losses: list[float] = []
         self.accuracies: list[float] = []
         self._step = jax.jit(functools.partial(_step, self._graph))
@@ -47,7 +47,7 @@ class Run:
         return gradient
 
     def seconds(self, batch: Batch) -> float:
-        """How long a step takes, which is not kept."""
+        """How long a step takes; its result is dropped."""
         start = time.perf_counter()
         jax.block_until_ready(self._step(self.state, batch))
         return time.perf_counter() - start
@@ -65,14 +65,16 @@ class Run:
         return residual_bytes(loss, self.state.params)
 
 
-def _step(graph: Any, state: State, batch: Batch) -> tuple[State, jax.Array, jax.Array, nnx.State]:
+def _step(
+    graph: Any, state: TrainingState, batch: Batch
+) -> tuple[TrainingState, jax.Array, jax.Array, nnx.State]:
     """One step of the optimizer: the new state, loss, accuracy and gradient."""
     params, statistics, optimizer = state
     loss_and_gradient = jax.value_and_grad(_loss, has_aux=True)
     (loss, (statistics, accuracy)), gradient = loss_and_gradient(params, graph, statistics, batch)
     updates, optimizer = _OPTIMIZER.update(gradient, optimizer)
     params = optax.apply_updates(params, updates)
-    return State(params, statistics, optimizer), loss, accuracy, gradient  # type: ignore[arg-type]
+    return TrainingState(params, statistics, optimizer), loss, accuracy, gradient  # type: ignore[arg-type]
 
 
 def _loss(
