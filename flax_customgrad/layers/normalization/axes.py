@@ -1,4 +1,4 @@
-"""`NormAxes`: what a normalization sums over, and along what it scales."""
+"""`NormAxes`: the axes that share statistics, and the axes along which scale and bias vary."""
 
 import math
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from jax import lax
 class NormAxes:
     """Which elements share statistics, and which share a scale and a bias.
 
-    A sum over what is reduced is taken in two steps: first over the axes without features, which
+    A sum over the reduced axes is taken in two steps: first over those without features, which
     leaves what the gradients of scale and bias need too, then over the features.
 
     Attributes:
@@ -31,7 +31,7 @@ class NormAxes:
 
     @classmethod
     def of(cls, ndim: int, reduced: Any, features: Any, groups: int | None = None) -> "NormAxes":
-        """Axes as a user gives them: an int or several, negative ones counted from the end.
+        """Takes axes as a user gives them: an int or several, negative ones from the end.
 
         Args:
             ndim: the number of axes of the input.
@@ -46,7 +46,7 @@ class NormAxes:
 
     @classmethod
     def per_feature(cls, ndim: int, features: Any) -> "NormAxes":
-        """Axes of which all share statistics but those of the features.
+        """All axes but those of the features share statistics, as in `BatchNorm`.
 
         Args:
             ndim: the number of axes of the input.
@@ -67,17 +67,17 @@ class NormAxes:
         """The sum over the reduced axes that carry no features; they stay, with size 1."""
         if not self.plain:
             return a
-        # Two sums are made of this one. XLA would merge each with it and go through `a` twice.
+        # Barrier: two sums are made of this one. XLA would merge each with it and read `a` twice.
         return lax.optimization_barrier(jnp.sum(a, self.plain, keepdims=True))
 
     def sum_features(self, a: jax.Array) -> jax.Array:
-        """The rest of the sum, of what `sum_plain` left: one number per statistic."""
+        """The second step: sums what `sum_plain` left over the features, one number a statistic."""
         if self.groups is not None:
             return jnp.sum(rearrange(a, "... (g k) -> ... g k", g=self.groups), -1)
         return jnp.sum(a, [i for i in self.reduced if i in self.features], keepdims=True)
 
     def sum(self, a: jax.Array) -> jax.Array:
-        """The sum over everything that shares statistics."""
+        """The sum over all elements that share a statistic."""
         if self.groups is None:
             return jnp.sum(a, self.reduced, keepdims=True)
         return self.sum_features(self.sum_plain(a))
@@ -92,8 +92,13 @@ class NormAxes:
         """How many elements of an input of this shape share a statistic."""
         return math.prod(shape[i] for i in self.reduced) // (self.groups or 1)
 
+    def statistic_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a statistic of an input of this shape, as `sum` yields it."""
+        sizes = [1 if i in self.reduced else n for i, n in enumerate(shape)]
+        return (*sizes[:-1], self.groups) if self.groups is not None else tuple(sizes)
+
     def along(self, parameter: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """A scale or bias so that it broadcasts against an input of this shape.
+        """A scale or bias, so that it broadcasts against an input of this shape.
 
         Raises:
             ValueError: the feature axes have another number of elements.
@@ -108,19 +113,19 @@ class NormAxes:
         others = [i for i in range(len(shape)) if i not in self.features]
         return lax.expand_dims(parameter.reshape(sizes), others)
 
-    def of_parameter(self, partial: jax.Array, like: jax.Array) -> jax.Array:
-        """The gradient of a scale or bias, from what `sum_plain` left of it.
+    def parameter_sum(self, partial: jax.Array, like: jax.Array) -> jax.Array:
+        """The gradient of a scale or bias: the sum over all axes but its own.
 
         Args:
-            partial: a sum over the reduced axes without features.
-            like: the parameter.
+            partial: what `sum_plain` left.
+            like: the parameter, for the shape.
         """
         rest = [i for i in range(partial.ndim) if i not in self.features]
         return lax.reduce_sum(partial, rest).reshape(like.shape)
 
 
 def canonical(ndim: int, axes: Any) -> tuple[int, ...]:
-    """Axes as ascending numbers from 0, each once.
+    """Sorts axes, counted from 0 and each once.
 
     Args:
         ndim: the number of axes there are.

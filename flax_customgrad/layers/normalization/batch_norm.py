@@ -1,14 +1,23 @@
-"""BatchNorm: each feature normalized over the batch, arXiv:1502.03167.
+"""BatchNorm: each feature normalized over the batch.
 
-In training the gradient is that of `normalize`. The running statistics are updated outside of it,
-from the statistics that it returns. In evaluation they are constants to normalize by:
+In training the gradient is that of `normalize`, with means over all axes but that of the features.
+The running statistics are updated outside of it, from the statistics that it returns. In evaluation
+they are constants to normalize by, in the operation `normalize_by`:
 
-    forward   x^ = (x - mean) r,  r = 1 / sqrt(var + epsilon),  y = scale x^ + bias
-    backward  dx = r scale g,  dscale = sum(g x^),  dbias = sum(g)
-              dmean = -r scale sum(g),  dvar = -r^2 scale sum(g x^) / 2
-    kept      x and the parameters
+    forward   x_hat  = (x - mean) rstd,  rstd = 1 / sqrt(var + epsilon)
+              y      = scale x_hat + bias
+    backward  sum_g  = sum(g),  sum_gx = sum(g x_hat)      over all axes but that of the features
+              dx     = rstd scale g
+              dscale = sum_gx,  dbias = sum_g
+              dmean  = -rstd scale sum_g,  dvar = -rstd^2 scale sum_gx / 2
+    kept      x and the parameters, as they came
+
+Source: arXiv:1502.03167
 """
 
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import chex
@@ -16,13 +25,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
+from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, parameters
 from flax_customgrad.layers.normalization.axes import NormAxes
-from flax_customgrad.layers.normalization.norm import Norm, choosing
-from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.layers.normalization.normalize import Norm, NormResidual
 
 
 class Residuals(NamedTuple):
@@ -51,7 +60,7 @@ def normalize_by(
     Returns:
         Array of x's shape in `dtype`.
     """
-    y = _standardized(params, x, axes, epsilon)
+    y = _x_hat(params, x, axes, epsilon)
     if "scale" in params:
         y = y * axes.along(params["scale"], x.shape)
     if "bias" in params:
@@ -66,49 +75,61 @@ def _fwd(
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None, None]:
-    params, x, axes = res.params, res.x, res.axes
-    shape = params["mean"].shape
-    g = g.astype(accumulator(g))
-    sum_g = lax.reduce_sum(g, axes.reduced).reshape(shape)
-    gx = g * _standardized(params, x, axes, res.epsilon)
-    sum_gx = lax.reduce_sum(gx, axes.reduced).reshape(shape)
-    chex.assert_equal_shape([sum_g, sum_gx, params["mean"], params["var"]])
+    params, x, axes, epsilon = res
+    dims = chex.Dimensions(F=math.prod(x.shape[i] for i in axes.features))
+    chex.assert_shape(g, x.shape)
+    chex.assert_shape(list(params.values()), dims["F"])
 
-    r = _rstd(params, x, res.epsilon)
-    r_scale = r * params["scale"] if "scale" in params else r
+    x_hat = _x_hat(params, x, axes, epsilon)
+    g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+    sum_g = lax.reduce_sum(g, axes.reduced).reshape(dims["F"])
+    sum_gx = lax.reduce_sum(g * x_hat, axes.reduced).reshape(dims["F"])
+
+    rstd = _rstd(params, x, epsilon)
+    rstd_scale = rstd * params["scale"] if "scale" in params else rstd
     grads = {
-        "mean": -r_scale * sum_g,
-        "var": -r_scale * r * sum_gx / 2,
+        "mean": -rstd_scale * sum_g,
+        "var": -rstd_scale * rstd * sum_gx / 2,
         "scale": sum_gx,
         "bias": sum_g,
     }
-    dx = g * axes.along(r_scale, x.shape)
-    return nnx.State({name: grads[name] for name in params}), dx, None, None, None
+    grads = nnx.State({name: grads[name] for name in params})
+    chex.assert_trees_all_equal_shapes(grads, nnx.State(dict(params)))
+    dx = axes.along(rstd_scale, x.shape) * g
+    return grads, dx, None, None, None
 
 
 normalize_by.defvjp(_fwd, _bwd)
 
 
 def _rstd(params: Parameters, x: jax.Array, epsilon: float) -> jax.Array:
-    return lax.rsqrt(params["var"].astype(accumulator(x, *params.values())) + epsilon)
+    wide = jnp.result_type(jnp.float32, x, *params.values())
+    return lax.rsqrt(params["var"].astype(wide) + epsilon)
 
 
-def _standardized(params: Parameters, x: jax.Array, axes: NormAxes, epsilon: float) -> jax.Array:
-    """x^, in float32 or wider."""
-    mean, r = (axes.along(a, x.shape) for a in (params["mean"], _rstd(params, x, epsilon)))
-    return (x - mean) * r
+def _x_hat(params: Parameters, x: jax.Array, axes: NormAxes, epsilon: float) -> jax.Array:
+    """The normalized input, in float32 or wider."""
+    mean, rstd = (axes.along(a, x.shape) for a in (params["mean"], _rstd(params, x, epsilon)))
+    return (x - mean) * rstd
 
 
 class BatchNorm(nnx.BatchNorm, Norm):
     """`nnx.BatchNorm` that keeps its input alone, and is right for a large mean and huge values.
 
-    Takes what `flax.nnx.BatchNorm` takes, and `residual`, "input" or "output": what the backward
-    keeps. The variance is as exact with `use_fast_variance` as without. A batch that is empty or
-    masked altogether leaves the running statistics alone; its output is the bias, its gradient 0.
+    Takes what `flax.nnx.BatchNorm` takes, and `residual`. The variance is as exact with
+    `use_fast_variance` as without. A batch that is empty or masked altogether leaves the running
+    statistics alone; its output is the bias, its gradient 0.
 
     With `axis_name` the devices share their statistics, each with the weight of the elements that
     it has: the result is that of one device with the whole batch. (nnx weighs a device with a mask
     like one without.)
+
+    Args:
+        residual: what the backward keeps, "input" or "output". The output costs nothing where the
+            next layer keeps it anyway, as a Linear does, and wants a scale without zeros.
+
+    Raises:
+        ValueError: `residual` is neither, or it is "output" and an element of the scale is 0.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -117,11 +138,54 @@ class BatchNorm(nnx.BatchNorm, Norm):
         >>> y = layer(jnp.array([[1.0, 10.0], [3.0, 30.0]]))
         >>> layer.mean[...]
         Array([ 1., 10.], dtype=float32)
+
+    Source: arXiv:1502.03167
     """
 
-    @choosing(nnx.BatchNorm.__init__)
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool | None = False,
+        axis: int = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = nnx.initializers.zeros,
+        scale_init: Initializer = nnx.initializers.ones,
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        residual: NormResidual = "input",
+    ):
+        super().__init__(
+            num_features,
+            use_running_average=use_running_average,
+            axis=axis,
+            momentum=momentum,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            bias_init=bias_init,
+            scale_init=scale_init,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype,
+            rngs=rngs,
+            bias_metadata=bias_metadata,
+            scale_metadata=scale_metadata,
+        )
+        self._set_residual(residual)
 
     def __call__(
         self,
@@ -147,12 +211,12 @@ class BatchNorm(nnx.BatchNorm, Norm):
         """
         if use_running_average is None:
             use_running_average = self.use_running_average
-        if use_running_average is None or not self._ours(x):
+        if use_running_average is None or not self._has_custom_backward(x):
             return super().__call__(x, use_running_average, mask=mask)
         axes = NormAxes.per_feature(x.ndim, self.axis)
         stored = parameters(self, "mean", "var")
         if use_running_average:
-            params = nnx.State({**self._parameters(), **stored})
+            params = nnx.State({**self._scale_and_bias(), **stored})
             dtype = dtypes.canonicalize_dtype(x, *params.values(), dtype=self.dtype)
             return normalize_by(params, x, axes, float(self.epsilon), dtype)
 

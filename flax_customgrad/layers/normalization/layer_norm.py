@@ -1,23 +1,44 @@
-"""LayerNorm: each example normalized over its features, arXiv:1607.06450.
+"""LayerNorm: each example normalized over its features.
 
-The gradient is that of `normalize`, with statistics over `reduction_axes`.
+    forward   x_hat = (x - mean) rstd,  rstd = 1 / sqrt(variance + epsilon)
+              y     = scale x_hat + bias
+    backward  h     = scale g
+              dx    = rstd (h - mean(h) - x_hat mean(h x_hat))
+              dscale = sum(g x_hat),  dbias = sum(g)      over all axes but the feature axes
+    kept      x, or y, and the parameters; three numbers per example
+
+That is the operation `normalize`, with means over `reduction_axes`.
+
+Source: arXiv:1607.06450
 """
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
 from flax_customgrad.layers.normalization.axes import NormAxes
-from flax_customgrad.layers.normalization.norm import Norm, choosing
+from flax_customgrad.layers.normalization.normalize import Norm, NormResidual
 
 
 class LayerNorm(nnx.LayerNorm, Norm):
     """`nnx.LayerNorm` that keeps its input alone, and is right for a large mean and huge values.
 
-    Takes what `flax.nnx.LayerNorm` takes, and `residual`, "input" or "output": what the backward
-    keeps. The variance is as exact with `use_fast_variance` as without. Where everything is masked
-    the output is the bias and the gradient 0.
+    Takes what `flax.nnx.LayerNorm` takes, and `residual`. The variance is as exact with
+    `use_fast_variance` as without. Where everything is masked the output is the bias and the
+    gradient 0.
+
+    Args:
+        residual: what the backward keeps, "input" or "output". The output costs nothing where the
+            next layer keeps it anyway, as a Linear does, and wants a scale without zeros.
+
+    Raises:
+        ValueError: `residual` is neither, or it is "output" and an element of the scale is 0.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -26,17 +47,58 @@ class LayerNorm(nnx.LayerNorm, Norm):
         >>> y = layer(jnp.array([10001.0, 10002.0, 10003.0, 10004.0]))
         >>> [f"{value:.3f}" for value in y]
         ['-1.342', '-0.447', '0.447', '1.342']
+
+    Source: arXiv:1607.06450
     """
 
-    @choosing(nnx.LayerNorm.__init__)
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        epsilon: float = 1e-6,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = nnx.initializers.zeros,
+        scale_init: Initializer = nnx.initializers.ones,
+        reduction_axes: int | Sequence[int] = -1,
+        feature_axes: int | Sequence[int] = -1,
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        residual: NormResidual = "input",
+    ):
+        super().__init__(
+            num_features,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            bias_init=bias_init,
+            scale_init=scale_init,
+            reduction_axes=reduction_axes,
+            feature_axes=feature_axes,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype,
+            rngs=rngs,
+            bias_metadata=bias_metadata,
+            scale_metadata=scale_metadata,
+        )
+        self._set_residual(residual)
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes an input.
 
         Args:
-            x: array of any shape; its feature axes have `num_features` elements.
+            x: float array of any shape; its feature axes have `num_features` elements.
             mask: binary array, broadcastable to x: where statistics are taken.
 
         Returns:
@@ -45,7 +107,7 @@ class LayerNorm(nnx.LayerNorm, Norm):
         Raises:
             ValueError: x lacks an axis, or its feature axes have another size.
         """
-        if not self._ours(x):
+        if not self._has_custom_backward(x):
             return super().__call__(x, mask=mask)
         axes = NormAxes.of(x.ndim, self.reduction_axes, self.feature_axes)
         return self._normalize(x, mask, axes)[0]

@@ -1,23 +1,24 @@
 """`moments`: mean and variance that stay right where the textbook's formulas do not.
 
-    shift       m  = mean(x)
-    correction  c  = mean(x - m)               what rounding left out of m
-    variance    v  = mean((x - m)^2) - c^2
-    1/std       r  = 1 / sqrt(v + epsilon)
-    normalized  x^ = ((x - m) - c) r
+    shift      = mean(x)
+    correction = mean(x - shift)                         what rounding left out of the shift
+    variance   = mean((x - shift)^2) - correction^2
+    rstd       = 1 / sqrt(variance + epsilon)
+    x_hat      = ((x - shift) - correction) rstd
 
-With a mean of 1e4 and a standard deviation of 1, E[x^2] - E[x]^2 in float32 has no correct digit
-(an error of 230 to 770 in the output, 1e7 in dx), E[(x - m)^2] has three; this has all seven. The
-correction stays apart from the shift because float32 cannot hold their sum.
+With a mean of 1e4 and a standard deviation of 1, `E[x^2] - E[x]^2` in float32 has no correct digit
+(an error of 230 to 770 in the output, 1e7 in `dx`), `E[(x - shift)^2]` has three; this has all
+seven. The correction stays apart from the shift because float32 cannot hold their sum.
 
 A square overflows from 1.8e19 on. So the variance is taken a second time of numbers made smaller,
-w = mean((S (x - m))^2), and r is the larger of 1/sqrt(v) and S/sqrt(max(w, floor)): below the floor
-the first is larger, above it they agree, and where v is inf the first is 0. There is no branch in
-it, which XLA on a CPU could not fuse. Only where the sum itself overflows (3.4e38 in float32) is
-the result NaN.
+`shrunk = mean((small (x - shift))^2)`, and `rstd` is the larger of `1 / sqrt(variance)` and
+`small / sqrt(max(shrunk, floor))`: below the floor the first is larger, above it they agree, and
+where the variance is inf the first is 0. There is no branch in it, which XLA on a CPU could not
+fuse. Only where the sum itself overflows (3.4e38 in float32) is the result NaN. Without an epsilon
+a square may vanish as well, and it is taken a third time of numbers made larger, `grown`.
 
-Devices that share statistics exchange their own (count, m, c, v, w), in one collective, and combine
-them exactly; a device without any element weighs nothing.
+Devices that share statistics exchange their own (count, shift, correction, squares), in one
+collective, and combine them exactly; a device without any element weighs nothing.
 """
 
 from dataclasses import dataclass
@@ -32,13 +33,13 @@ from flax_customgrad.layers.normalization.axes import NormAxes
 
 
 class Moments(NamedTuple):
-    """Statistics of an input, one number each for all elements that share them.
+    """Statistics of an input, each one number for all elements that share it.
 
     `NormAxes.spread` makes them broadcast against the input.
     """
 
     shift: jax.Array
-    """About the mean; 0 where the mean is not taken out."""
+    """The rounded mean; 0 where the mean is not taken out."""
     correction: jax.Array
     """The mean of what the shift leaves."""
     variance: jax.Array
@@ -62,14 +63,14 @@ class Devices:
     groups: tuple[tuple[int, ...], ...] | None = None
 
     def sum(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        """The sums of arrays of one shape over the devices, in one collective."""
+        """Sums arrays of one shape over the devices, in one collective."""
         if self.axis_name is None:
             return arrays
         stacked = lax.psum(jnp.stack(arrays), self.axis_name, axis_index_groups=self.groups)
         return tuple(stacked)
 
     def gather(self, a: jax.Array) -> jax.Array:
-        """What each device holds, along a new first axis; the same on all of them."""
+        """Stacks what each device holds along a new first axis; the same on all of them."""
         # A psum of slots rather than an all_gather, whose result shard_map takes to differ.
         index = lax.axis_index(self.axis_name)
         slots = lax.psum(1, self.axis_name, axis_index_groups=self.groups)
@@ -80,7 +81,7 @@ class Devices:
         return self.sum(jnp.where(mine.reshape(-1, *[1] * a.ndim), a, 0))[0]
 
     def own(self, cotangent: jax.Array, like: jax.Array) -> jax.Array:
-        """This device's part of the cotangent of what the devices share; the parts sum to it.
+        """This device's part of a cotangent of what the devices share; the parts sum to it.
 
         Args:
             cotangent: what JAX gives: where it tracks what varies (shard_map with check_vma) the
@@ -101,10 +102,10 @@ def moments(
     epsilon: float,
     centered: bool = True,
 ) -> Moments:
-    """The statistics of an input.
+    """Computes the statistics of an input.
 
     Args:
-        x: the input, float32 or float64.
+        x: the input, of any shape, float32 or float64.
         mask: True where an element counts, broadcastable to x; None where all do.
         axes: which elements share statistics.
         devices: which devices do.
@@ -120,14 +121,14 @@ def moments(
     def mean(a: jax.Array) -> jax.Array:
         return axes.sum(a if mask is None else jnp.where(mask, a, 0)) * per_element
 
-    def correction_squared(s: float) -> jax.Array:
+    def correction_squared(factor: float) -> jax.Array:
         # Where this would overflow, so does the mean square, and inf - inf is no number.
-        return jnp.square(jnp.minimum(jnp.abs(correction * s), root))
+        return jnp.square(jnp.minimum(jnp.abs(correction * factor), root))
 
     small, floor, root, large = _windows(x.dtype)
     if centered:
         shift = mean(x)
-        if mask is not None or size & (size - 1):
+        if mask is not None or not _is_power_of_two(size):
             # Where sum / size is rounded XLA may compute x - shift without that rounding, in one
             # pass and not in another. Of a shift with a bit less there is one version only.
             info = jnp.finfo(x.dtype)
@@ -137,25 +138,31 @@ def moments(
     else:
         shift = correction = jnp.zeros_like(axes.sum(x))
         d = x
-    scales = (1.0, small, large) if epsilon < _TINY else (1.0, small)
-    squares = [mean(jnp.square(d * s)) - correction_squared(s) for s in scales]
+    factors = (1.0, small, large) if epsilon < _TINY else (1.0, small)
+    squares = [mean(jnp.square(d * f)) - correction_squared(f) for f in factors]
     if devices.axis_name is not None:
         count, shift, correction, squares = _combined(
-            devices, count, shift, correction, squares, scales
+            devices, count, shift, correction, squares, factors
         )
-    v, w, *u = (jnp.maximum(square, 0) for square in squares)
-    w = jnp.maximum(w + epsilon * small**2, floor)
-    rstd = jnp.maximum(lax.rsqrt(v + epsilon), small * lax.rsqrt(w))
-    if u:
-        exact = u[0] + epsilon * large**2
-        lifted = jnp.where(exact > 0, large * lax.rsqrt(exact), 0)
-        rstd = jnp.where(v > _TINY, rstd, lifted)
+    variance, shrunk, *grown = (jnp.maximum(square, 0) for square in squares)
+    shrunk = jnp.maximum(shrunk + epsilon * small**2, floor)
+    rstd = jnp.maximum(lax.rsqrt(variance + epsilon), small * lax.rsqrt(shrunk))
+    if grown:
+        exact = grown[0] + epsilon * large**2
+        of_tiny = jnp.where(exact > 0, large * lax.rsqrt(exact), 0)
+        rstd = jnp.where(variance > _TINY, rstd, of_tiny)
     if mask is not None or size == 0:
         rstd = jnp.where(count > 0, rstd, 0)
-    return Moments(shift, correction, v, rstd, count)
+    return Moments(shift, correction, variance, rstd, count)
 
 
 _TINY = 1e-30
+"""The epsilon, and the variance, below which float32 squares lose digits."""
+
+
+def _is_power_of_two(size: Any) -> bool:
+    """Whether a division by it is exact; not known of a symbolic size."""
+    return isinstance(size, int) and not size & (size - 1)
 
 
 def _windows(dtype: Any) -> tuple[float, float, float, float]:
@@ -176,9 +183,9 @@ def _combined(
     shift: jax.Array,
     correction: jax.Array,
     squares: list[jax.Array],
-    scales: tuple[float, ...],
+    factors: tuple[float, ...],
 ) -> tuple[jax.Array, jax.Array, jax.Array, list[jax.Array]]:
-    """The statistics of all devices together, from those of each.
+    """Combines the statistics of each device into those of all of them.
 
     The variance is the weighted mean of each device's own and the square of its distance from the
     mean of all.
@@ -190,7 +197,7 @@ def _combined(
     distance = (m - shift) + c
     correction = (weight * distance).sum(0)
     about = [
-        (weight * (square + ((distance - correction) * s) ** 2)).sum(0)
-        for square, s in zip(squares, scales, strict=True)
+        (weight * (square + ((distance - correction) * factor) ** 2)).sum(0)
+        for square, factor in zip(squares, factors, strict=True)
     ]
     return n.sum(0), shift, correction, about

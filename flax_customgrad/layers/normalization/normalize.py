@@ -1,17 +1,22 @@
-"""`normalize`: the gradient that every normalization of activations shares.
+"""`normalize`: the operation of every normalization of activations, and its gradient.
 
-    forward   x^ = (x - mean) r,  r = 1 / sqrt(var + epsilon)     statistics over the reduced axes
-              y  = scale x^ + bias                                along the feature axes
-    backward  h  = scale g
-              dx = r (h - [sum(h) + x^ sum(h x^)] / n) + dmean / n + 2 dvar (x - mean) / n
-              dscale = sum(g x^),  dbias = sum(g)
+    forward   x_hat   = (x - mean) rstd,  rstd = 1 / sqrt(variance + epsilon)
+              y       = scale x_hat + bias
+    backward  h       = scale g
+              mean_h  = (sum(h) - dmean / rstd) / n
+              mean_hx = (sum(h x_hat) - 2 dvariance / rstd^2) / n
+              dx      = rstd (h - mean_h - x_hat mean_hx)
+              dscale  = sum(g x_hat),  dbias = sum(g)
     kept      x and the parameters, as they came, and per statistic three numbers (`moments`);
-              or, with residual="output", y in the place of x: x^ = (y - bias) / scale
+              or, with residual="output", y in the place of x: x_hat = (y - bias) / scale
 
-n is how many elements share a statistic. With a mask, the sums run over all elements, because all
-were normalized, and the bracket and the last two terms apply where the mask is True. Without a mean
-(RMSNorm) the bracket is x^ sum(h x^) alone. Where there is nothing to divide by (all is masked, or
-epsilon and variance are 0) r is 0: the output is the bias and dx is 0.
+The n elements that share a statistic lie along the reduced axes; scale and bias vary along the
+feature axes. The statistics are outputs as well, and dmean and dvariance are their cotangents.
+
+With a mask the statistics are those of the elements where it is True. The sums run over all
+elements, because all were normalized, and `mean_h + x_hat mean_hx` is subtracted only where the
+mask is True. Without a mean (RMSNorm) mean_h is left out. Where there is nothing to divide by (all
+is masked, or epsilon and variance are 0) rstd is 0: the output is the bias and dx is 0.
 
 Autodiff of nnx keeps two or three arrays of x's size in float32, whatever the dtype of x. All sums
 run in float32, forward as in nnx and backward too.
@@ -24,13 +29,22 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes
 from jax import lax
 
+from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.drop_in import Parameters
+from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.normalization.moments import Devices, Moments, moments
-from flax_customgrad.numerics.accumulation import accumulator
+
+NormResidual = Literal["input", "output"]
+"""What the backward keeps to find the normalized input again.
+
+"input" is right where nothing else keeps either. "output" costs nothing where the next layer keeps
+its input, as a Linear does. But it divides by the scale: digits are lost where |bias / scale| is
+large and where the output is in half precision, and a scale of 0 is an error.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,7 @@ class NormConfig:
         dtype: dtype of the output, in which nnx rounds the input as well.
         centered: whether the mean is taken out.
         devices: the devices that share statistics.
-        residual: what the backward keeps to find x^ again, "input" or "output".
+        residual: what the backward keeps to find x_hat again, "input" or "output".
     """
 
     axes: NormAxes
@@ -51,7 +65,12 @@ class NormConfig:
     dtype: Any
     centered: bool = True
     devices: Devices = field(default_factory=Devices)
-    residual: Literal["input", "output"] = "input"
+    residual: NormResidual = "input"
+
+    @property
+    def sum_dtype(self) -> Any:
+        """The dtype of the statistics and of all sums: float32, or wider where `dtype` is."""
+        return jnp.promote_types(self.dtype, jnp.float32)
 
 
 class Statistics(NamedTuple):
@@ -69,18 +88,18 @@ class Statistics(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What the backward keeps: arrays that the caller holds, and small ones."""
+    """What the backward of `normalize` keeps: arrays that the caller holds, and small ones."""
 
     params: Parameters
     x_or_y: jax.Array
     mask: jax.Array | None
     moments: Moments
-    how: NormConfig
+    config: NormConfig
 
 
 @custom_vjp
 def normalize(
-    params: Parameters, x: jax.Array, mask: jax.Array | None, how: NormConfig
+    params: Parameters, x: jax.Array, mask: jax.Array | None, config: NormConfig
 ) -> tuple[jax.Array, Statistics]:
     """Normalizes an input by its own statistics, then scales and shifts it.
 
@@ -88,105 +107,197 @@ def normalize(
         params: `scale` and `bias`, float, of as many elements as the feature axes have; or without.
         x: input of any shape, float.
         mask: bool, broadcastable to x: where statistics are taken; or None.
-        how: axes, dtype and the rest.
+        config: axes, dtype and the rest.
 
     Returns:
-        The output, of x's shape in `how.dtype`, and the statistics.
+        The output, of x's shape in `config.dtype`, and the statistics.
     """
-    return _normalize(params, x, mask, how)[0]
+    return _normalized(params, x, mask, config)[0]
 
 
-def _normalize(
-    params: Parameters, x: jax.Array, mask: jax.Array | None, how: NormConfig
+def _normalized(
+    params: Parameters, x: jax.Array, mask: jax.Array | None, config: NormConfig
 ) -> tuple[tuple[jax.Array, Statistics], Moments]:
-    wide = _widened(x, how)
-    found = moments(wide, mask, how.axes, how.devices, how.epsilon, how.centered)
-    y = _standardized(wide, found, how)
+    axes, wide = config.axes, _widened(x, config)
+    found = moments(wide, mask, axes, config.devices, config.epsilon, config.centered)
+    y = _x_hat(wide, found, config)
     if "scale" in params:
-        y = y * how.axes.along(params["scale"], x.shape)
+        y = y * axes.along(params["scale"], x.shape)
     if "bias" in params:
-        y = y + how.axes.along(params["bias"], x.shape)
+        y = y + axes.along(params["bias"], x.shape)
     statistics = Statistics(found.shift + found.correction, found.variance, found.n)
-    return (y.astype(how.dtype), statistics), found
+    return (y.astype(config.dtype), statistics), found
 
 
 def _fwd(
-    params: Parameters, x: jax.Array, mask: jax.Array | None, how: NormConfig
+    params: Parameters, x: jax.Array, mask: jax.Array | None, config: NormConfig
 ) -> tuple[tuple[jax.Array, Statistics], Residuals]:
-    out, found = _normalize(params, x, mask, how)
-    if how.residual == "input":
-        return out, Residuals(params, x, mask, found, how)
+    out, found = _normalized(params, x, mask, config)
+    if config.residual == "input":
+        return out, Residuals(params, x, mask, found, config)
     if "scale" in params:
         jax.debug.callback(reject_zeros, params["scale"])
-    return out, Residuals(params, out[0], mask, found, how)
+    return out, Residuals(params, out[0], mask, found, config)
 
 
 def _bwd(
     res: Residuals, cotangents: tuple[jax.Array, Statistics]
 ) -> tuple[nnx.State, jax.Array, None, None]:
-    params, found, how, axes = res.params, res.moments, res.how, res.how.axes
-    g = cotangents[0].astype(accumulator(cotangents[0]))
-    standardized = _standardized_again(res)
-    chex.assert_equal_shape([standardized, g])
+    params, found, config, axes = res.params, res.moments, res.config, res.config.axes
+    g, (dmean, dvariance, _) = cotangents
+    g = g.astype(config.sum_dtype)
+    x_hat = _x_hat_again(res, found)
+    chex.assert_equal_shape([g, x_hat])
+    chex.assert_type([g, x_hat, *found], config.sum_dtype)
+    chex.assert_shape([*found[:4], dmean, dvariance], axes.statistic_shape(g.shape))
     scale = axes.along(params["scale"], g.shape) if "scale" in params else 1
 
-    # First over the axes without features: the gradients of bias and scale want no more.
-    sums = {"bias": axes.sum_plain(g), "scale": axes.sum_plain(g * standardized)}
-    grads = {name: axes.of_parameter(sums[name], params[name]) for name in params}
+    # First over the axes without features: dscale and dbias want no more.
+    sum_g, sum_gx = axes.sum_plain(g), axes.sum_plain(g * x_hat)
+    partial = {"scale": sum_gx, "bias": sum_g}
+    grads = {name: axes.parameter_sum(partial[name], p) for name, p in params.items()}
     chex.assert_trees_all_equal_shapes(grads, dict(params))
 
-    # The statistics' own cotangents enter like sums: dmean = -sum(h) / r and dvar = -sum(h x^)/2r^2
-    # would undo the bracket. They are divided twice because 1 / r^2 may overflow.
-    r = jnp.where(found.rstd > 0, found.rstd, 1)
-    dmean, dvar = (how.devices.own(ct, like=g) / r for ct in cotangents[1][:2])
-    h = axes.sum_features(scale * sums["bias"]) - dmean
-    hx = axes.sum_features(scale * sums["scale"]) - 2 * dvar / r
-    h, hx = (s / jnp.maximum(found.n, 1) for s in how.devices.sum(h, hx))
+    # dvariance is divided twice by rstd, because 1 / rstd^2 may overflow.
+    rstd = jnp.where(found.rstd > 0, found.rstd, 1)
+    dmean, dvariance = (config.devices.own(ct, like=g) for ct in (dmean, dvariance))
+    sum_h = axes.sum_features(scale * sum_g) - dmean / rstd
+    sum_hx = axes.sum_features(scale * sum_gx) - 2 * (dvariance / rstd) / rstd
+    n = jnp.maximum(found.n, 1)
+    mean_h, mean_hx = (s / n for s in config.devices.sum(sum_h, sum_hx))
 
-    # What XLA takes for other statistics it does not share with the sums: an r spread over the
-    # input, and where the sums are a pass of their own x^ itself, it would hold as arrays.
+    # Barrier: stops XLA from sharing an rstd spread over the input, and where the sums are a pass
+    # of their own x_hat itself, with those passes, which would store them as arrays.
     again = Moments(*lax.optimization_barrier(tuple(found)))
     if axes.plain:
-        standardized = _standardized_again(res._replace(moments=again))
-    taken = standardized * axes.spread(hx, g.shape)
-    if how.centered:
-        taken = taken + axes.spread(h, g.shape)
+        x_hat = _x_hat_again(res, again)
+    subtracted = x_hat * axes.spread(mean_hx, g.shape)
+    if config.centered:
+        subtracted = subtracted + axes.spread(mean_h, g.shape)
     if res.mask is not None:
-        taken = jnp.where(res.mask, taken, 0)
-    dx = axes.spread(again.rstd, g.shape) * (scale * g - taken)
+        subtracted = jnp.where(res.mask, subtracted, 0)
+    h = scale * g
+    dx = axes.spread(again.rstd, g.shape) * (h - subtracted)
     return nnx.State(grads), dx, None, None
 
 
 normalize.defvjp(_fwd, _bwd)
 
 
-def _widened(x: jax.Array, how: NormConfig) -> jax.Array:
+def _widened(x: jax.Array, config: NormConfig) -> jax.Array:
     """The input rounded as nnx rounds it, in the dtype of the sums."""
-    return x.astype(how.dtype).astype(jnp.promote_types(how.dtype, jnp.float32))
+    return x.astype(config.dtype).astype(config.sum_dtype)
 
 
-def _standardized(x: jax.Array, found: Moments, how: NormConfig) -> jax.Array:
-    """x^: the input in units of its standard deviation."""
-    m, c, r = (how.axes.spread(a, x.shape) for a in (found.shift, found.correction, found.rstd))
-    return ((x - m) - c) * r if how.centered else x * r
+def _x_hat(x: jax.Array, found: Moments, config: NormConfig) -> jax.Array:
+    """The normalized input."""
+    shift, correction, rstd = (
+        config.axes.spread(a, x.shape) for a in (found.shift, found.correction, found.rstd)
+    )
+    return ((x - shift) - correction) * rstd if config.centered else x * rstd
 
 
-def _standardized_again(res: Residuals) -> jax.Array:
-    """x^ from what was kept."""
-    x_or_y = _widened(res.x_or_y, res.how)
-    if res.how.residual == "input":
-        return _standardized(x_or_y, res.moments, res.how)
+def _x_hat_again(res: Residuals, found: Moments) -> jax.Array:
+    """The normalized input, from what was kept."""
+    x_or_y = _widened(res.x_or_y, res.config)
+    if res.config.residual == "input":
+        return _x_hat(x_or_y, found, res.config)
     for name, undo in (("bias", jnp.subtract), ("scale", jnp.divide)):
         if name in res.params:
-            x_or_y = undo(x_or_y, res.how.axes.along(res.params[name], x_or_y.shape))
+            x_or_y = undo(x_or_y, res.config.axes.along(res.params[name], x_or_y.shape))
     return x_or_y
 
 
 def reject_zeros(scale: Any) -> None:
-    """Runs on the host, because a traced scale is known nowhere else."""
+    """Refuses a scale of 0; it runs on the host, because a traced scale is known nowhere else.
+
+    Args:
+        scale: the scale.
+
+    Raises:
+        ValueError: an element is 0.
+    """
     zeros = [i for i, s in enumerate(scale.ravel()) if s == 0]
     if zeros:
         raise ValueError(
             "residual='output' finds the normalized input from the output by dividing by the "
             f"scale, which is 0 for the features {zeros[:10]}: use residual='input'"
         )
+
+
+class Norm:
+    """Mixed into a normalization of nnx: computes it with `normalize`.
+
+    It comes after the layer among the bases: only then can a layer of nnx become one of these. With
+    a `promote_dtype` of the user's own, and for integer or complex inputs, the layer computes
+    as nnx does and JAX differentiates that.
+
+    Attributes:
+        residual: what the backward keeps, "input" or "output".
+    """
+
+    __slots__ = ()
+    residual: NormResidual = "input"
+    # What the layers of nnx hold.
+    promote_dtype: Any
+    axis_name: Any
+    axis_index_groups: Any
+    epsilon: Any
+    dtype: Any
+
+    def _set_residual(self, residual: NormResidual) -> None:
+        """Makes the choice; a layer that keeps its input holds nothing that nnx's does not."""
+        if residual not in ("input", "output"):
+            raise ValueError(f"residual={residual!r}: expected 'input' or 'output'")
+        if residual == "output":
+            self.residual = residual
+            self._check_scale()
+
+    def _has_custom_backward(self, x: Any) -> bool:
+        """Whether `normalize` computes what nnx would."""
+        return self.promote_dtype is dtypes.promote_dtype and has_custom_backward(
+            x, self._scale_and_bias()
+        )
+
+    def _scale_and_bias(self) -> Parameters:
+        """Those of the two parameters that the layer has."""
+        names = (name for name in ("scale", "bias") if hasattr(self, name))
+        return parameters(self, *names)  # type: ignore[arg-type]
+
+    def _normalize(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        axes: NormAxes,
+        *promoted_with: jax.Array,
+        centered: bool = True,
+    ) -> tuple[jax.Array, Statistics]:
+        """The output and the statistics.
+
+        Args:
+            x: input of any shape, float.
+            mask: binary, broadcastable to x; or None.
+            axes: what shares statistics.
+            *promoted_with: arrays that have a say in the dtype of the output, beside x, scale and
+                bias.
+            centered: whether the mean is taken out.
+        """
+        params = self._scale_and_bias()
+        if self.residual == "output":
+            self._check_scale()
+        groups = self.axis_index_groups
+        config = NormConfig(
+            axes,
+            float(self.epsilon),
+            dtypes.canonicalize_dtype(x, *promoted_with, *params.values(), dtype=self.dtype),
+            centered,
+            Devices(self.axis_name, groups and tuple(map(tuple, groups))),
+            self.residual,
+        )
+        return normalize(params, x, None if mask is None else mask.astype(bool), config)
+
+    def _check_scale(self) -> None:
+        """Refuses a scale of 0 while it can be seen; a traced one is checked when it runs."""
+        scale = self._scale_and_bias().get("scale")
+        if scale is not None and not is_traced(scale):
+            reject_zeros(scale)

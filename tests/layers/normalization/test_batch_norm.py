@@ -166,11 +166,11 @@ def test_statistics_accept_cotangents():
     with jax.enable_x64(True):
         x = jax.random.normal(jax.random.key(0), (8, 3, 6), jnp.float64)
         mask = jax.random.bernoulli(jax.random.key(1), 0.7, x.shape).at[0].set(True)
-        how = NormConfig(NormAxes((0, 1), (2,)), 1e-5, jnp.dtype("float64"))
+        config = NormConfig(NormAxes((0, 1), (2,)), 1e-5, jnp.dtype("float64"))
         params = nnx.State({"scale": jnp.linspace(1, 2, 6), "bias": jnp.ones(6)})
 
         def loss(x, mask):
-            y, found = normalize(params, x, mask, how)
+            y, found = normalize(params, x, mask, config)
             return jnp.sum(y**3) + jnp.sum(jnp.sin(found.mean)) + jnp.sum(found.variance**2)
 
         def plain(x, mask):
