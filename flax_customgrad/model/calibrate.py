@@ -1,7 +1,7 @@
-"""`calibrate`: every quantizer of a model's activations observes what it will be given.
+"""`calibrate`: sets the ranges and scales of activation quantizers from batches of data.
 
-While it does, a quantizer is of a class that observes an array before it quantizes it, so that the
-layers behind see what they will see later: values that are quantized already.
+During calibration each quantizer has a class that observes an array before it quantizes it, so that
+the layers after it are calibrated on quantized values, as they will get them later.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,21 +22,21 @@ M = TypeVar("M")
 def calibrate(model: M, batches: Iterable[Any], call: Callable[[M, Any], Any] | None = None) -> M:
     """Sets the ranges and scales of a model's activation quantizers from batches.
 
-    The model is called on each batch, in eval mode and not compiled. A `FakeQuant` records the
-    range from then on, one that was dynamic too; a learned scale becomes what its `observe` makes
-    of the last batch. Quantizers of weights observed their weights when the layers were made.
+    The model is called on each batch, in eval mode and not compiled. A `FakeQuant` keeps the range
+    that it records, even if it was dynamic before; a learned scale is set by its `observe` from the
+    last batch. A weight quantizer takes its range from the weights when the layer is built.
 
     Args:
-        model: a Module with quantizers, changed in place.
-        batches: what the model is called on, one after another; some hundred examples will do.
-        call: how to call it, if not as `model(batch)`: a function of both.
+        model: a Module with quantizers. It is changed in place.
+        batches: the batches that the model is called on; some hundred examples are enough.
+        call: a function of model and batch that calls the model; `model(batch)` by default.
 
     Returns:
-        The model, in the mode that it was in.
+        The model, in the train or eval mode that it was in.
 
     Raises:
-        ValueError: the model has no quantizer of activations, or none was called, or there is no
-            batch.
+        ValueError: the model has no activation quantizer, or no quantizer was called, or there is
+            no batch.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -49,30 +49,30 @@ def calibrate(model: M, batches: Iterable[Any], call: Callable[[M, Any], Any] | 
         >>> model.activation.high[...]
         Array(3., dtype=float32)
     """
-    found = _of_activations(model)
-    if not found:
+    quantizers = _activation_quantizers(model)
+    if not quantizers:
         raise ValueError(
-            "calibrate: the model has no quantizer of activations. Turn its layers into quantized "
+            "calibrate: the model has no activation quantizer. Turn its layers into quantized "
             "ones with flax_customgrad.convert(model, rules=...)"
         )
     seen: set[int] = set()
-    observing = {kind: _observing(kind, seen) for kind in map(type, found)}
-    before = [(q, type(q), getattr(q, "dynamic", False)) for q in found]
+    observing = {cls: _observing_class(cls, seen) for cls in map(type, quantizers)}
+    before = [(q, type(q), getattr(q, "dynamic", False)) for q in quantizers]
     modes = _modes(model)
     called = False
     try:
         for module, _ in modes:
             module.eval()
-        for quantizer, kind, _ in before:
-            set_class(quantizer, observing[kind])
+        for quantizer, cls, _ in before:
+            set_class(quantizer, observing[cls])
             if isinstance(quantizer, FakeQuant):
                 quantizer.dynamic = False
         for batch in batches:
             called = True
             model(batch) if call is None else call(model, batch)  # type: ignore[operator]
     finally:
-        for quantizer, kind, dynamic in before:
-            set_class(quantizer, kind)
+        for quantizer, cls, dynamic in before:
+            set_class(quantizer, cls)
             if isinstance(quantizer, FakeQuant) and id(quantizer) not in seen:
                 quantizer.dynamic = dynamic
         for module, mode in modes:
@@ -85,14 +85,14 @@ def calibrate(model: M, batches: Iterable[Any], call: Callable[[M, Any], Any] | 
     return model
 
 
-def _of_activations(model: Any) -> list[Quantizer]:
+def _activation_quantizers(model: Any) -> list[Quantizer]:
     modules = [module for _, module in layers(model)]
-    of_weights = {id(getattr(module, "weight", None)) for module in modules}
-    return [m for m in modules if isinstance(m, Quantizer) and id(m) not in of_weights]
+    weight_quantizers = {id(getattr(module, "weight", None)) for module in modules}
+    return [m for m in modules if isinstance(m, Quantizer) and id(m) not in weight_quantizers]
 
 
 def _modes(model: Any) -> list[tuple[nnx.Module, dict[str, Any]]]:
-    """What `eval` changes of each module."""
+    """The attributes of each module that `eval` changes, and their values."""
     names = ("deterministic", "use_running_average")
     return [
         (module, {name: getattr(module, name) for name in names if hasattr(module, name)})
@@ -100,10 +100,10 @@ def _modes(model: Any) -> list[tuple[nnx.Module, dict[str, Any]]]:
     ]
 
 
-def _observing(kind: type[Quantizer], seen: set[int]) -> type[Quantizer]:
-    """A quantizer that observes an array before it quantizes it."""
+def _observing_class(cls: type[Quantizer], seen: set[int]) -> type[Quantizer]:
+    """A subclass that observes an array before it quantizes it, and notes its id in `seen`."""
 
-    class Observing(kind):
+    class Observing(cls):
         def quantize(self, x: jax.Array) -> Codes:
             seen.add(id(self))
             self.observe(x)

@@ -1,11 +1,10 @@
 """`convert` and `revert`: from the layers of flax.nnx to those of this library, and back.
 
-A drop-in subclasses the layer whose place it takes and adds no state, so a layer is converted by
-changing what it *is*: its class. The object stays, so layers that are shared stay shared, and the
-parameters, an optimizer's state and any checkpoint are untouched. (One drop-in has a conversion of
-its own: `WeightNorm` makes Params of the bare arrays that flax 0.12.8 has for scales.) A rule of
-the user's may build a new layer instead; then each place that holds the old one is made to hold the
-new one.
+A drop-in subclasses the layer that it replaces and adds no state, so a layer is converted by
+changing its class. The object stays the same, so shared layers stay shared, and the parameters, the
+state of an optimizer and checkpoints are untouched. (One drop-in has a conversion of its own:
+`WeightNorm` turns the bare arrays that flax 0.12.8 holds as scales into Params.) A user's rule may
+build a new layer instead; then every reference to the old layer is replaced.
 """
 
 import re
@@ -20,18 +19,18 @@ from flax_customgrad.contract.compat import set_class
 M = TypeVar("M")
 
 Where = str | re.Pattern[str] | Callable[[str, nnx.Module], bool]
-"""Which layers: a regular expression for the whole path, or a predicate of path and layer."""
+"""Selects layers: a regular expression for the whole path, or a predicate of path and layer."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of the layers of one type.
+    """How `convert` replaces the layers of one type.
 
     Attributes:
-        layer: the exact type of the layers; a subclass is another type.
-        to: a class with a constructor `from_layer(layer)`, or a subclass of `layer` that holds
-            the same state, or a function from the layer to another.
-        where: narrows the layers by path: a regular expression that must match the whole path,
+        layer: the exact type of the layers; a subclass does not match.
+        to: a class with a class method `from_layer(layer)`, or a subclass of `layer` that holds
+            the same state, or a function from the layer to a new one.
+        where: selects some of these layers: a regular expression that must match the whole path,
             such as "encoder/.*", or a predicate of path and layer.
     """
 
@@ -40,8 +39,8 @@ class Rule:
     where: Where | None = None
 
     def __str__(self) -> str:
-        narrowed = "" if self.where is None else f" where {_shown(self.where)}"
-        return f"{_named(self.layer)} -> {_named(self.to)}{narrowed}"
+        narrowed = "" if self.where is None else f" where {_format_where(self.where)}"
+        return f"{_qualified_name(self.layer)} -> {_qualified_name(self.to)}{narrowed}"
 
 
 def convert(
@@ -53,60 +52,68 @@ def convert(
     """Gives the layers of a model the hand-written backwards of this library.
 
     Without rules, every layer whose exact type is one of flax.nnx that has a drop-in becomes that
-    drop-in, in place. Layers of other types, subclasses and converted ones among them, are left.
+    drop-in, in place. Layers of other types stay as they are, among them subclasses and layers that
+    are converted already.
 
     Args:
-        model: a Module, or a tree of them. It is changed in place.
-        where: narrows the layers: a regular expression that must match a layer's whole path, such
-            as "encoder/.*", or a predicate of path and layer. A path is made of attribute names
-            and indices, `layers/0/kernel`; that of the model itself is empty.
-        rules: what becomes of which layers, instead of the drop-ins: a mapping from type to class
-            or function, or a sequence of `Rule`. The first rule that matches a layer wins.
+        model: a Module, or a tree of Modules. It is changed in place.
+        where: selects some of the layers: a regular expression that must match the whole path of a
+            layer, such as "encoder/.*", or a predicate of path and layer. A path is made of
+            attribute names and indices, `blocks/0/up`; that of the model itself is empty.
+        rules: the replacements, instead of the drop-ins: a mapping from type to class or function,
+            or a sequence of `Rule`. The first rule that matches a layer applies.
 
     Returns:
-        The model; a new object only where a rule builds one for the model itself.
+        The model; a new object only if a rule replaces the model itself.
 
     Raises:
-        ValueError: a rule, or `where`, matched no layer; the error names it.
-        TypeError: the model is no Module, or a rule's target cannot take a layer.
+        ValueError: a rule, or `where`, matches no layer; the error names it.
+        TypeError: the model holds no Module, or the target of a rule cannot replace a layer.
 
     Example:
         >>> import flax_customgrad as fcg
         >>> from flax import nnx
         >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.relu)
         >>> type(fcg.convert(model).layers[0])
-        <class 'flax_customgrad.linear.linear.Linear'>
+        <class 'flax_customgrad.Linear'>
     """
     if rules is None:
-        return _replace(model, _drop_in_rules(), where, must_match=False)
+        return _apply_rules(model, _drop_in_rules(), where, must_match=False)
     if isinstance(rules, Mapping):
         rules = [Rule(layer, to) for layer, to in rules.items()]
-    return _replace(model, rules, where, must_match=True)
+    return _apply_rules(model, rules, where, must_match=True)
 
 
 def revert(model: M, *, where: Where | None = None) -> M:
     """Turns the drop-ins of a model back into the layers of flax.nnx, in place.
 
     Args:
-        model: a Module, or a tree of them.
-        where: narrows the layers, as in `convert`.
+        model: a Module, or a tree of Modules. It is changed in place.
+        where: selects some of the layers, as in `convert`.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: `where` matched no layer.
-        TypeError: the model is no Module.
+        ValueError: `where` matches no layer.
+        TypeError: the model holds no Module.
     """
     rules = [
         Rule(rule.to, getattr(rule.to, "to_layer", rule.layer))  # type: ignore[arg-type]
         for rule in _drop_in_rules()
     ]
-    return _replace(model, rules, where, must_match=False)
+    return _apply_rules(model, rules, where, must_match=False)
 
 
 def layers(model: Any) -> list[tuple[tuple[str, ...], nnx.Module]]:
-    """The modules of a model, each once, with the paths at which it is found.
+    """Lists the Modules of a model, each once, with every path at which it is held.
+
+    Args:
+        model: a Module, or a tree of Modules.
+
+    Returns:
+        Pairs of paths and Module. A path is made of attribute names and indices, `layers/0`; that
+        of the model itself is empty.
 
     Raises:
         TypeError: the model holds no Module.
@@ -128,44 +135,50 @@ def layers(model: Any) -> list[tuple[tuple[str, ...], nnx.Module]]:
 
 
 def _drop_in_rules() -> list[Rule]:
-    from flax_customgrad import catalogue  # which imports every family: only where it is used
+    from flax_customgrad import catalogue  # loads the entries of every family, so only when used
 
     return [Rule(layer, to) for layer, to in catalogue.drop_ins().items()]
 
 
-def _replace(model: Any, rules: Sequence[Rule], where: Where | None, must_match: bool) -> Any:
-    found = [(paths, layer) for paths, layer in layers(model) if _selects(where, paths, layer)]
+def _apply_rules(model: Any, rules: Sequence[Rule], where: Where | None, must_match: bool) -> Any:
+    found = [(paths, layer) for paths, layer in layers(model) if _matches(where, paths, layer)]
     known = {kind for rule in rules for kind in (rule.layer, rule.to)}
     if where is not None and not any(type(layer) in known for _, layer in found):
         raise ValueError(
-            f"where={_shown(where)} matched no layer that there is a rule for; a regular "
-            f"expression must match the whole path. There are {_listed(layers(model))}"
+            f"where={_format_where(where)} matched no layer that there is a rule for; a regular "
+            f"expression must match the whole path. There are {_list_layers(layers(model))}"
         )
     # Every rule is matched before the first layer changes: an error leaves the model as it was.
-    plan = [(rule, layer) for paths, layer in found if (rule := _first(rules, paths, layer))]
+    plan = [
+        (rule, layer)
+        for paths, layer in found
+        if (rule := _first_matching_rule(rules, paths, layer))
+    ]
     if must_match:
         for rule in rules:
             if rule not in {used for used, _ in plan}:
                 raise ValueError(
                     f"the rule {rule} matched no layer. Types match exactly, and the first rule "
-                    f"that matches wins. There are {_listed(layers(model))}"
+                    f"that matches wins. There are {_list_layers(layers(model))}"
                 )
     replaced = {}
     for rule, layer in plan:
-        new = _apply(rule, layer)
+        new = _convert_layer(rule, layer)
         if new is not layer:
             replaced[id(layer)] = new
-    return _rewire(model, replaced) if replaced else model
+    return _replace_references(model, replaced) if replaced else model
 
 
-def _first(rules: Sequence[Rule], paths: tuple[str, ...], layer: nnx.Module) -> Rule | None:
+def _first_matching_rule(
+    rules: Sequence[Rule], paths: tuple[str, ...], layer: nnx.Module
+) -> Rule | None:
     """The first rule that matches a layer."""
-    matching = (r for r in rules if type(layer) is r.layer and _selects(r.where, paths, layer))
+    matching = (r for r in rules if type(layer) is r.layer and _matches(r.where, paths, layer))
     return next(matching, None)
 
 
-def _apply(rule: Rule, layer: nnx.Module) -> Any:
-    """What a rule makes of a layer: the same object of another class, or another object."""
+def _convert_layer(rule: Rule, layer: nnx.Module) -> Any:
+    """Converts a layer by a rule: the same object with another class, or a new object."""
     to = rule.to
     if hasattr(to, "from_layer"):
         return to.from_layer(layer)  # type: ignore[union-attr]
@@ -186,8 +199,8 @@ def _apply(rule: Rule, layer: nnx.Module) -> Any:
     return new
 
 
-def _rewire(model: Any, replaced: Mapping[int, Any]) -> Any:
-    """Puts new objects wherever the old ones are held; a new layer may hold the old one itself."""
+def _replace_references(model: Any, replaced: Mapping[int, Any]) -> Any:
+    """Replaces every reference to an old layer, except those that a new layer itself holds."""
     for _, node in list(nnx.iter_graph(model, graph=True)):
         if id(node) in replaced:
             continue
@@ -207,7 +220,7 @@ def _rewire(model: Any, replaced: Mapping[int, Any]) -> Any:
 
 
 def _children(node: Any) -> list[tuple[Any, Any]]:
-    """What a node holds: by index, by key, or by attribute."""
+    """The children of a node, by index, key or attribute name."""
     if isinstance(node, nnx.List | list | tuple):
         return list(enumerate(node))
     if isinstance(node, dict):
@@ -215,8 +228,8 @@ def _children(node: Any) -> list[tuple[Any, Any]]:
     return list(vars(node).items()) if isinstance(node, nnx.Pytree) else []
 
 
-def _selects(where: Where | None, paths: tuple[str, ...], layer: nnx.Module) -> bool:
-    """Whether a layer is meant; one that is shared has several paths, and any of them will do."""
+def _matches(where: Where | None, paths: tuple[str, ...], layer: nnx.Module) -> bool:
+    """Whether `where` selects a layer, by any of the paths of a shared one."""
     if where is None:
         return True
     if isinstance(where, str | re.Pattern):
@@ -224,18 +237,21 @@ def _selects(where: Where | None, paths: tuple[str, ...], layer: nnx.Module) -> 
     return any(where(path, layer) for path in paths)
 
 
-def _named(target: Any) -> str:
-    """A class or function with the package it is from, which tells nnx.Linear from ours."""
+def _qualified_name(target: Any) -> str:
+    """The name of a class or function after its package, which tells nnx's Linear from ours."""
     package = getattr(target, "__module__", "").partition(".")[0]
     return f"{package}.{getattr(target, '__name__', target)}"
 
 
-def _shown(where: Where) -> str:
+def _format_where(where: Where) -> str:
     if isinstance(where, re.Pattern):
         return repr(where.pattern)
     return repr(where) if isinstance(where, str) else getattr(where, "__name__", repr(where))
 
 
-def _listed(found: Sequence[tuple[tuple[str, ...], nnx.Module]]) -> str:
-    shown = [f"{paths[0] or '(the model)'}: {_named(type(layer))}" for paths, layer in found[:40]]
+def _list_layers(found: Sequence[tuple[tuple[str, ...], nnx.Module]]) -> str:
+    shown = [
+        f"{paths[0] or '(the model)'}: {_qualified_name(type(layer))}"
+        for paths, layer in found[:40]
+    ]
     return ", ".join(shown) + (f" and {len(found) - 40} more" if len(found) > 40 else "")

@@ -1,9 +1,9 @@
-"""`pack`: from a model that was trained with quantized weights to one that holds only their codes.
+"""`pack` and `unpack`: from a model that quantizes its weights to one that holds codes, and back.
 
-Each layer that quantizes its kernel in every call gets a `PackedKernel` or `Int8Kernel` for it:
-integer codes, of at most 4 bits several to a byte, and their scales. All else stays, so the outputs
-are those of the model in eval mode to the bit, and what NNX does to a model (split, jit, a
-checkpoint) works on.
+Each layer that quantizes its kernel in every call gets a `PackedKernel` or `Int8Kernel` in its
+place: integer codes, those of at most 4 bits several to a byte, and their scales. Everything else
+stays, so the outputs equal those of the model in eval mode to the bit, and `nnx.split`, `nnx.jit`
+and checkpoints go on working.
 """
 
 from typing import Any, TypeVar
@@ -17,18 +17,18 @@ M = TypeVar("M")
 
 
 def pack(model: M) -> M:
-    """Makes the inference model of a quantized one: codes in the place of weights.
+    """Turns a quantized model into one for inference, which holds codes instead of weights.
 
     Args:
-        model: a Module, or a tree of them, with layers such as `QuantLinear` and `Int8Linear`. It
-            stays as it is.
+        model: a Module, or a tree of Modules, with layers such as `QuantLinear` and `Int8Linear`.
+            It is not changed.
 
     Returns:
-        A copy in eval mode whose quantized weights are packed. Its outputs are the same, it has no
-        gradient for them, and `nnx.state` has their codes and scales.
+        A copy in eval mode whose quantized weights are packed. Its outputs are the same, its packed
+        weights have no gradient, and `nnx.state` holds their codes and scales.
 
     Raises:
-        ValueError: no layer quantizes its weights.
+        ValueError: no layer of the model quantizes its weights.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -42,9 +42,9 @@ def pack(model: M) -> M:
         True
     """
     packed = nnx.clone(model)
-    _switch(packed, "eval")
-    found = [layer.pack_weights() for layer in _packable(packed)]
-    if not any(found):
+    _set_mode(packed, "eval")
+    changed = [layer.pack_weights() for layer in _packable(packed)]
+    if not any(changed):
         raise ValueError(
             "pack: no layer of the model has a quantizer for its weights, or is an Int8Linear or "
             "Int8Conv. Build one with "
@@ -55,23 +55,23 @@ def pack(model: M) -> M:
 
 
 def unpack(model: M) -> M:
-    """Makes a model that trains of a packed one.
+    """Turns a packed model back into one that trains.
 
     Args:
-        model: what `pack` returned. It stays as it is.
+        model: what `pack` returned. It is not changed.
 
     Returns:
-        A copy in train mode, with Params that have the values of the codes and go through their
-        quantizers again. What the weights were before they were quantized is lost.
+        A copy in train mode, with Params that hold the decoded values and go through their
+        quantizers again. The weights from before quantization are lost.
 
     Raises:
-        ValueError: no layer is packed.
+        ValueError: no layer of the model is packed.
     """
     unpacked = nnx.clone(model)
-    found = [layer.unpack_weights() for layer in _packable(unpacked)]
-    if not any(found):
+    changed = [layer.unpack_weights() for layer in _packable(unpacked)]
+    if not any(changed):
         raise ValueError("unpack: no layer of the model is packed")
-    _switch(unpacked, "train")
+    _set_mode(unpacked, "train")
     return unpacked
 
 
@@ -79,6 +79,6 @@ def _packable(model: Any) -> list[Packable]:
     return [layer for _, layer in layers(model) if isinstance(layer, Packable)]
 
 
-def _switch(model: Any, mode: str) -> None:
+def _set_mode(model: Any, mode: str) -> None:
     for _, module in layers(model):
         getattr(module, mode)()

@@ -1,4 +1,4 @@
-"""`size_report`: what the layers of a model weigh, packed or not."""
+"""`size_report`: the bytes of each layer of a model, packed or not."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +11,14 @@ from flax_customgrad.model.convert import layers
 
 @dataclass(frozen=True)
 class Size:
-    """What one layer weighs, without the layers that it is made of.
+    """The bytes of one layer, without those of the layers that it holds.
 
     Attributes:
-        path: where it is in the model; empty for the model itself.
+        path: the path of the layer in the model; empty for the model itself.
         layer: the name of its class.
-        bits: of a code of packed weights; None where nothing is packed.
-        nbytes: of its Variables.
-        unpacked_nbytes: of the same with packed weights in the dtype that they are decoded to.
+        bits: the bits of a code of packed weights; None where nothing is packed.
+        nbytes: the bytes of its Variables.
+        unpacked_nbytes: the same, with packed weights in the dtype that they are decoded to.
     """
 
     path: str
@@ -30,26 +30,26 @@ class Size:
 
 @dataclass(frozen=True)
 class SizeReport:
-    """What the layers of a model weigh; printed, it is a table.
+    """The bytes of the layers of a model; it prints as a table.
 
     Attributes:
-        sizes: of each layer that holds Variables, by path.
+        sizes: the size of each layer that holds Variables, sorted by path.
     """
 
     sizes: tuple[Size, ...]
 
     @property
     def nbytes(self) -> int:
-        """Of the whole model."""
+        """The bytes of the whole model."""
         return sum(size.nbytes for size in self.sizes)
 
     @property
     def unpacked_nbytes(self) -> int:
-        """Of the whole model, were nothing packed."""
+        """The bytes of the whole model if nothing were packed."""
         return sum(size.unpacked_nbytes for size in self.sizes)
 
     def __str__(self) -> str:
-        """A row per layer."""
+        """A table with a row for each layer, and the total."""
         rows = [("path", "layer", "bits", "bytes", "unpacked")]
         for s in self.sizes:
             bits = "" if s.bits is None else str(s.bits)
@@ -66,13 +66,13 @@ class SizeReport:
 
 
 def size_report(model: Any) -> SizeReport:
-    """Lists what the layers of a model weigh.
+    """Counts the bytes of the layers of a model.
 
     Args:
-        model: a Module, or a tree of them.
+        model: a Module, or a tree of Modules.
 
     Returns:
-        A report to print, or to read.
+        A report, which prints as a table.
 
     Raises:
         TypeError: the model holds no Module.
@@ -89,22 +89,22 @@ def size_report(model: Any) -> SizeReport:
     """
     sizes = []
     for (path, *_), layer in layers(model):
-        nbytes = 0 if isinstance(layer, nnx.List) else sum(a.nbytes for a in _own(layer))
+        nbytes = 0 if isinstance(layer, nnx.List) else sum(a.nbytes for a in _own_arrays(layer))
         if nbytes:
-            # What is packed says so.
+            # Packed weights know how many bytes they save.
             saved = getattr(layer, "saved_nbytes", None)
             bits = None if saved is None else getattr(layer, "bits", None)
             sizes.append(Size(path, type(layer).__name__, bits, nbytes, nbytes + (saved or 0)))
-    return SizeReport(tuple(sorted(sizes, key=_by_path)))
+    return SizeReport(tuple(sorted(sizes, key=_path_order)))
 
 
-def _own(layer: nnx.Module) -> list[jax.Array]:
-    """The arrays that a layer holds itself, in lists too."""
+def _own_arrays(layer: nnx.Module) -> list[jax.Array]:
+    """The arrays that a layer holds itself, also those in an nnx.List."""
     held = vars(layer).values()
     flat = [v for value in held for v in (value if isinstance(value, nnx.List) else (value,))]
     return [a for v in flat if isinstance(v, nnx.Variable) for a in jax.tree.leaves(v[...])]
 
 
-def _by_path(size: Size) -> list[tuple[int, str]]:
-    """Layer 2 before layer 10."""
+def _path_order(size: Size) -> list[tuple[int, str]]:
+    """A sort key that puts layer 2 before layer 10."""
     return [(int(p) if p.isdigit() else 0, p) for p in size.path.split("/")]

@@ -61,7 +61,7 @@ def test_what_cannot_be_calibrated_is_said():
         fcg.calibrate(_model(), [])
     with pytest.raises(ValueError, match="used none of its quantizers"):
         fcg.calibrate(_model(), BATCHES, call=lambda m, batch: batch)
-    with pytest.raises(ValueError, match="no quantizer of activations"):
+    with pytest.raises(ValueError, match="no activation quantizer"):
         fcg.calibrate(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), BATCHES)
     model = _model()
     with pytest.raises(ZeroDivisionError):
