@@ -56,6 +56,19 @@ def set_class(layer: nnx.Module, cls: type[nnx.Module]) -> None:
     object.__setattr__(layer, "__class__", cls)
 
 
+def check_einsum_equation(layer: nnx.Einsum, equation: str) -> None:
+    """Refuses an equation without an arrow or without two operands, in the words of nnx.
+
+    Args:
+        layer: a layer of nnx, or a drop-in.
+        equation: the equation, without spaces.
+
+    Raises:
+        ValueError: there is no "->", or not exactly one comma.
+    """
+    layer._einsum_str_check(equation)
+
+
 def is_forward_mode_error(error: BaseException) -> bool:
     """Whether JAX refuses forward mode through a function with a custom VJP."""
     return "forward-mode" in str(error)

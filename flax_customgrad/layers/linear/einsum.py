@@ -3,14 +3,15 @@
 Written for 'nta,hab->nthb'; any equation of two operands follows the same pattern, because an
 einsum is linear in each operand:
 
-    forward   y[n,t,h,b]  = sum_a x[n,t,a] W[h,a,b] + c[h,b]
-    backward  dx[n,t,a]   = sum_hb g[n,t,h,b] W[h,a,b]
-              dW[h,a,b]   = sum_nt x[n,t,a] g[n,t,h,b]
-              dc[h,b]     = sum_nt g[n,t,h,b]
-    kept      x and the parameters, as they came: no copy of W in the compute dtype.
+    forward   y[n,t,h,b]     = sum_a x[n,t,a] kernel[h,a,b] + bias[h,b]
+    backward  dx[n,t,a]      = sum_hb g[n,t,h,b] kernel[h,a,b]
+              dkernel[h,a,b] = sum_nt x[n,t,a] g[n,t,h,b]
+              dbias[h,b]     = sum_nt g[n,t,h,b]
+    kept      x and the parameters, as they came: no copy of the kernel in the compute dtype.
 
 A label that only one operand has, and y has not, is summed away in the forward, so the gradient is
-the same at each of its places. The sums run in float32 and are cast once.
+the same at each of its places. The sums of `dkernel` and `dbias` run in float32, and each is cast
+once, to the dtype of its parameter.
 """
 
 import string
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
+from flax_customgrad.contract.compat import check_einsum_equation
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.numerics.accumulation import total
@@ -48,16 +50,16 @@ class Equation:
         operands, y = equation.split("->")
         pairs = list(zip(operands.split(","), (x_ndim, kernel_ndim), strict=True))
         # How many axes the ellipsis of each operand stands for.
-        hidden = [ndim - len(labels.replace("...", "")) for labels, ndim in pairs]
-        if any(n < 0 or (n and "..." not in s) for (s, _), n in zip(pairs, hidden, strict=True)):
+        elided = [ndim - len(labels.replace("...", "")) for labels, ndim in pairs]
+        if any(n < 0 or (n and "..." not in s) for (s, _), n in zip(pairs, elided, strict=True)):
             raise ValueError(
                 f"einsum {equation!r} does not fit an input of rank {x_ndim} and a kernel of rank "
                 f"{kernel_ndim}"
             )
-        unused = "".join(c for c in string.ascii_letters if c not in equation)[: max(hidden)]
+        unused = "".join(c for c in string.ascii_letters if c not in equation)[: max(elided)]
         x, kernel = (
             labels.replace("...", unused[len(unused) - n :])
-            for (labels, _), n in zip(pairs, hidden, strict=True)
+            for (labels, _), n in zip(pairs, elided, strict=True)
         )
         return cls(x, kernel, y.replace("...", unused))
 
@@ -85,11 +87,11 @@ class Residuals(NamedTuple):
     params: Parameters
     x: jax.Array
     equation: Equation
-    how: MatmulConfig
+    config: MatmulConfig
 
 
 @custom_vjp
-def einsum(params: Parameters, x: jax.Array, equation: Equation, how: MatmulConfig) -> jax.Array:
+def einsum(params: Parameters, x: jax.Array, equation: Equation, config: MatmulConfig) -> jax.Array:
     """Computes an einsum of an input and a kernel, and adds a bias.
 
     Args:
@@ -97,14 +99,14 @@ def einsum(params: Parameters, x: jax.Array, equation: Equation, how: MatmulConf
             elements as those axes of y that the kernel has, or no bias.
         x: inputs, float, with an axis per label of `equation.x`.
         equation: the labels; regular, see `Equation.is_regular`.
-        how: dtype, precision and sharding.
+        config: dtype, precision and sharding.
 
     Returns:
         Array with an axis per label of `equation.y`, in the dtype of the computation.
     """
-    x, kernel, bias = how.promote(x, params["kernel"], params.get("bias"))
+    x, kernel, bias = config.promote(x, params["kernel"], params.get("bias"))
     labels = f"{equation.x},{equation.kernel}->{equation.y}"
-    y = jnp.einsum(labels, x, kernel, **how.forward_kwargs())
+    y = jnp.einsum(labels, x, kernel, **config.forward_kwargs())
     if bias is None:
         return y
     return y + jnp.reshape(
@@ -113,52 +115,66 @@ def einsum(params: Parameters, x: jax.Array, equation: Equation, how: MatmulConf
 
 
 def _fwd(
-    params: Parameters, x: jax.Array, equation: Equation, how: MatmulConfig
+    params: Parameters, x: jax.Array, equation: Equation, config: MatmulConfig
 ) -> tuple[jax.Array, Residuals]:
-    return einsum(params, x, equation, how), Residuals(params, x, equation, how)
+    return einsum(params, x, equation, config), Residuals(params, x, equation, config)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None]:
-    params, labels, how = res.params, res.equation, res.how
-    x, kernel = how.promote(res.x, params["kernel"])
-    g_, kernel_, x_ = (labels.y, g), (labels.kernel, kernel), (labels.x, x)
-    dx = _onto(labels.x, g_, kernel_, input_gradient, like=res.x, precision=how.precision)
-    dkernel = _onto(labels.kernel, x_, g_, parameter_gradient, like=kernel, precision=how.precision)
-    chex.assert_equal_shape([dx, x])
-    chex.assert_equal_shape([dkernel, kernel])
+    params, labels, precision = res.params, res.equation, res.config.precision
+    x, kernel = res.config.promote(res.x, params["kernel"])
+    size = dict(zip(labels.x + labels.kernel, x.shape + kernel.shape, strict=True))
+    chex.assert_shape(g, tuple(size[label] for label in labels.y))
+    of_x, of_kernel, of_y = (labels.x, x), (labels.kernel, kernel), (labels.y, g)
+    dx = _labelled_product(
+        labels.x, of_y, of_kernel, input_gradient, like=res.x, precision=precision
+    )
+    dkernel = _labelled_product(
+        labels.kernel, of_x, of_y, parameter_gradient, like=kernel, precision=precision
+    )
+    chex.assert_shape([dx, dkernel], [x.shape, kernel.shape])
     grads = {"kernel": dkernel}
     if "bias" in params:
-        grads["bias"] = jnp.reshape(total(g, labels.bias_axes), params["bias"].shape)
+        dbias = total(g, labels.bias_axes)
+        chex.assert_size(dbias, params["bias"].size)
+        grads["bias"] = jnp.reshape(dbias, params["bias"].shape)
     return nnx.State(grads), dx, None, None
 
 
-def _onto(
-    labels: str, lhs: Labelled, rhs: Labelled, gradient: Callable[..., jax.Array], **how: Any
+einsum.defvjp(_fwd, _bwd)
+
+
+def _labelled_product(
+    labels: str, lhs: Labelled, rhs: Labelled, gradient: Callable[..., jax.Array], **kwargs: Any
 ) -> jax.Array:
     """The product of two labelled arrays, summed over every label that is not in `labels`.
 
     It is a `dot_general` rather than an einsum, which would put the contracted axes in alphabetical
     order and copy g for it.
+
+    Args:
+        labels: a label for each axis of the result, which is laid out like the array `like`.
+        lhs: the first factor.
+        rhs: the second factor.
+        gradient: `input_gradient` or `parameter_gradient`, which takes the product.
+        **kwargs: `like` and `precision` of that.
     """
-    (a, lhs_), (b, rhs_) = _without_idle(lhs, labels + rhs[0]), _without_idle(rhs, labels + lhs[0])
+    (a, a_value), (b, b_value) = _summed(lhs, labels + rhs[0]), _summed(rhs, labels + lhs[0])
     batch = [c for c in a if c in b and c in labels]
     contracted = [c for c in a if c in b and c not in labels]
     free = [c for c in a if c not in b] + [c for c in b if c not in a]
     numbers = [([a.index(c) for c in cs], [b.index(c) for c in cs]) for cs in (contracted, batch)]
     order = [labels.index(c) for c in batch + free]
-    out = gradient(lhs_, rhs_, numbers, order=order, **how)
+    out = gradient(a_value, b_value, numbers, order=order, **kwargs)
     summed_away = [i for i in range(len(labels)) if i not in order]
-    return jnp.broadcast_to(jnp.expand_dims(out, summed_away), how["like"].shape)
+    return jnp.broadcast_to(jnp.expand_dims(out, summed_away), kwargs["like"].shape)
 
 
-def _without_idle(array: Labelled, used: str) -> Labelled:
-    """Sums over the axes whose labels nothing else uses."""
+def _summed(array: Labelled, used: str) -> Labelled:
+    """An array summed over the axes whose labels nothing else uses."""
     labels, value = array
-    idle = [i for i, c in enumerate(labels) if c not in used]
-    return "".join(c for c in labels if c in used), total(value, idle) if idle else value
-
-
-einsum.defvjp(_fwd, _bwd)
+    unused = [i for i, c in enumerate(labels) if c not in used]
+    return "".join(c for c in labels if c in used), total(value, unused) if unused else value
 
 
 class Einsum(nnx.Einsum):
@@ -203,8 +219,8 @@ class Einsum(nnx.Einsum):
         # nnx says what is wrong with a missing equation.
         if equation is None:
             return super().__call__(inputs, einsum_str, out_sharding)
-        how = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
-        return einsum(params, inputs, equation, how)
+        config = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        return einsum(params, inputs, equation, config)
 
     def _equation(self, einsum_str: str | None, x: jax.Array, kernel: jax.Array) -> Equation | None:
         """The equation, where there is one and it is regular."""
@@ -212,7 +228,7 @@ class Einsum(nnx.Einsum):
         if given is None:
             return None
         text = given.replace(" ", "")
-        self._einsum_str_check(text)
+        check_einsum_equation(self, text)
         equation = Equation.parse(text, x.ndim, kernel.ndim)
         return equation if equation.is_regular(x.shape, kernel.shape) else None
 

@@ -1,17 +1,17 @@
 """Embed: rows of a table by number, and the products of a query with every row.
 
-    lookup    y[..., f]  = E[ids[...], f]              NaN where an id is out of range
-              dE[v, f]   = sum_{...: ids[...] = v} g[..., f]
+    lookup    y[..., f]        = table[ids[...], f]    NaN where an id is out of range
+              dtable[v, f]     = sum_{...: ids[...] = v} g[..., f]
     kept      ids. Ids out of range contribute nothing, as in nnx.
 
-    attend    y[..., v]  = sum_f q[..., f] E[v, f]
-              dq[..., f] = sum_v g[..., v] E[v, f]
-              dE[v, f]   = sum_... g[..., v] q[..., f]
-    kept      q and E, as they came.
+    attend    y[..., v]        = sum_f query[..., f] table[v, f]
+              dquery[..., f]   = sum_v g[..., v] table[v, f]
+              dtable[v, f]     = sum_... g[..., v] query[..., f]
+    kept      query and table, as they came.
 
-dE is summed in float32 and cast once to the dtype of E. Autodiff of nnx.Embed in bfloat16 adds
-rows in bfloat16: with 8192 tokens that repeat, and cotangents of one sign, half of the gradient
-is lost.
+`table` is the parameter `embedding`. `dtable` is summed in float32 and cast once to its dtype.
+Autodiff of nnx.Embed in bfloat16 adds rows in bfloat16: with 8192 tokens that repeat, and
+cotangents of one sign, half of the gradient is lost.
 """
 
 from typing import Any, NamedTuple
@@ -33,49 +33,52 @@ class LookupResiduals(NamedTuple):
     """What the backward of `lookup` keeps: the ids (none for one row), and the table's type."""
 
     ids: jax.Array | None
-    table: Any
+    table_type: Any
 
 
 @custom_vjp
-def lookup(params: Parameters, ids: jax.Array, how: MatmulConfig) -> jax.Array:
+def lookup(params: Parameters, ids: jax.Array, config: MatmulConfig) -> jax.Array:
     """Takes rows of a table.
 
     Args:
         params: `embedding` of shape (num_embeddings, features).
         ids: integers of any shape; a negative one counts from the end. A table of one row gives
             that row whatever the id.
-        how: dtype and sharding.
+        config: dtype and sharding.
 
     Returns:
         Array of shape (*ids.shape, features), NaN where an id is out of range.
     """
-    (table,) = dtypes.promote_dtype((params["embedding"],), dtype=how.dtype, inexact=False)
+    (table,) = dtypes.promote_dtype((params["embedding"],), dtype=config.dtype, inexact=False)
     if table.shape[0] == 1:
         return jnp.broadcast_to(table[0], (*ids.shape, table.shape[1]))
-    if how.out_sharding is None:
+    if config.out_sharding is None:
         return jnp.take(table, ids, axis=0)
     # jnp.take knows no out_sharding; inside auto_axes the compiler shards it.
     take = jax.sharding.auto_axes(
-        lambda table, ids: jnp.take(table, ids, axis=0), out_sharding=how.out_sharding
+        lambda table, ids: jnp.take(table, ids, axis=0), out_sharding=config.out_sharding
     )
     return take(table, ids)  # pyright: ignore[reportCallIssue]
 
 
 def _lookup_fwd(
-    params: Parameters, ids: jax.Array, how: MatmulConfig
+    params: Parameters, ids: jax.Array, config: MatmulConfig
 ) -> tuple[jax.Array, LookupResiduals]:
-    table = jax.typeof(params["embedding"])
-    return lookup(params, ids, how), LookupResiduals(None if table.shape[0] == 1 else ids, table)
+    table_type = jax.typeof(params["embedding"])
+    kept = None if table_type.shape[0] == 1 else ids
+    return lookup(params, ids, config), LookupResiduals(kept, table_type)
 
 
 def _lookup_bwd(res: LookupResiduals, g: jax.Array) -> tuple[nnx.State, None, None]:
-    ids, table = res
+    ids, table_type = res
+    dims = chex.Dimensions(V=table_type.shape[0], F=table_type.shape[1])
+    chex.assert_shape(g, (..., *dims["F"]) if ids is None else (*ids.shape, *dims["F"]))
 
     def scatter(g: jax.Array, ids: jax.Array) -> jax.Array:
-        zeros = jnp.zeros(table.shape, accumulator(g))
+        zeros = jnp.zeros(table_type.shape, accumulator(g))
         return zeros.at[ids].add(g.astype(zeros.dtype), mode="drop")
 
-    sharding = explicit_sharding(table)
+    sharding = explicit_sharding(table_type)
     if ids is None:
         dtable = jnp.expand_dims(total(g, range(g.ndim - 1)), 0)
     elif sharding is None:
@@ -83,7 +86,7 @@ def _lookup_bwd(res: LookupResiduals, g: jax.Array) -> tuple[nnx.State, None, No
     else:
         scatter_on_mesh = jax.sharding.auto_axes(scatter, out_sharding=sharding)
         dtable = scatter_on_mesh(g, ids)  # pyright: ignore[reportCallIssue]
-    chex.assert_shape(dtable, table.shape)
+    chex.assert_shape(dtable, dims["VF"])
     return nnx.State({"embedding": dtable}), None, None
 
 
@@ -95,38 +98,40 @@ class AttendResiduals(NamedTuple):
 
     params: Parameters
     query: jax.Array
-    how: MatmulConfig
+    config: MatmulConfig
 
 
 @custom_vjp
-def attend(params: Parameters, query: jax.Array, how: MatmulConfig) -> jax.Array:
+def attend(params: Parameters, query: jax.Array, config: MatmulConfig) -> jax.Array:
     """Multiplies a query with every row of a table.
 
     Args:
         params: `embedding` of shape (num_embeddings, features), float.
         query: array of shape (..., features), float.
-        how: dtype and sharding.
+        config: dtype and sharding.
 
     Returns:
         Array of shape (..., num_embeddings).
     """
-    query, table = how.promote(query, params["embedding"])
-    return jnp.dot(query, table.T, out_sharding=how.out_sharding)
+    query, table = config.promote(query, params["embedding"])
+    return jnp.dot(query, table.T, out_sharding=config.out_sharding)
 
 
 def _attend_fwd(
-    params: Parameters, query: jax.Array, how: MatmulConfig
+    params: Parameters, query: jax.Array, config: MatmulConfig
 ) -> tuple[jax.Array, AttendResiduals]:
-    return attend(params, query, how), AttendResiduals(params, query, how)
+    return attend(params, query, config), AttendResiduals(params, query, config)
 
 
 def _attend_bwd(res: AttendResiduals, g: jax.Array) -> tuple[nnx.State, jax.Array, None]:
-    query, table = res.how.promote(res.query, res.params["embedding"])
-    rows, last = tuple(range(g.ndim - 1)), g.ndim - 1
-    dquery = input_gradient(g, table, (((last,), (0,)), ((), ())), like=res.query)
-    dtable = parameter_gradient(g, query, ((rows, rows), ((), ())), like=res.params["embedding"])
-    chex.assert_equal_shape([dquery, query])
-    chex.assert_equal_shape([dtable, table])
+    query, table = res.config.promote(res.query, res.params["embedding"])
+    dims = chex.Dimensions(V=table.shape[0], F=table.shape[1])
+    batch, rows, last = query.shape[:-1], tuple(range(g.ndim - 1)), g.ndim - 1
+    chex.assert_shape([query, g], [(*batch, *dims["F"]), (*batch, *dims["V"])])
+    over_v, over_rows = (((last,), (0,)), ((), ())), ((rows, rows), ((), ()))
+    dquery = input_gradient(g, table, over_v, like=res.query)
+    dtable = parameter_gradient(g, query, over_rows, like=res.params["embedding"])
+    chex.assert_shape([dquery, dtable], [query.shape, dims["VF"]])
     return nnx.State({"embedding": dtable}), dquery, None
 
 

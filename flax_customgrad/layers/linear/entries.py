@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.layers.linear.einsum import Einsum
-from flax_customgrad.layers.linear.embed import Embed
-from flax_customgrad.layers.linear.linear import Linear
-from flax_customgrad.layers.linear.linear_general import LinearGeneral
-from flax_customgrad.layers.linear.lora import LoRA, LoRALinear
+from flax_customgrad.layers.linear.einsum import Einsum, einsum
+from flax_customgrad.layers.linear.embed import Embed, attend, lookup
+from flax_customgrad.layers.linear.linear import Linear, linear
+from flax_customgrad.layers.linear.linear_general import LinearGeneral, linear_general
+from flax_customgrad.layers.linear.lora import LoRA, LoRALinear, lora
 from flax_customgrad.registry.entry import Entry
 from flax_customgrad.registry.examples import made, normal
 
@@ -26,6 +26,9 @@ def _attend(embed: nnx.Embed, query: jax.Array) -> jax.Array:
 
 
 _BF16: dict[str, Any] = {"dtype": jnp.bfloat16}
+# A bias of zeros, and a lora_b of zeros, would hide what is wrong with them.
+_BIAS: dict[str, Any] = {"bias_init": nnx.initializers.normal(1.0)}
+_LORA_B: dict[str, Any] = {"b_initializer": nnx.initializers.normal(1.0)}
 
 ENTRIES = (
     Entry(
@@ -38,11 +41,12 @@ ENTRIES = (
         gain="float32 sums for kernel and bias; no bf16 copy of the kernel kept",
         source="https://github.com/jax-ml/jax/issues/34330",
         examples={
-            "bias": made(6, 4, inputs=(lambda: normal(8, 6),)),
-            "no bias, two batch axes": made(
-                6, 4, use_bias=False, inputs=(lambda: normal(8, 3, 6),)
+            "bias, batch axes of 8, 1 and 3": made(
+                6, 4, **_BIAS, inputs=(lambda: normal(8, 1, 3, 6),)
             ),
+            "no bias": made(6, 4, use_bias=False, inputs=(lambda: normal(8, 6),)),
         },
+        operations={linear: "bias, batch axes of 8, 1 and 3"},
         workloads={
             "4096x1024 to 1024": made(1024, 1024, inputs=(lambda: normal(4096, 1024),)),
             "256x4096 to 4096": made(4096, 4096, inputs=(lambda: normal(256, 4096),)),
@@ -62,11 +66,14 @@ ENTRIES = (
         gain="float32 sums for kernel and bias; no bf16 copy of the kernel kept",
         source="https://github.com/jax-ml/jax/issues/34330",
         examples={
-            "two axes": made((2, 3), (4, 2), axis=(1, -1), inputs=(lambda: normal(8, 2, 3),)),
-            "batch axis": made(
-                3, (2, 2), axis=-2, batch_axis={0: 8}, inputs=(lambda: normal(8, 3, 5),)
+            "batch axis, bias": made(
+                3, (2, 2), axis=-2, batch_axis={0: 8}, **_BIAS, inputs=(lambda: normal(8, 3, 5),)
+            ),
+            "free axes between two contracted ones, bias": made(
+                (2, 3), (4, 2), axis=(1, -1), **_BIAS, inputs=(lambda: normal(8, 2, 1, 5, 3),)
             ),
         },
+        operations={linear_general: "free axes between two contracted ones, bias"},
         workloads={
             "heads, 8x512x512 to 8x64": made(512, (8, 64), inputs=(lambda: normal(8, 512, 512),)),
             "heads back": made(
@@ -85,9 +92,16 @@ ENTRIES = (
         source="https://github.com/jax-ml/jax/issues/34330",
         examples={
             "heads": made("nta,hab->nthb", (2, 3, 4), (2, 4), inputs=(lambda: normal(8, 5, 3),)),
-            "ellipsis": made("...a,ab->...b", (3, 4), inputs=(lambda: normal(8, 2, 3),)),
-            "summed away": made("nta,ab->nb", (3, 4), 4, inputs=(lambda: normal(8, 5, 3),)),
+            # c is in x, kernel and y; t only in x and k only in the kernel are summed away.
+            "ellipsis, batch label, labels summed away, bias": made(
+                "n...cta,hcabk->n...chb",
+                (2, 2, 3, 4, 2),
+                (2, 2, 4),
+                **_BIAS,
+                inputs=(lambda: normal(8, 1, 2, 5, 3),),
+            ),
         },
+        operations={einsum: "ellipsis, batch label, labels summed away, bias"},
         workloads={
             "8x512x512, 8 heads of 64": made(
                 "nta,hab->nthb", (8, 512, 64), (8, 64), inputs=(lambda: normal(8, 512, 512),)
@@ -103,9 +117,17 @@ ENTRIES = (
         keeps="ids; for attend the query and the table",
         gain="float32 sums of the rows of repeated tokens",
         examples={
-            "lookup": made(6, 4, inputs=(lambda: jnp.array([0, 1, 2, 2, 5, 1, 0, 3]),)),
-            "one row": made(1, 4, inputs=(lambda: jnp.zeros((8, 2), jnp.int32),)),
-            "attend": made(6, 4, call=_attend, inputs=(lambda: normal(8, 4),)),
+            "lookup, ids that repeat, at the bounds and negative": made(
+                6, 4, inputs=(lambda: (jnp.arange(24) * 7 % 12 - 6).reshape(8, 1, 3),)
+            ),
+            "lookup, one row": made(1, 4, inputs=(lambda: jnp.zeros((8, 2), jnp.int32),)),
+            "attend, batch axes of 8, 1 and 3": made(
+                6, 4, call=_attend, inputs=(lambda: normal(8, 1, 3, 4),)
+            ),
+        },
+        operations={
+            lookup: "lookup, ids that repeat, at the bounds and negative",
+            attend: "attend, batch axes of 8, 1 and 3",
         },
         workloads={
             "8192 tokens of 32768 by 512": made(
@@ -129,10 +151,11 @@ ENTRIES = (
         gain="float32 sums for both kernels; no bf16 copies of them kept",
         source="arXiv:2106.09685",
         examples={
-            "alone": made(
-                6, 2, 4, b_initializer=nnx.initializers.normal(), inputs=(lambda: normal(8, 6),)
+            "batch axes of 8, 1 and 3": made(
+                6, 2, 4, **_LORA_B, inputs=(lambda: normal(8, 1, 3, 6),)
             ),
         },
+        operations={lora: "batch axes of 8, 1 and 3"},
         workloads={
             "4096x1024 to 1024, rank 16": made(
                 1024, 16, 1024, inputs=(lambda: normal(4096, 1024),)
@@ -153,8 +176,9 @@ ENTRIES = (
                 6,
                 4,
                 lora_rank=2,
-                b_initializer=nnx.initializers.normal(),
-                inputs=(lambda: normal(8, 6),),
+                **_LORA_B,
+                **_BIAS,
+                inputs=(lambda: normal(8, 3, 6),),
             ),
         },
         workloads={

@@ -1,14 +1,15 @@
-"""Linear: a product with a kernel over the last axis, and a bias.
+"""Linear: a product of the input's last axis with a kernel, and a bias.
 
-    forward   y[..., o]  = sum_i x[..., i] W[i, o] + b[o]
-    backward  dx[..., i] = sum_o g[..., o] W[i, o]
-              dW[i, o]   = sum_... x[..., i] g[..., o]
-              db[o]      = sum_... g[..., o]
-    kept      x and the parameters, as they came: no copy of W in the compute dtype.
+    forward   y[..., o]     = sum_i x[..., i] kernel[i, o] + bias[o]
+    backward  dx[..., i]    = sum_o g[..., o] kernel[i, o]
+              dkernel[i, o] = sum_... x[..., i] g[..., o]
+              dbias[o]      = sum_... g[..., o]
+    kept      x and the parameters, as they came: no copy of the kernel in the compute dtype.
 
-The sums run in float32 and are cast once to the dtype of x, W and b. Autodiff of nnx.Linear in
-bfloat16 rounds dW (off by 2e-3) and sums db in bfloat16: with 8192 rows and cotangents of one sign
-db is off by 3e-3 where XLA splits the sum over vector lanes, by 1e-1 where it adds row by row.
+The sums of `dkernel` and `dbias` run in float32, and each is cast once, to the dtype of its
+parameter. Autodiff of nnx.Linear in bfloat16 rounds `dkernel` (off by 2e-3) and sums `dbias` in
+bfloat16: with 8192 rows and cotangents of one sign it is off by 3e-3 where XLA splits the sum over
+vector lanes, by 1e-1 where it adds row by row.
 """
 
 from typing import Any, NamedTuple
@@ -30,44 +31,45 @@ class Residuals(NamedTuple):
 
     params: Parameters
     x: jax.Array
-    how: MatmulConfig
+    config: MatmulConfig
 
 
 @custom_vjp
-def linear(params: Parameters, x: jax.Array, how: MatmulConfig) -> jax.Array:
+def linear(params: Parameters, x: jax.Array, config: MatmulConfig) -> jax.Array:
     """Applies a linear map over the last axis.
 
     Args:
         params: `kernel` of shape (in_features, out_features), float; `bias` of shape
             (out_features,), or no bias.
         x: inputs of shape (..., in_features), float.
-        how: dtype, precision and sharding.
+        config: dtype, precision and sharding.
 
     Returns:
         Outputs of shape (..., out_features), in the dtype of the computation.
     """
-    x, kernel, bias = how.promote(x, params["kernel"], params.get("bias"))
-    y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **how.forward_kwargs())
+    x, kernel, bias = config.promote(x, params["kernel"], params.get("bias"))
+    y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **config.forward_kwargs())
     return y if bias is None else y + lax.expand_dims(bias, range(y.ndim - 1))
 
 
-def _fwd(params: Parameters, x: jax.Array, how: MatmulConfig) -> tuple[jax.Array, Residuals]:
-    return linear(params, x, how), Residuals(params, x, how)
+def _fwd(params: Parameters, x: jax.Array, config: MatmulConfig) -> tuple[jax.Array, Residuals]:
+    return linear(params, x, config), Residuals(params, x, config)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None]:
-    params, how = res.params, res.how
-    x, kernel = how.promote(res.x, params["kernel"])
-    rows, last = tuple(range(g.ndim - 1)), g.ndim - 1
-    p = how.precision
-    dx = input_gradient(g, kernel, (((last,), (1,)), ((), ())), like=res.x, precision=p)
-    dkernel = parameter_gradient(x, g, ((rows, rows), ((), ())), like=kernel, precision=p)
-    chex.assert_equal_shape([dx, res.x])
-    chex.assert_equal_shape([dkernel, kernel])
+    params, config = res.params, res.config
+    x, kernel = config.promote(res.x, params["kernel"])
+    dims = chex.Dimensions(I=kernel.shape[0], O=kernel.shape[1])
+    batch, rows, last = x.shape[:-1], tuple(range(g.ndim - 1)), g.ndim - 1
+    chex.assert_shape([x, g], [(*batch, *dims["I"]), (*batch, *dims["O"])])
+    over_o, over_rows = (((last,), (1,)), ((), ())), ((rows, rows), ((), ()))
+    dx = input_gradient(g, kernel, over_o, like=res.x, precision=config.precision)
+    dkernel = parameter_gradient(x, g, over_rows, like=kernel, precision=config.precision)
+    chex.assert_shape([dx, dkernel], [x.shape, dims["IO"]])
     grads = {"kernel": dkernel}
     if "bias" in params:
-        grads["bias"] = total(g, rows)
-        chex.assert_equal_shape([grads["bias"], params["bias"]])
+        dbias = grads["bias"] = total(g, rows)
+        chex.assert_shape([dbias, params["bias"]], dims["O"])
     return nnx.State(grads), dx, None
 
 
@@ -106,5 +108,5 @@ class Linear(nnx.Linear):
         params = parameters(self, "kernel", "bias")
         if injected or not has_custom_backward(inputs, params):
             return super().__call__(inputs, out_sharding)
-        how = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
-        return linear(params, inputs, how)
+        config = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        return linear(params, inputs, config)

@@ -1,15 +1,15 @@
 """LinearGeneral: a product over several axes of the input, with batch axes, and a bias.
 
-With B the batch axes, I the contracted axes of x and O the new axes of y:
+With `B` the batch axes, `F` the free axes of x, `I` its contracted axes and `O` the new axes of y:
 
-    forward   y[B, ..., O]  = sum_I x[B, ..., I] W[B, I, O] + b[B, O]
-    backward  dx[B, ..., I] = sum_O g[B, ..., O] W[B, I, O]
-              dW[B, I, O]   = sum_... x[B, ..., I] g[B, ..., O]
-              db[B, O]      = sum_... g[B, ..., O]
-    kept      x and the parameters, as they came: no copy of W in the compute dtype.
+    forward   y[B, F, O]       = sum_I x[B, F, I] kernel[B, I, O] + bias[B, O]
+    backward  dx[B, F, I]      = sum_O g[B, F, O] kernel[B, I, O]
+              dkernel[B, I, O] = sum_F x[B, F, I] g[B, F, O]
+              dbias[B, O]      = sum_F g[B, F, O]
+    kept      x and the parameters, as they came: no copy of the kernel in the compute dtype.
 
-x may have its axes in any order; dx is transposed back to it. The sums run in float32 and are cast
-once to the dtype of x, W and b.
+x may have its axes in any order; `dx` is transposed back to it. The sums of `dkernel` and `dbias`
+run in float32, and each is cast once, to the dtype of its parameter.
 """
 
 from dataclasses import dataclass
@@ -59,12 +59,12 @@ class Residuals(NamedTuple):
     params: Parameters
     x: jax.Array
     axes: ContractionAxes
-    how: MatmulConfig
+    config: MatmulConfig
 
 
 @custom_vjp
 def linear_general(
-    params: Parameters, x: jax.Array, axes: ContractionAxes, how: MatmulConfig
+    params: Parameters, x: jax.Array, axes: ContractionAxes, config: MatmulConfig
 ) -> jax.Array:
     """Applies a linear map over several axes.
 
@@ -73,14 +73,14 @@ def linear_general(
             (*batch, *out_features), or no bias.
         x: inputs, float, of a rank that `axes` fits.
         axes: what happens to each axis of x.
-        how: dtype, precision and sharding.
+        config: dtype, precision and sharding.
 
     Returns:
         Outputs of shape (*batch, *free, *out_features), in the dtype of the computation.
     """
-    x, kernel, bias = how.promote(x, params["kernel"], params.get("bias"))
+    x, kernel, bias = config.promote(x, params["kernel"], params.get("bias"))
     numbers = ((axes.contracted, axes.kernel_in), (axes.batch, axes.kernel_batch))
-    y = lax.dot_general(x, kernel, numbers, **how.forward_kwargs())
+    y = lax.dot_general(x, kernel, numbers, **config.forward_kwargs())
     if bias is None:
         return y
     batch, out = bias.shape[: len(axes.batch)], bias.shape[len(axes.batch) :]
@@ -88,40 +88,44 @@ def linear_general(
 
 
 def _fwd(
-    params: Parameters, x: jax.Array, axes: ContractionAxes, how: MatmulConfig
+    params: Parameters, x: jax.Array, axes: ContractionAxes, config: MatmulConfig
 ) -> tuple[jax.Array, Residuals]:
-    return linear_general(params, x, axes, how), Residuals(params, x, axes, how)
+    return linear_general(params, x, axes, config), Residuals(params, x, axes, config)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None]:
-    params, axes, how = res.params, res.axes, res.how
-    x, kernel = how.promote(res.x, params["kernel"])
+    params, axes, config = res.params, res.axes, res.config
+    x, kernel = config.promote(res.x, params["kernel"])
+    # Where B, F and O lie in g, and O in the kernel.
     n_batch, n_free = len(axes.batch), len(axes.free)
     g_batch = tuple(range(n_batch))
     g_free = tuple(range(n_batch, n_batch + n_free))
     g_out = tuple(range(n_batch + n_free, g.ndim))
     kernel_out = tuple(range(n_batch + len(axes.contracted), kernel.ndim))
+    # The sizes of B, F, I and O, of x's own axes and of the kernel's.
+    B, F, I = (tuple(x.shape[a] for a in of) for of in (axes.batch, axes.free, axes.contracted))
+    O = tuple(kernel.shape[a] for a in kernel_out)
+    chex.assert_shape([g, kernel], [(*B, *F, *O), (*B, *I, *O)])
     dx = input_gradient(
         g,
         kernel,
         ((g_out, kernel_out), (g_batch, axes.kernel_batch)),
         like=res.x,
         order=(*axes.batch, *axes.free, *axes.contracted),
-        precision=how.precision,
+        precision=config.precision,
     )
     dkernel = parameter_gradient(
         x,
         g,
         ((axes.free, g_free), (axes.batch, g_batch)),
         like=params["kernel"],
-        precision=how.precision,
+        precision=config.precision,
     )
-    chex.assert_equal_shape([dx, res.x])
-    chex.assert_equal_shape([dkernel, kernel])
+    chex.assert_shape([dx, dkernel], [x.shape, kernel.shape])
     grads = {"kernel": dkernel}
     if "bias" in params:
-        grads["bias"] = total(g, g_free)
-        chex.assert_equal_shape([grads["bias"], params["bias"]])
+        dbias = grads["bias"] = total(g, g_free)
+        chex.assert_shape([dbias, params["bias"]], (*B, *O))
     return nnx.State(grads), dx, None, None
 
 
@@ -162,8 +166,8 @@ class LinearGeneral(nnx.LinearGeneral):
         params = parameters(self, "kernel", "bias")
         if injected or not has_custom_backward(inputs, params):
             return super().__call__(inputs, out_sharding)
-        how = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
-        return linear_general(params, inputs, self._axes(inputs), how)
+        config = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        return linear_general(params, inputs, self._axes(inputs), config)
 
     def _axes(self, inputs: jax.Array) -> ContractionAxes:
         contracted = tuple(sorted(axis % inputs.ndim for axis in self.axis))

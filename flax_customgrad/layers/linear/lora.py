@@ -1,24 +1,30 @@
 """LoRA: a product with a kernel of low rank, alone or beside another layer.
 
-    forward   h[..., r]  = sum_i x[..., i] A[i, r]
-              y[..., o]  = sum_r h[..., r] B[r, o]
-    backward  dB[r, o]   = sum_... h[..., r] g[..., o]
-              dh[..., r] = sum_o g[..., o] B[r, o]
-              dA[i, r]   = sum_... x[..., i] dh[..., r]
-              dx[..., i] = sum_r dh[..., r] A[i, r]
-    kept      x, A and B as they came, and h, which is of the rank's width: to compute it again
-              would cost a sixth of the step and save a hundredth of what x takes.
+    forward   h[..., r]     = sum_i x[..., i] lora_a[i, r]
+              y[..., o]     = sum_r h[..., r] lora_b[r, o]
+    backward  dlora_b[r, o] = sum_... h[..., r] g[..., o]
+              dh[..., r]    = sum_o g[..., o] lora_b[r, o]
+              dlora_a[i, r] = sum_... x[..., i] dh[..., r]
+              dx[..., i]    = sum_r dh[..., r] lora_a[i, r]
+    kept      x, lora_a and lora_b as they came, and h, which is of the rank's width: to compute it
+              again would cost a sixth of the step and save a hundredth of what x takes.
 
-The sums run in float32 and are cast once. Source: Hu et al. 2021, arXiv:2106.09685.
+`dlora_a`, `dlora_b` and `dh` are summed in float32; the first two are cast once, to the dtype of
+their parameter.
+
+Source: arXiv:2106.09685
 """
 
-import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
+from flax.nnx.nn.lora import default_a_initializer, default_b_initializer
 
 from flax_customgrad.contract.compat import set_class
 from flax_customgrad.contract.custom_vjp import custom_vjp
@@ -33,42 +39,43 @@ class Residuals(NamedTuple):
     params: Parameters
     x: jax.Array
     h: jax.Array
-    how: MatmulConfig
+    config: MatmulConfig
 
 
 @custom_vjp
-def lora(params: Parameters, x: jax.Array, how: MatmulConfig) -> jax.Array:
+def lora(params: Parameters, x: jax.Array, config: MatmulConfig) -> jax.Array:
     """Applies a linear map of low rank over the last axis.
 
     Args:
         params: `lora_a` of shape (in_features, rank), `lora_b` of shape (rank, out_features).
         x: inputs of shape (..., in_features).
-        how: dtype of the computation.
+        config: dtype of the computation.
 
     Returns:
         Outputs of shape (..., out_features), in the dtype of the computation.
     """
-    return _fwd(params, x, how)[0]
+    return _fwd(params, x, config)[0]
 
 
-def _fwd(params: Parameters, x: jax.Array, how: MatmulConfig) -> tuple[jax.Array, Residuals]:
-    x_, a, b = how.promote(x, params["lora_a"], params["lora_b"])
-    h = x_ @ a
-    return h @ b, Residuals(params, x, h, how)
+def _fwd(params: Parameters, x: jax.Array, config: MatmulConfig) -> tuple[jax.Array, Residuals]:
+    x_, lora_a, lora_b = config.promote(x, params["lora_a"], params["lora_b"])
+    h = x_ @ lora_a
+    return h @ lora_b, Residuals(params, x, h, config)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None]:
-    params = res.params
-    x, a, b = res.how.promote(res.x, params["lora_a"], params["lora_b"])
-    rows, last = tuple(range(g.ndim - 1)), g.ndim - 1
-    db = parameter_gradient(res.h, g, ((rows, rows), ((), ())), like=params["lora_b"])
-    dh = parameter_gradient(g, b, (((last,), (1,)), ((), ())), like=res.h)
-    da = parameter_gradient(x, dh, ((rows, rows), ((), ())), like=params["lora_a"])
-    dx = input_gradient(dh, a, (((last,), (1,)), ((), ())), like=res.x)
-    chex.assert_equal_shape([dx, x])
-    chex.assert_equal_shape([da, a])
-    chex.assert_equal_shape([db, b])
-    return nnx.State({"lora_a": da, "lora_b": db}), dx, None
+    params, h = res.params, res.h
+    x, lora_a, lora_b = res.config.promote(res.x, params["lora_a"], params["lora_b"])
+    dims = chex.Dimensions(I=lora_a.shape[0], R=lora_a.shape[1], O=lora_b.shape[1])
+    batch, rows, last = x.shape[:-1], tuple(range(g.ndim - 1)), g.ndim - 1
+    chex.assert_shape([h, g], [(*batch, *dims["R"]), (*batch, *dims["O"])])
+    over_last, over_rows = (((last,), (1,)), ((), ())), ((rows, rows), ((), ()))
+    dlora_b = parameter_gradient(h, g, over_rows, like=params["lora_b"])
+    dh = parameter_gradient(g, lora_b, over_last, like=h)
+    dlora_a = parameter_gradient(x, dh, over_rows, like=params["lora_a"])
+    dx = input_gradient(dh, lora_a, over_last, like=res.x)
+    chex.assert_shape([dx, dlora_a, dlora_b], [x.shape, dims["IR"], dims["RO"]])
+    return nnx.State({"lora_a": dlora_a, "lora_b": dlora_b}), dx, None
 
 
 lora.defvjp(_fwd, _bwd)
@@ -116,7 +123,22 @@ class LoRA(nnx.LoRA):
 class LoRALinear(nnx.LoRALinear, Linear):
     """`nnx.LoRALinear` made of `Linear` and `LoRA` of this library.
 
-    Constructor, parameters, initial values and results are those of `flax.nnx.LoRALinear`.
+    Parameters, initial values and results are those of `flax.nnx.LoRALinear`.
+
+    Args:
+        in_features: features of the input.
+        out_features: features of the output.
+        lora_rank: the rank of the added product.
+        lora_dtype: dtype in which it is computed, or None to infer it.
+        lora_param_dtype: dtype of `lora_a` and `lora_b`.
+        a_initializer: makes `lora_a`, of shape (in_features, lora_rank).
+        b_initializer: makes `lora_b`, of shape (lora_rank, out_features).
+        lora_param_type: the class of the Variables that hold them.
+        lora_promote_dtype: promotes the arrays of the added product to one dtype.
+        rngs: the random streams for the initial values.
+        a_metadata: metadata of `lora_a`.
+        b_metadata: metadata of `lora_b`.
+        **kwargs: keyword arguments of `Linear`.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -126,9 +148,49 @@ class LoRALinear(nnx.LoRALinear, Linear):
         (16, 4)
     """
 
-    # nnx.LoRALinear adds `self.lora(x)` to what the next class in line computes: our Linear.
-
-    @functools.wraps(nnx.LoRALinear.__init__)
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        lora_rank: int,
+        lora_dtype: Any = None,
+        lora_param_dtype: Any = jnp.float32,
+        a_initializer: Callable[..., jax.Array] = default_a_initializer,
+        b_initializer: Callable[..., jax.Array] = default_b_initializer,
+        lora_param_type: type[nnx.Variable] = nnx.LoRAParam,
+        lora_promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        a_metadata: Mapping[str, Any] = MappingProxyType({}),
+        b_metadata: Mapping[str, Any] = MappingProxyType({}),
+        **kwargs: Any,
+    ):
+        super().__init__(
+            in_features,
+            out_features,
+            lora_rank=lora_rank,
+            lora_dtype=lora_dtype,
+            lora_param_dtype=lora_param_dtype,
+            a_initializer=a_initializer,
+            b_initializer=b_initializer,
+            lora_param_type=lora_param_type,
+            lora_promote_dtype=lora_promote_dtype,
+            rngs=rngs,
+            a_metadata=a_metadata,
+            b_metadata=b_metadata,
+            **kwargs,
+        )
         set_class(self.lora, LoRA)
+
+    def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Applies the linear layer, and adds the product of low rank.
+
+        Args:
+            x: array of shape (..., in_features).
+            out_sharding: sharding of the linear layer's result on a mesh with Explicit axes, or
+                None.
+
+        Returns:
+            Array of shape (..., out_features).
+        """
+        return Linear.__call__(self, x, out_sharding) + self.lora(x)
