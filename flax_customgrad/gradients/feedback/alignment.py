@@ -1,17 +1,23 @@
-"""Feedback alignment: a layer that sends its error back through another kernel than its own.
+"""Feedback alignment: a layer whose backward uses a fixed random kernel in place of its own.
 
-    forward   y  = f(W, b, x)
-    backward  dx = that of f with the fixed kernel B in place of W
-              dW, db = those of f
-    kept      x, W, b and B, as they came
+    forward   y       = f(kernel, bias, x)
+    backward  dx      = what the backward of f computes for x with `feedback` in place of `kernel`
+              dkernel = what it computes for the kernel
+              dbias   = what it computes for the bias
+    kept      x, kernel, bias and feedback, as they came
 
-f is linear in its kernel, so dW does not depend on W: the whole backward is that of f at B. Nothing
-uses the forward that `jax.vjp` repeats there, and XLA drops it. W comes to align with B over
-training, and dx with the true gradient. arXiv:1411.0247.
+The backward is composed: it is JAX's VJP of `f` at `feedback`, and `f` is `linear` or
+`convolution`, each with a hand-written backward of its own. As `f` is linear in its kernel,
+`dkernel` does not depend on the kernel, and one VJP gives all three. Nothing uses the forward that
+`jax.vjp` repeats there, and XLA drops it. Over training the kernel comes to align with `feedback`,
+and `dx` with the true gradient.
+
+Source: arXiv:1411.0247
 """
 
 from typing import NamedTuple
 
+import chex
 import jax
 from flax import nnx
 
@@ -21,52 +27,58 @@ from flax_customgrad.numerics.dtypes import as_array, is_supported_float
 
 
 class Residuals(NamedTuple):
-    """What the backward of `aligned` keeps: only what the caller holds anyway."""
+    """What the backward of `apply_with_feedback` keeps: only what the caller holds anyway."""
 
     params: Parameters
     feedback: jax.Array
     x: jax.Array
     f: CustomVJP
-    how: object
+    config: object
 
 
 @custom_vjp(surrogate=True)
-def aligned(
-    params: Parameters, feedback: jax.Array, x: jax.Array, f: CustomVJP, how: object
+def apply_with_feedback(
+    params: Parameters, feedback: jax.Array, x: jax.Array, f: CustomVJP, config: object
 ) -> jax.Array:
-    """Applies f.
+    """Applies `f` to parameters and inputs.
 
     Args:
         params: `kernel`, and `bias` or none.
-        feedback: B, of the shape of the kernel, float.
+        feedback: the kernel of the backward, of the shape of `kernel`, float.
         x: inputs, float.
-        f: `linear` or `convolution`, a function of (params, x, how) that is linear in the kernel.
-        how: its choices that are not arrays.
+        f: `linear` or `convolution`, a function of (params, x, config) that is linear in the
+            kernel.
+        config: its choices that are not arrays.
 
     Returns:
-        What f returns.
+        What `f` returns.
     """
-    return f(params, x, how)
+    return f(params, x, config)
 
 
 def _fwd(
-    params: Parameters, feedback: jax.Array, x: jax.Array, f: CustomVJP, how: object
+    params: Parameters, feedback: jax.Array, x: jax.Array, f: CustomVJP, config: object
 ) -> tuple[jax.Array, Residuals]:
-    return aligned(params, feedback, x, f, how), Residuals(params, feedback, x, f, how)
+    y = apply_with_feedback(params, feedback, x, f, config)
+    return y, Residuals(params, feedback, x, f, config)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, None, jax.Array, None, None]:
-    dtype = res.params["kernel"].dtype
-    at_feedback = nnx.State({**res.params, "kernel": res.feedback.astype(dtype)})
-    _, pull = jax.vjp(lambda params, x: res.f(params, x, res.how), at_feedback, res.x)
+    params, feedback, x = res.params, res.feedback, res.x
+    chex.assert_equal_shape([feedback, params["kernel"]])
+    at_feedback = nnx.State({**params, "kernel": feedback.astype(params["kernel"].dtype)})
+    y, pull = jax.vjp(lambda params, x: res.f(params, x, res.config), at_feedback, x)
+    chex.assert_equal_shape([g, y])
     dparams, dx = pull(g)
+    chex.assert_trees_all_equal_structs(dparams, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes((dparams, dx), (params, x))
     return dparams, None, dx, None, None
 
 
-aligned.defvjp(_fwd, _bwd)
+apply_with_feedback.defvjp(_fwd, _bwd)
 
 
-def checked_inputs(layer: nnx.Module, inputs: object, injected: bool) -> jax.Array:
+def check_inputs(layer: nnx.Module, inputs: object, injected: bool) -> jax.Array:
     """The inputs of a layer, as an array.
 
     Args:

@@ -1,19 +1,22 @@
-"""Direct feedback alignment: each layer of a chain gets the error of the output, arXiv:1609.01596.
+"""Direct feedback alignment: each layer of a chain gets the error of the output.
 
-    forward   h_0 = x,  h_i = f_i(h_{i-1}),  y = h_n
-    backward  e_n = g
-              e_i = g B_i for i < n                         B_i fixed and random
-              dparams_i = the gradient of f_i for its parameters, at e_i
-              dx        = the gradient of f_1 for its input, at e_1
+    forward   h[0] = x,  h[i] = layer[i](h[i-1]),  y = h[n]
+    backward  e[n] = g
+              e[i] = g feedback[i]  for i < n                feedback[i]: fixed and random
+              dparams[i] = the gradient of layer[i] for its parameters, at the cotangent e[i]
+              dx         = the gradient of layer[1] for its input, at e[1]
     kept      x, the parameters, and the state of the layers as it was before the call
 
-No layer waits for the error of the next one, so the backward goes through the chain from its first
-layer to its last: it computes h_i anew, has e_i at once, and is done with the layer. Where forward
-and backward are one program XLA merges the two h_i and keeps them; in a `lax.scan` the second one
-costs a forward, and the memory falls: 312 MB -> 60 for a scan of 4 over 8 layers of 4096x256.
+The backward is composed: the gradient of a layer is JAX's VJP of it, and a layer is anything that
+is called with one array. `dx` is what the first layer sends back.
 
-A layer is anything that is called with one array; its own gradient is that which JAX has for it. dx
-is what the first layer sends back.
+No layer waits for the error of the next one, so the backward goes through the chain from its first
+layer to its last: it computes `h[i]` anew, has `e[i]` at once, and is done with the layer. Where
+forward and backward are one program XLA merges the two `h[i]` and keeps them; in a `lax.scan` the
+second one costs a forward, and the memory falls: 312 MB -> 60 for a scan of 4 over 8 layers of
+4096x256.
+
+Source: arXiv:1609.01596
 """
 
 import math
@@ -25,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.linear import default_kernel_init
+from flax.typing import Dtype, Initializer
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.gradients.feedback.feedback_variable import Feedback
@@ -70,13 +74,19 @@ def _fwd(module: Any, x: jax.Array) -> tuple[jax.Array, Residuals]:
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array]:
     module, h = nnx.merge(res.graphdef, res.state), res.x
-    grads, backs = {}, []
+    last = len(module.layers) - 1
+    dparams, dh = {}, []
     for i, layer in enumerate(module.layers):
         h, pull = _vjp(layer, h)
-        is_last = i == len(module.layers) - 1
-        grads[i], back = pull(g if is_last else _projected(g, module.feedback[i][...], like=h))
-        backs.append(back)
-    return nnx.State({"layers": {i: dparams for i, dparams in grads.items() if dparams}}), backs[0]
+        e = g if i == last else _project(g, module.feedback[i][...], like=h)
+        chex.assert_equal_shape([e, h])
+        of_params, of_input = pull(e)
+        if of_params:
+            dparams[i] = of_params
+        dh.append(of_input)
+    dx = dh[0]
+    chex.assert_equal_shape([dx, res.x])
+    return nnx.State({"layers": dparams}), dx
 
 
 chain.defvjp(_fwd, _bwd)
@@ -96,18 +106,18 @@ def _vjp(layer: Any, x: jax.Array) -> tuple[jax.Array, Callable[..., Any]]:
     return y, pull
 
 
-def _projected(g: jax.Array, feedback: jax.Array, like: jax.Array) -> jax.Array:
-    """The error of a hidden layer: g of shape (*batch, *out) times B of shape (*out, *hidden)."""
+def _project(g: jax.Array, feedback: jax.Array, like: jax.Array) -> jax.Array:
+    """The error of a hidden layer: `g` (*batch, *out) times `feedback` (*out, *hidden)."""
     n_out = (g.ndim - like.ndim + feedback.ndim) // 2
-    meet = (range(g.ndim - n_out, g.ndim), range(n_out))
+    over_out = ((range(g.ndim - n_out, g.ndim), range(n_out)), ((), ()))
+    chex.assert_shape(feedback, (*g.shape[g.ndim - n_out :], *like.shape[g.ndim - n_out :]))
     wide = accumulator(g, feedback)
-    error = input_gradient(g.astype(wide), feedback.astype(wide), (meet, ((), ())), like=like)
-    chex.assert_equal_shape([error, like])
-    return error.astype(like.dtype)
+    e = input_gradient(g.astype(wide), feedback.astype(wide), over_out, like=like)
+    return e.astype(like.dtype)
 
 
 class DirectFeedback(nnx.Module):
-    """Layers one after another, each of which gets the error of the output, arXiv:1609.01596.
+    """Layers one after another, each of which gets the error of the output.
 
     The last layer gets it as it is, and each hidden one times a fixed random matrix. Put an
     activation inside the layer that it belongs to: what is sent back goes to the output of a layer.
@@ -147,14 +157,16 @@ class DirectFeedback(nnx.Module):
         [(2, 32), (2, 16)]
         >>> model(jnp.ones((5, 8))).shape
         (5, 2)
+
+    Source: arXiv:1609.01596
     """
 
     def __init__(
         self,
         *layers: Callable[[Any], Any],
         features: Sequence[int | Sequence[int]] | None = None,
-        feedback_init: nnx.Initializer = default_kernel_init,
-        param_dtype: Any = jnp.float32,
+        feedback_init: Initializer = default_kernel_init,
+        param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         _check_layers(layers)

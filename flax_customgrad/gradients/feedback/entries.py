@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.gradients.feedback.direct_feedback import DirectFeedback
+from flax_customgrad.gradients.feedback.alignment import apply_with_feedback
+from flax_customgrad.gradients.feedback.direct_feedback import DirectFeedback, chain
 from flax_customgrad.gradients.feedback.feedback_conv import FeedbackConv
 from flax_customgrad.gradients.feedback.feedback_linear import FeedbackLinear
 from flax_customgrad.registry.entry import Entry, Example
@@ -32,13 +33,16 @@ def _with_feedback(cls: Any) -> Callable[..., tuple[Any, ...]]:
     return formula
 
 
-def _tanh_layers(*widths: int, inputs: Callable[[], jax.Array]) -> Example:
-    """A chain of linear layers, each with a tanh."""
+def _tanh_layers(
+    *widths: int, inputs: Callable[[], jax.Array], without_bias: int | None = None
+) -> Example:
+    """A chain of linear layers, each with a tanh, one perhaps without a bias."""
 
     def make(cls: Any) -> tuple[Any, ...]:
         rngs = nnx.Rngs(0)
         layers = [
-            nnx.Sequential(nnx.Linear(a, b, rngs=rngs), nnx.tanh) for a, b in pairwise(widths)
+            nnx.Sequential(nnx.Linear(a, b, use_bias=i != without_bias, rngs=rngs), nnx.tanh)
+            for i, (a, b) in enumerate(pairwise(widths))
         ]
         return cls(*layers, rngs=rngs), inputs()
 
@@ -46,17 +50,21 @@ def _tanh_layers(*widths: int, inputs: Callable[[], jax.Array]) -> Example:
 
 
 def _direct(model: Any, x: jax.Array, g: jax.Array) -> tuple[nnx.State, jax.Array]:
-    """What `_tanh_layers` get, written out."""
+    """The gradient of `_tanh_layers`, written out."""
     errors = [*(g @ feedback[...] for feedback in model.feedback), g]
     linears = [layer.layers[0] for layer in model.layers]
-    dlayers, backs = {}, []
-    for i, (linear, error) in enumerate(zip(linears, errors, strict=True)):
-        y = jnp.tanh(x @ linear.kernel[...] + linear.bias[...])
-        delta = error * (1 - y**2)
-        dlayers[i] = {"layers": {0: {"kernel": x.T @ delta, "bias": delta.sum(0)}}}
-        backs.append(delta @ linear.kernel[...].T)
+    dlayers, dh = {}, []
+    for i, (linear, e) in enumerate(zip(linears, errors, strict=True)):
+        bias = 0 if linear.bias is None else linear.bias[...]
+        y = jnp.tanh(x @ linear.kernel[...] + bias)
+        delta = e * (1 - y**2)
+        dlinear = {"kernel": jnp.einsum("...i,...o->io", x, delta)}
+        if linear.bias is not None:
+            dlinear["bias"] = jnp.einsum("...o->o", delta)
+        dlayers[i] = {"layers": {0: dlinear}}
+        dh.append(delta @ linear.kernel[...].T)
         x = y
-    return nnx.State({"layers": dlayers}), backs[0]
+    return nnx.State({"layers": dlayers}), dh[0]
 
 
 def _images(*args: Any, shape: tuple[int, ...], **kwargs: Any) -> Example:
@@ -71,15 +79,16 @@ ENTRIES = (
         None,
         "surrogate",
         keeps="x, kernel, feedback",
-        gain="learning without the transposed weights, as a brain or a chip may have to",
+        gain="composed: learning without the transposed weights, as a brain or a chip may have to",
         source="arXiv:1411.0247",
         formula=_with_feedback(nnx.Linear),
         examples={
-            "bias": made(6, 4, inputs=(lambda: normal(8, 6),)),
+            "bias, two batch axes of which one is 1": made(6, 4, inputs=(lambda: normal(8, 1, 6),)),
             "no bias, two batch axes": made(
                 6, 4, use_bias=False, inputs=(lambda: normal(8, 3, 6),)
             ),
         },
+        operations={apply_with_feedback: "bias, two batch axes of which one is 1"},
         workloads={"4096x1024 to 1024": made(1024, 1024, inputs=(lambda: normal(4096, 1024),))},
     ),
     Entry(
@@ -89,16 +98,19 @@ ENTRIES = (
         None,
         "surrogate",
         keeps="x without its padding, kernel, feedback",
-        gain="learning without the transposed weights, as a brain or a chip may have to",
+        gain="composed: learning without the transposed weights, as a brain or a chip may have to",
         source="arXiv:1411.0247",
         formula=_with_feedback(nnx.Conv),
         examples={
-            "dense, reflected": _images(3, (2, 3), padding="REFLECT", shape=(8, 3, 4, 2)),
+            "dense, strided, reflected": _images(
+                3, (2, 3), 2, padding="REFLECT", shape=(8, 3, 5, 2)
+            ),
             "depthwise": _images(4, 3, padding="CAUSAL", feature_group_count=2, shape=(8, 5, 2)),
             "strided, dilated, circular": _images(
                 4, 2, 2, kernel_dilation=2, padding="CIRCULAR", use_bias=False, shape=(8, 5, 3)
             ),
         },
+        operations={apply_with_feedback: "dense, strided, reflected"},
         workloads={"3x3, 16x32x32x128": _images(128, (3, 3), shape=(16, 32, 32, 128))},
     ),
     Entry(
@@ -108,10 +120,15 @@ ENTRIES = (
         None,
         "surrogate",
         keeps="x, parameters, feedback",
-        gain="learning without a backward chain: every layer's error straight from the output's",
+        gain="composed: each layer's error straight from the output's, without a backward chain",
         source="arXiv:1609.01596",
         formula=_direct,
-        examples={"three layers": _tanh_layers(6, 5, 7, 3, inputs=lambda: normal(8, 6))},
+        examples={
+            "three layers, one without bias, two batch axes": _tanh_layers(
+                6, 5, 1, 3, inputs=lambda: normal(8, 2, 6), without_bias=1
+            )
+        },
+        operations={chain: "three layers, one without bias, two batch axes"},
         workloads={
             "4 layers of 1024, batch 1024": _tanh_layers(
                 1024, 1024, 1024, 1024, 1024, inputs=lambda: normal(1024, 1024)

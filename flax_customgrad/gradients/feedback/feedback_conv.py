@@ -1,13 +1,13 @@
 """FeedbackConv: a convolution with feedback alignment.
 
-    forward   y  = conv(x, W) + b
-    backward  dx = the gradient of conv(x, B) for x          B fixed and random
-              dW = that of conv(x, W) for W
-              db = the sum of g over images and space
-    kept      x, W, b and B, as they came
+    forward   y       = conv(x, kernel) + bias
+    backward  dx      = the gradient of conv(x, feedback) for x     feedback: fixed and random
+              dkernel = that of conv(x, kernel) for the kernel
+              dbias   = the sum of g over images and space
+    kept      x without its padding, kernel, bias and feedback, as they came
 
-`convolution` writes them out. The operation is `alignment.aligned`, of `convolution`: its lowerings
-and its float32 sums are those of `Conv`.
+The backward is composed: the operation is `alignment.apply_with_feedback` of `convolution`, whose
+page writes these gradients out, and whose lowerings and float32 sums are those of `Conv`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,21 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
-from flax.nnx.nn.linear import default_kernel_init
+from flax.nnx.nn.linear import default_bias_init, default_kernel_init
+from flax.typing import (
+    ConvGeneralDilatedT,
+    Dtype,
+    Initializer,
+    PaddingLike,
+    PrecisionLike,
+    PromoteDtypeFn,
+)
 from jax import lax
 
-from flax_customgrad.gradients.feedback.alignment import aligned, checked_inputs
+from flax_customgrad.gradients.feedback.alignment import apply_with_feedback, check_inputs
 from flax_customgrad.gradients.feedback.feedback_variable import Feedback
 from flax_customgrad.layers.conv.conv import Conv
 from flax_customgrad.layers.conv.convolution import convolution
@@ -28,7 +37,7 @@ from flax_customgrad.layers.conv.images import check_images, in_one_batch, param
 
 
 class FeedbackConv(Conv):
-    """A convolution that sends its error back through a fixed random kernel, arXiv:1411.0247.
+    """A convolution that sends its error back through a fixed random kernel.
 
     Constructor, parameters, initial values and results are those of `Conv`, and so of
     `flax.nnx.Conv`; `feedback` is beside them. A mask on the kernel holds for the feedback as well:
@@ -38,11 +47,27 @@ class FeedbackConv(Conv):
         in_features: number of input features.
         out_features: number of output features.
         kernel_size: shape of the window, an int for one axis of space.
-        *args: further arguments of `flax.nnx.Conv`.
+        strides: distance between windows, an int or one for each axis of space.
+        padding: "SAME", "VALID", "CIRCULAR", "CAUSAL", "REFLECT", an int, or a pair of ints for
+            each axis of space.
+        input_dilation: dilation of the inputs, an int or one for each axis of space.
+        kernel_dilation: dilation of the window, an int or one for each axis of space.
+        feature_group_count: number of groups of features.
+        use_bias: whether to add a bias.
+        mask: array of the kernel's shape that the kernel and the feedback are multiplied by.
+        dtype: dtype of the computation; by default inferred from inputs and parameters.
+        param_dtype: dtype of the parameters and of the feedback.
+        precision: `jax.lax.Precision` of every product, forward and backward.
+        kernel_init: initializer of the kernel.
+        bias_init: initializer of the bias.
+        conv_general_dilated: an operation of your own is refused when the layer is called.
+        promote_dtype: as for `conv_general_dilated`.
+        preferred_element_type: dtype of the forward convolution's result.
+        rngs: random number generators; the feedback is drawn from `params`, after the parameters.
+        kernel_metadata: metadata of the kernel's Variable, such as its sharding.
+        bias_metadata: metadata of the bias's Variable.
         feedback_init: initializer of the feedback kernel; by default that of a kernel.
         feedback_metadata: metadata of its Variable, such as its sharding.
-        rngs: random number generators; the feedback is drawn from `params`, after the parameters.
-        **kwargs: further keywords of `flax.nnx.Conv`.
 
     Attributes:
         feedback: the kernel of the backward, a `Feedback` of the shape of `kernel`, in
@@ -56,6 +81,8 @@ class FeedbackConv(Conv):
         (2, 4, 4, 4)
         >>> layer.feedback.shape
         (3, 3, 3, 4)
+
+    Source: arXiv:1411.0247
     """
 
     def __init__(
@@ -63,15 +90,53 @@ class FeedbackConv(Conv):
         in_features: int,
         out_features: int,
         kernel_size: int | Sequence[int],
-        *args: Any,
-        feedback_init: nnx.Initializer = default_kernel_init,
-        feedback_metadata: Mapping[str, Any] = MappingProxyType({}),
+        strides: int | Sequence[int] | None = 1,
+        *,
+        padding: PaddingLike = "SAME",
+        input_dilation: int | Sequence[int] | None = 1,
+        kernel_dilation: int | Sequence[int] | None = 1,
+        feature_group_count: int = 1,
+        use_bias: bool = True,
+        mask: jax.Array | None = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = default_bias_init,
+        conv_general_dilated: ConvGeneralDilatedT = lax.conv_general_dilated,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        preferred_element_type: Dtype | None = None,
         rngs: nnx.Rngs,
-        **kwargs: Any,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        feedback_init: Initializer = default_kernel_init,
+        feedback_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
-        super().__init__(in_features, out_features, kernel_size, *args, rngs=rngs, **kwargs)
-        drawn = feedback_init(rngs.params(), self.kernel_shape, self.param_dtype)
-        self.feedback = Feedback(drawn, **feedback_metadata)
+        super().__init__(
+            in_features,
+            out_features,
+            kernel_size,
+            strides,
+            padding=padding,
+            input_dilation=input_dilation,
+            kernel_dilation=kernel_dilation,
+            feature_group_count=feature_group_count,
+            use_bias=use_bias,
+            mask=mask,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            conv_general_dilated=conv_general_dilated,
+            promote_dtype=promote_dtype,
+            preferred_element_type=preferred_element_type,
+            rngs=rngs,
+            kernel_metadata=kernel_metadata,
+            bias_metadata=bias_metadata,
+        )
+        feedback = feedback_init(rngs.params(), self.kernel_shape, param_dtype)
+        self.feedback = Feedback(feedback, **feedback_metadata)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer.
@@ -92,14 +157,14 @@ class FeedbackConv(Conv):
             self.conv_general_dilated is not lax.conv_general_dilated
             or self.promote_dtype is not dtypes.promote_dtype
         )
-        images = checked_inputs(self, inputs, injected)
+        images = check_inputs(self, inputs, injected)
         check_images(self, images, self.in_features)
         params, feedback = parameters_with_mask(self), self.feedback[...]
         if self.mask is not None:
             feedback *= self.mask
-        how = self._how(images, out_sharding)
+        config = self._how(images, out_sharding)
 
         def run(x: jax.Array) -> jax.Array:
-            return aligned(params, feedback, x, convolution, how)
+            return apply_with_feedback(params, feedback, x, convolution, config)
 
         return in_one_batch(run, images, len(self.kernel_size))

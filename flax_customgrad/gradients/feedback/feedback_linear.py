@@ -1,13 +1,13 @@
 """FeedbackLinear: a linear layer with feedback alignment.
 
-    forward   y[..., o]  = sum_i x[..., i] W[i, o] + b[o]
-    backward  dx[..., i] = sum_o g[..., o] B[i, o]          B fixed and random
-              dW[i, o]   = sum_... x[..., i] g[..., o]
-              db[o]      = sum_... g[..., o]
-    kept      x, W, b and B, as they came
+    forward   y[..., o]     = sum_i x[..., i] kernel[i, o] + bias[o]
+    backward  dx[..., i]    = sum_o g[..., o] feedback[i, o]      feedback: fixed and random
+              dkernel[i, o] = sum_... x[..., i] g[..., o]
+              dbias[o]      = sum_... g[..., o]
+    kept      x, kernel, bias and feedback, as they came
 
-The operation is `alignment.aligned`, of `linear`: its dtypes and its float32 sums are those of
-`Linear`.
+The backward is composed: the operation is `alignment.apply_with_feedback` of `linear`, whose dtypes
+and float32 sums are those of `Linear`.
 """
 
 from collections.abc import Mapping
@@ -15,12 +15,14 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
-from flax.nnx.nn.linear import default_kernel_init
+from flax.nnx.nn.linear import default_bias_init, default_kernel_init
+from flax.typing import DotGeneralT, Dtype, Initializer, PrecisionLike, PromoteDtypeFn
 from jax import lax
 
-from flax_customgrad.gradients.feedback.alignment import aligned, checked_inputs
+from flax_customgrad.gradients.feedback.alignment import apply_with_feedback, check_inputs
 from flax_customgrad.gradients.feedback.feedback_variable import Feedback
 from flax_customgrad.layers.drop_in import parameters
 from flax_customgrad.layers.linear.linear import Linear, linear
@@ -28,7 +30,7 @@ from flax_customgrad.numerics.products import MatmulConfig
 
 
 class FeedbackLinear(Linear):
-    """A linear layer that sends its error back through a fixed random matrix, arXiv:1411.0247.
+    """A linear layer that sends its error back through a fixed random matrix.
 
     Constructor, parameters, initial values and results are those of `Linear`, and so of
     `flax.nnx.Linear`; `feedback` is beside them. Inside `use_autodiff` the backward stays.
@@ -36,11 +38,21 @@ class FeedbackLinear(Linear):
     Args:
         in_features: number of input features.
         out_features: number of output features.
+        use_bias: whether to add a bias.
+        dtype: dtype of the computation; by default inferred from inputs and parameters.
+        param_dtype: dtype of the parameters and of the feedback.
+        precision: `jax.lax.Precision` of every product, forward and backward.
+        kernel_init: initializer of the kernel.
+        bias_init: initializer of the bias.
+        dot_general: an operation of your own is refused when the layer is called.
+        promote_dtype: as for `dot_general`.
+        preferred_element_type: dtype of the forward product's result.
+        rngs: random number generators; the feedback is drawn from `params`, after the parameters.
+        kernel_metadata: metadata of the kernel's Variable, such as its sharding.
+        bias_metadata: metadata of the bias's Variable.
         feedback_init: initializer of the feedback matrix; by default that of a kernel, of
             deviation 1 / sqrt(in_features). Its size is that of the errors that it sends back.
         feedback_metadata: metadata of its Variable, such as its sharding.
-        rngs: random number generators; the matrix is drawn from `params`, after the parameters.
-        **kwargs: further keywords of `flax.nnx.Linear`.
 
     Attributes:
         feedback: the matrix, a `Feedback` of shape (in_features, out_features) in `param_dtype`.
@@ -52,6 +64,8 @@ class FeedbackLinear(Linear):
         >>> gradient = jax.grad(lambda x: jnp.sum(layer(x)))(jnp.ones((2, 3)))
         >>> bool(jnp.allclose(gradient[0], layer.feedback.sum(axis=1)))
         True
+
+    Source: arXiv:1411.0247
     """
 
     def __init__(
@@ -59,15 +73,39 @@ class FeedbackLinear(Linear):
         in_features: int,
         out_features: int,
         *,
-        feedback_init: nnx.Initializer = default_kernel_init,
-        feedback_metadata: Mapping[str, Any] = MappingProxyType({}),
+        use_bias: bool = True,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = default_bias_init,
+        dot_general: DotGeneralT = lax.dot_general,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        preferred_element_type: Dtype | None = None,
         rngs: nnx.Rngs,
-        **kwargs: Any,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        feedback_init: Initializer = default_kernel_init,
+        feedback_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
-        super().__init__(in_features, out_features, rngs=rngs, **kwargs)
-        shape = (in_features, out_features)
-        drawn = feedback_init(rngs.params(), shape, self.param_dtype)
-        self.feedback = Feedback(drawn, **feedback_metadata)
+        super().__init__(
+            in_features,
+            out_features,
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            dot_general=dot_general,
+            promote_dtype=promote_dtype,
+            preferred_element_type=preferred_element_type,
+            rngs=rngs,
+            kernel_metadata=kernel_metadata,
+            bias_metadata=bias_metadata,
+        )
+        feedback = feedback_init(rngs.params(), (in_features, out_features), param_dtype)
+        self.feedback = Feedback(feedback, **feedback_metadata)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer.
@@ -87,6 +125,7 @@ class FeedbackLinear(Linear):
             self.dot_general is not lax.dot_general
             or self.promote_dtype is not dtypes.promote_dtype
         )
-        x = checked_inputs(self, inputs, injected)
-        how = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
-        return aligned(parameters(self, "kernel", "bias"), self.feedback[...], x, linear, how)
+        x = check_inputs(self, inputs, injected)
+        config = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        params, feedback = parameters(self, "kernel", "bias"), self.feedback[...]
+        return apply_with_feedback(params, feedback, x, linear, config)
