@@ -5,12 +5,16 @@ installed versions and that the library reaches it, so that a rename upstream fa
 turns a gradient off without a word.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import flax
 import jax
 import jax.core
 import jax.extend
 from flax import nnx
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 Tracer = jax.core.Tracer
 """A value inside a transformation of JAX."""
@@ -67,6 +71,31 @@ def check_einsum_equation(layer: nnx.Einsum, equation: str) -> None:
         ValueError: there is no "->", or not exactly one comma.
     """
     layer._einsum_str_check(equation)
+
+
+def overrides_hook(of: type[nnx.Module]) -> Callable[[_F], _F]:
+    """Marks a method that overrides a private one of a layer of nnx, which the layer calls.
+
+    Without that method upstream, ours would never be called, and the layer would compute as nnx
+    does with the gradient of JAX. So its absence fails when the class is made.
+
+    Args:
+        of: the layer of nnx; the method has the name of its hook.
+
+    Raises:
+        AttributeError: the layer has no such method.
+    """
+
+    def check(method: _F) -> _F:
+        name = method.__name__
+        if not callable(getattr(of, name, None)):
+            raise AttributeError(
+                f"flax_customgrad overrides `nnx.{of.__name__}.{name}`, which flax "
+                f"{flax.__version__} does not have: the gradient of {of.__name__} would be lost"
+            )
+        return method
+
+    return check
 
 
 def is_forward_mode_error(error: BaseException) -> bool:

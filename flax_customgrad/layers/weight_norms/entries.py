@@ -1,13 +1,15 @@
-"""The catalogue's entries of the normalization family that normalize a wrapped layer's weights."""
+"""The catalogue's entries of the wrappers that normalize a layer's weights."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.layers.weight_norms.spectral_norm import SpectralNorm
-from flax_customgrad.layers.weight_norms.weight_norm import WeightNorm
+from flax_customgrad.layers.weight_norms.spectral_norm import SpectralNorm, spectral_norm
+from flax_customgrad.layers.weight_norms.weight_norm import WeightNorm, weight_norm
 from flax_customgrad.layers.weight_norms.weight_standardization import WeightStandardization
 from flax_customgrad.registry.entry import Entry, Example
 from flax_customgrad.registry.examples import normal
@@ -33,19 +35,34 @@ def _on_a_copy(layer: Any, x: jax.Array) -> jax.Array:
     return nnx.clone(layer)(x)
 
 
+def _with_sigma(layer: Any, x: jax.Array) -> jax.Array:
+    """Calls a copy of a layer, and lets the singular value count as well."""
+    layer = nnx.clone(layer)
+    return layer(x) + layer.batch_stats["kernel", "sigma"][...] ** 2
+
+
+def _from_half_to_two(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Initializes scales, each another; nnx 0.12.8 hands over no key to draw them with."""
+    return jnp.linspace(0.5, 2, math.prod(shape), dtype=dtype).reshape(shape)
+
+
 def _linear(rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(6, 4, rngs=rngs)
 
 
-def _one_direction(rngs: nnx.Rngs) -> nnx.Linear:
+def _one_direction(rngs: nnx.Rngs) -> nnx.LinearGeneral:
     """Its kernel has one large singular value, to which two steps of power iteration converge."""
-    layer = _linear(rngs)
-    layer.kernel[...] = 0.02 * layer.kernel[...] + normal(6, 1) * normal(4)
+    layer = nnx.LinearGeneral((2, 1, 3), 4, axis=(1, 2, 3), rngs=rngs)
+    layer.kernel[...] = 0.02 * layer.kernel[...] + normal(2, 1, 3, 1) * normal(4)
     return layer
 
 
 def _heads(rngs: nnx.Rngs) -> nnx.LinearGeneral:
     return nnx.LinearGeneral(6, (3, 4), rngs=rngs)
+
+
+def _of_four_axes(rngs: nnx.Rngs) -> nnx.LinearGeneral:
+    return nnx.LinearGeneral((2, 3), (1, 4), axis=(1, 2), rngs=rngs)
 
 
 def _two_layers(rngs: nnx.Rngs) -> nnx.Sequential:
@@ -77,7 +94,13 @@ ENTRIES = (
         gain="trains its scales; right for tiny and huge kernels and in half precision",
         source="arXiv:1602.07868",
         examples={
-            "scale": _around(_linear, lambda: normal(8, 6), _on_a_copy, scale_init=_CONSTANT),
+            "scale, two feature axes apart, an axis of size 1": _around(
+                _of_four_axes,
+                lambda: normal(8, 2, 3),
+                _on_a_copy,
+                feature_axes=(0, -1),
+                scale_init=_from_half_to_two,
+            ),
             "whole kernels of two layers": _around(
                 _two_layers,
                 lambda: normal(8, 6),
@@ -90,6 +113,7 @@ ENTRIES = (
             ),
         },
         workloads={name: _around(*made) for name, made in _WORKLOADS.items()},
+        operations={weight_norm: "scale, two feature axes apart, an axis of size 1"},
     ),
     Entry(
         "SpectralNorm",
@@ -101,9 +125,12 @@ ENTRIES = (
         gain="keeps the kernel alone; right for tiny and huge kernels and in half precision",
         source="arXiv:1802.05957",
         examples={
-            "matrix": _around(_one_direction, lambda: normal(8, 6), _on_a_copy, n_steps=2),
+            "a kernel of four axes, one of size 1, and sigma": _around(
+                _one_direction, lambda: normal(8, 2, 1, 3), _with_sigma, n_steps=2
+            ),
         },
         workloads={name: _around(*made) for name, made in _WORKLOADS.items()},
+        operations={spectral_norm: "a kernel of four axes, one of size 1, and sigma"},
     ),
     Entry(
         "WeightStandardization",

@@ -1,15 +1,20 @@
-"""SpectralNorm: a weight divided by its largest singular value, arXiv:1802.05957.
+"""SpectralNorm: a weight divided by its largest singular value.
 
-    forward   sigma = v W u^T            u and v by power iteration, held constant
-              W-    = W / sigma
-    backward  dW    = g / sigma + (dsigma - sum(g W-) / sigma) v^T u
-    kept      W as it came, u, v and sigma
+    forward   sigma = v w u^T              u and v by power iteration, held constant
+              w_bar = w / sigma
+    backward  along = sum(g w_bar) / sigma
+              dw    = g / sigma + (dsigma - along) v^T u
+    kept      w as it came, u, v and sigma
 
-W is taken as a matrix, all its axes but the last as rows; u and v are rows of one. Power iteration
-and sums run in float32, and the norms in them are those of `unit_norm`. Where sigma is 0 nothing is
-divided, as in nnx: W- is W, and dW is g + dsigma v^T u.
+w is taken as a matrix, all its axes but the last as rows; u and v are rows of one. sigma is an
+output as well, and dsigma is its cotangent. Power iteration and sums run in float32, and the norms
+in them are those of `unit_norm`. Where sigma is 0 nothing is divided, as in nnx: w_bar is w, and dw
+is `g + dsigma v^T u`.
+
+Source: arXiv:1802.05957
 """
 
+import math
 from typing import Any, NamedTuple
 
 import chex
@@ -19,10 +24,10 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 
+from flax_customgrad.contract.compat import overrides_hook
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import has_custom_backward
 from flax_customgrad.layers.weight_norms.unit_norm import inverse_norm
-from flax_customgrad.numerics.accumulation import accumulator
 
 
 class Residuals(NamedTuple):
@@ -51,18 +56,21 @@ def spectral_norm(w: jax.Array, u: jax.Array, v: jax.Array) -> tuple[jax.Array, 
 
 
 def _fwd(w: jax.Array, u: jax.Array, v: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
-    normalized, sigma = spectral_norm(w, u, v)
-    return (normalized, sigma), Residuals(w, u, v, sigma)
+    w_bar, sigma = spectral_norm(w, u, v)
+    return (w_bar, sigma), Residuals(w, u, v, sigma)
 
 
 def _bwd(res: Residuals, cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None, None]:
     w, u, v, sigma = res
     g, dsigma = cotangents
-    by = _divisor(sigma)
-    along = jnp.where(sigma != 0, jnp.sum(g * (w / by)) / by, 0)
-    outer = (v.T * u).reshape(w.shape)
-    chex.assert_equal_shape([g, w, outer])
-    return g / by + (dsigma - along) * outer, None, None
+    dims = chex.Dimensions(I=math.prod(w.shape[:-1]), O=w.shape[-1])
+    chex.assert_shape([u, v], [dims["1O"], dims["1I"]])
+    chex.assert_shape([g, sigma, dsigma], [w.shape, (), ()])
+    divisor = _divisor(sigma)
+    w_bar = w / divisor
+    along = jnp.where(sigma != 0, jnp.sum(g * w_bar) / divisor, 0)
+    dw = g / divisor + (dsigma - along) * (v.T * u).reshape(w.shape)
+    return dw, None, None
 
 
 spectral_norm.defvjp(_fwd, _bwd)
@@ -71,12 +79,12 @@ spectral_norm.defvjp(_fwd, _bwd)
 def power_iteration(
     w: jax.Array, u: jax.Array, n_steps: int, epsilon: float
 ) -> tuple[jax.Array, jax.Array]:
-    """The vectors between which a weight is largest, approximately, as constants.
+    """Approximates the singular vectors of a weight's largest singular value, as constants.
 
     Args:
         w: the weight, of shape (*in_features, out_features), float.
-        u: where to start, of shape (1, out_features), in float32 or wider.
-        n_steps: how many times to go there and back, at least once.
+        u: the right vector to start from, of shape (1, out_features), in float32 or wider.
+        n_steps: how many steps of the iteration, at least one.
         epsilon: as in `unit_norm`.
 
     Returns:
@@ -118,8 +126,11 @@ class SpectralNorm(nnx.SpectralNorm):
         (2, 4)
         >>> jnp.linalg.norm(layer.layer_instance.kernel[...], ord=2).round(5)
         Array(1., dtype=float32)
+
+    Source: arXiv:1802.05957
     """
 
+    @overrides_hook(nnx.SpectralNorm)
     def _spectral_normalize_inplace(
         self, path: tuple[Any, ...], orig_param: nnx.Variable, update_stats: bool
     ) -> None:
@@ -129,10 +140,10 @@ class SpectralNorm(nnx.SpectralNorm):
         if u is None or sigma is None or rejected or not has_custom_backward(w, {"u": u[...]}):
             return super()._spectral_normalize_inplace(path, orig_param, update_stats)
         dtype = dtypes.canonicalize_dtype(w, u[...], dtype=self.dtype)
-        start = lax.stop_gradient(u[...].astype(accumulator(w, u[...])))
-        right, left = power_iteration(w, start, self.n_steps, float(self.epsilon))
-        normalized, value = spectral_norm(w, right, left)
+        start = lax.stop_gradient(u[...].astype(jnp.result_type(jnp.float32, w, u[...])))
+        new_u, v = power_iteration(w, start, self.n_steps, float(self.epsilon))
+        w_bar, new_sigma = spectral_norm(w, new_u, v)
         if update_stats:
-            u[...] = right.astype(u.dtype)
-            sigma[...] = value.astype(sigma.dtype)
-        orig_param[...] = normalized.astype(dtype).astype(w.dtype)
+            u[...] = new_u.astype(u.dtype)
+            sigma[...] = new_sigma.astype(sigma.dtype)
+        orig_param[...] = w_bar.astype(dtype).astype(w.dtype)

@@ -1,15 +1,15 @@
-"""`inverse_norm`: what gives a weight unit norm, whatever the size of its elements.
+"""`inverse_norm`: the factor that gives a weight unit norm, whatever the size of its elements.
 
     r = 1 / sqrt(S + epsilon min(1, S / 1e-6)),   S = sum(w^2)
 
-flax.nnx adds epsilon, 1e-12 by default, to every S, which leaves a kernel of 1e-7 91 % short of
+flax.nnx adds epsilon, 1e-12 by default, to every `S`, which leaves a kernel of 1e-7 91 % short of
 unit norm. Here a weight whose norm is 1e-3 or more comes out as in nnx, to the bit in float32;
 below that, epsilon counts in proportion. Zeros, of which nothing can be normalized, are multiplied
-by 1 / sqrt(epsilon), as in nnx, which only their gradient sees.
+by `1 / sqrt(epsilon)`, as in nnx, which only their gradient sees.
 
-S is summed in float32, of w divided by a power of two that brings its largest element to 1 or more
-and below 2: as they are, the squares would overflow from 256 on in float16 and from 1.8e19 on in
-float32, and vanish below 1e-23.
+`S = power^2 squares` is summed in float32, of `w / power`, where power is a power of two that
+brings the largest element to 1 or more and below 2: as they are, the squares would overflow from
+256 on in float16 and from 1.8e19 on in float32, and vanish below 1e-23.
 """
 
 from collections.abc import Sequence
@@ -18,15 +18,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.scaling import magnitude
 
 _SMALL = 1e-6
-"""The S from which on epsilon counts in full."""
+"""The `S` from which on epsilon counts in full."""
 
 
 def inverse_norm(w: jax.Array, axes: Sequence[int], epsilon: float) -> jax.Array:
-    """The number by which to multiply for unit norm.
+    """The factor by which to multiply for unit norm.
 
     Args:
         w: array of any shape, float.
@@ -38,7 +37,7 @@ def inverse_norm(w: jax.Array, axes: Sequence[int], epsilon: float) -> jax.Array
         The inverse norms in float32, or wider where w is wider; the summed axes stay, with size 1.
     """
     of_zeros = max(epsilon, float(jnp.finfo(w.dtype).tiny)) ** -0.5
-    w = w.astype(accumulator(w))
+    w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
     # The result does not depend on what w is divided by, so neither do its derivatives.
     power = magnitude(w, axes)
     squares = jnp.sum((w / power) ** 2, axes, keepdims=True)
@@ -49,7 +48,7 @@ def inverse_norm(w: jax.Array, axes: Sequence[int], epsilon: float) -> jax.Array
 
 
 def slope(r: jax.Array, epsilon: float) -> jax.Array:
-    """The derivative of 1 / r^2 with respect to S.
+    """The derivative of `1 / r^2` with respect to `S`.
 
     Args:
         r: what `inverse_norm` returned.

@@ -1,17 +1,20 @@
-"""WeightNorm: a weight as a direction and a length for each feature, arXiv:1602.07868.
+"""WeightNorm: a weight as a direction and a length for each feature.
 
-    forward   v^ = v r,  r = 1 / norm(v)     over all axes but the feature axes
-              w  = scale v^
-    backward  dscale = sum(g v^)
-              dv     = scale r (g - s v^ sum(g v^))
+    forward   v_hat  = v r,  r = 1 / norm(v)     over all axes but the feature axes
+              w      = scale v_hat
+    backward  sum_gv = sum(g v_hat)
+              dscale = sum_gv
+              dv     = scale r (g - s v_hat sum_gv)
     kept      v and scale, as they came, and r: one number per feature
 
-r and s are those of `unit_norm`: in float32, not lost to epsilon where v is small, not overflowing
-where it is large; s is 1 but for v of a norm below 1e-3. nnx computes in the dtype of v: for a
-float16 kernel filled with 300 its output and its gradient are 0.
+`r` and its slope `s` are those of `unit_norm`: in float32, not lost to epsilon where v is small,
+not overflowing where it is large; `s` is 1 but for v of a norm below 1e-3. nnx computes in the
+dtype of v: for a float16 kernel filled with 300 its output and its gradient are 0.
+
+Source: arXiv:1602.07868
 """
 
-import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,13 +23,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
+from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
-from flax_customgrad.contract.compat import set_class
+from flax_customgrad.contract.compat import overrides_hook, set_class
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import has_custom_backward
 from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.weight_norms.unit_norm import inverse_norm, slope
-from flax_customgrad.numerics.accumulation import accumulator
 
 
 @dataclass(frozen=True)
@@ -50,54 +53,60 @@ class Residuals(NamedTuple):
     v: jax.Array
     scale: jax.Array | None
     r: jax.Array
-    how: WeightNormConfig
+    config: WeightNormConfig
 
 
 @custom_vjp
-def weight_norm(v: jax.Array, scale: jax.Array | None, how: WeightNormConfig) -> jax.Array:
+def weight_norm(v: jax.Array, scale: jax.Array | None, config: WeightNormConfig) -> jax.Array:
     """Gives a weight unit norm for each feature, then a length.
 
     Args:
         v: the weight, of any shape, float.
         scale: the lengths, shaped like the feature axes of v, float; None for 1.
-        how: axes, epsilon and dtype.
+        config: axes, epsilon and dtype.
 
     Returns:
-        The weight, of v's shape in `how.dtype`.
+        The weight, of v's shape in `config.dtype`.
     """
-    return _normalized(v, scale, how)[0]
+    return _normalized(v, scale, config)[0]
 
 
 def _normalized(
-    v: jax.Array, scale: jax.Array | None, how: WeightNormConfig
+    v: jax.Array, scale: jax.Array | None, config: WeightNormConfig
 ) -> tuple[jax.Array, jax.Array]:
-    r = inverse_norm(v, how.axes.reduced, how.epsilon)
-    unit = v * r
-    w = unit if scale is None else unit * how.axes.along(scale, v.shape)
-    return w.astype(how.dtype), r
+    r = inverse_norm(v, config.axes.reduced, config.epsilon)
+    v_hat = v * r
+    w = v_hat if scale is None else v_hat * config.axes.along(scale, v.shape)
+    return w.astype(config.dtype), r
 
 
 def _fwd(
-    v: jax.Array, scale: jax.Array | None, how: WeightNormConfig
+    v: jax.Array, scale: jax.Array | None, config: WeightNormConfig
 ) -> tuple[jax.Array, Residuals]:
-    w, r = _normalized(v, scale, how)
-    return w, Residuals(v, scale, r, how)
+    w, r = _normalized(v, scale, config)
+    return w, Residuals(v, scale, r, config)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, jax.Array | None, None]:
-    v, scale, r, how = res
-    g = g.astype(accumulator(g))
-    unit = v * r
-    along = how.axes.sum(g * unit)
-    chex.assert_equal_shape([along, r])
-    tangential = r * (g - slope(r, how.epsilon) * unit * along)
+    v, scale, r, config = res
+    axes = config.axes
+    chex.assert_shape(g, v.shape)
+    chex.assert_shape(r, axes.statistic_shape(v.shape))
+    g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+    v_hat = v * r
+    sum_gv = axes.sum(g * v_hat)
+    s = slope(r, config.epsilon)
+    dv = r * (g - s * v_hat * sum_gv)
     if scale is None:
-        return tangential, None, None
-    dscale = how.axes.of_parameter(along, scale)
-    return how.axes.along(scale, v.shape) * tangential, dscale, None
+        return dv, None, None
+    chex.assert_shape(scale, tuple(v.shape[i] for i in axes.features))
+    return axes.along(scale, v.shape) * dv, axes.parameter_sum(sum_gv, scale), None
 
 
 weight_norm.defvjp(_fwd, _bwd)
+
+
+_KERNELS = nnx.PathContains("kernel")
 
 
 class WeightNorm(nnx.WeightNorm):
@@ -120,19 +129,47 @@ class WeightNorm(nnx.WeightNorm):
         (2, 4)
         >>> jnp.linalg.norm(layer.layer_instance.kernel[...], axis=0).round(5)
         Array([1., 1., 1., 1.], dtype=float32)
+
+    Source: arXiv:1602.07868
     """
 
-    @functools.wraps(nnx.WeightNorm.__init__)
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        layer_instance: nnx.Module,
+        *,
+        feature_axes: int | Sequence[int] | None = -1,
+        use_scale: bool = True,
+        scale_init: Initializer = nnx.initializers.ones,
+        epsilon: float = 1e-12,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        variable_filter: nnx.filterlib.Filter = _KERNELS,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            layer_instance,
+            feature_axes=feature_axes,
+            use_scale=use_scale,
+            scale_init=scale_init,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            variable_filter=variable_filter,
+            promote_dtype=promote_dtype,
+            rngs=rngs,
+        )
         _hold_params(self)
 
     @classmethod
     def from_layer(cls, layer: nnx.WeightNorm) -> nnx.WeightNorm:
-        """The layer itself, become this one; its scales become Params.
+        """Turns a layer of nnx into this one, in place; its scales become Params.
 
         Args:
             layer: a layer of nnx.
+
+        Returns:
+            The layer.
         """
         set_class(layer, cls)
         _hold_params(layer)
@@ -140,16 +177,20 @@ class WeightNorm(nnx.WeightNorm):
 
     @staticmethod
     def to_layer(layer: nnx.WeightNorm) -> nnx.WeightNorm:
-        """The layer itself, become that of nnx; its scales become what nnx holds.
+        """Turns a layer of this library into that of nnx, in place, its scales as nnx holds them.
 
         Args:
             layer: a layer of this library.
+
+        Returns:
+            The layer.
         """
         set_class(layer, nnx.WeightNorm)
         if layer.scales is not None and not _nnx_holds_params():
             layer.scales = nnx.data({path: scale[...] for path, scale in layer.scales.items()})
         return layer
 
+    @overrides_hook(nnx.WeightNorm)
     def _weightnorm_inplace(self, path: tuple[Any, ...], param: nnx.Variable) -> None:
         if not self.variable_filter(path, param):
             return
@@ -162,8 +203,8 @@ class WeightNorm(nnx.WeightNorm):
             return super()._weightnorm_inplace(path, param)
         dtype = dtypes.canonicalize_dtype(*params.values(), dtype=self.dtype)
         axes = NormAxes.per_feature(params["v"].ndim, self.feature_axes)
-        how = WeightNormConfig(axes, float(self.epsilon), jnp.dtype(dtype))
-        param.set_value(weight_norm(params["v"], params.get("scale"), how))
+        config = WeightNormConfig(axes, float(self.epsilon), jnp.dtype(dtype))
+        param.set_value(weight_norm(params["v"], params.get("scale"), config))
 
 
 def _hold_params(layer: nnx.WeightNorm) -> None:

@@ -1,12 +1,16 @@
-"""WeightStandardization: a weight of mean 0 and variance 1 for each feature, arXiv:1903.10520.
+"""WeightStandardization: a weight of mean 0 and variance 1 for each feature.
 
-    forward   W^ = (V - mean) r,  r = 1 / sqrt(var + epsilon)    over all axes but the feature axes
-              W  = scale W^
-    backward  dV = scale r (g - mean(g) - W^ mean(g W^)),  dscale = sum(g W^)
-    kept      V and scale, as they came, and three numbers per feature
+    forward   v_hat  = (v - mean) rstd,  rstd = 1 / sqrt(variance + epsilon)
+              w      = scale v_hat
+    backward  h      = scale g
+              dv     = rstd (h - mean(h) - v_hat mean(h v_hat))
+              dscale = sum(g v_hat)                    all over all axes but the feature axes
+    kept      v and scale, as they came, and three numbers per feature
 
-That is what `normalize` does to activations, and it does it here too, with a mean that is corrected
-for its own rounding: a kernel about 1e4 with a spread of 1 is right to 1e-6.
+That is the operation `normalize`, by weights in the place of activations, with a mean that is
+corrected for its own rounding: a kernel about 1e4 with a spread of 1 is right to 1e-6.
+
+Source: arXiv:1903.10520
 """
 
 from collections.abc import Iterator
@@ -25,12 +29,12 @@ _KERNELS = nnx.PathContains("kernel")
 
 
 class WeightStandardization(nnx.Module):
-    """A layer whose weights are standardized before each call, in the manner of `nnx.WeightNorm`.
+    """Wraps a layer, whose weights are standardized before each call, as `nnx.WeightNorm` does.
 
-    What trains are the weights as they are before: unlike `WeightNorm`, a call leaves them in the
-    wrapped layer. With `use_scale` each feature has a gain, as in the scaled form of
-    arXiv:2101.08692; for the N weights that share a feature, `scale_init=constant(N**-0.5)` keeps
-    the variance of activations.
+    The weights that train are the ones before standardization: unlike with `WeightNorm`, a call
+    leaves them in the wrapped layer. With `use_scale` each feature has a gain, as in the scaled
+    form of arXiv:2101.08692; for the N weights that share a feature, `scale_init=constant(N**-0.5)`
+    keeps the variance of activations.
 
     Attributes:
         layer_instance: the wrapped layer.
@@ -44,6 +48,8 @@ class WeightStandardization(nnx.Module):
         >>> layer = fcg.WeightStandardization(conv, rngs=rngs)
         >>> layer(jnp.ones((2, 4, 4, 3))).shape
         (2, 4, 4, 8)
+
+    Source: arXiv:1903.10520
     """
 
     def __init__(
@@ -87,7 +93,7 @@ class WeightStandardization(nnx.Module):
         self.scales: dict[Any, nnx.Param] | None = None
         weights = list(self._weights())
         if not weights:
-            paths = [_shown(path) for path, _ in _parameters(layer_instance)]
+            paths = [_path_string(path) for path, _ in _parameters(layer_instance)]
             raise ValueError(
                 f"variable_filter selects no parameter of {type(layer_instance).__name__}; there "
                 f"are {', '.join(paths) or 'none'}"
@@ -95,7 +101,9 @@ class WeightStandardization(nnx.Module):
         gains = {}
         for path, weight in weights:
             if not jnp.issubdtype(weight.dtype, jnp.floating):
-                raise TypeError(f"{_shown(path)} is {weight.dtype}: expected a floating dtype")
+                raise TypeError(
+                    f"{_path_string(path)} is {weight.dtype}: expected a floating dtype"
+                )
             features = NormAxes.per_feature(weight.ndim, self.feature_axes).features
             if use_scale:
                 shape = tuple(weight.shape[i] for i in features)
@@ -135,7 +143,8 @@ class WeightStandardization(nnx.Module):
         if self.scales is not None:
             if path not in self.scales:
                 raise ValueError(
-                    f"there is no gain for {_shown(path)}: wrap the layer again after changing it"
+                    f"there is no gain for {_path_string(path)}: wrap the layer again after "
+                    "changing it"
                 )
             params["scale"] = self.scales[path][...]
         axes = NormAxes.per_feature(v.ndim, self.feature_axes)
@@ -160,5 +169,5 @@ def _parameters(layer: nnx.Module) -> Any:
     return nnx.to_flat_state(nnx.state(layer, nnx.Param))
 
 
-def _shown(path: tuple[Any, ...]) -> str:
+def _path_string(path: tuple[Any, ...]) -> str:
     return "/".join(map(str, path))
