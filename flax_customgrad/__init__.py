@@ -95,7 +95,7 @@ from flax_customgrad.layers.pooling.pool_functions import avg_pool, max_pool, mi
 from flax_customgrad.layers.weight_norms.spectral_norm import SpectralNorm
 from flax_customgrad.layers.weight_norms.weight_norm import WeightNorm
 from flax_customgrad.layers.weight_norms.weight_standardization import WeightStandardization
-from flax_customgrad.low_bit.fp8.delayed_scaling import DelayedScaling, begin_step
+from flax_customgrad.low_bit.fp8.fp8_scaling import DelayedScaling, begin_step
 from flax_customgrad.low_bit.fp8.fp8_einsum import Fp8Einsum
 from flax_customgrad.low_bit.fp8.fp8_linear import Fp8Linear
 from flax_customgrad.low_bit.frozen.frozen_variable import Frozen

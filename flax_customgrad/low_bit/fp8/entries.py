@@ -10,10 +10,15 @@ from jax import lax
 
 from flax_customgrad.low_bit.fp8.fp8_einsum import Fp8Einsum
 from flax_customgrad.low_bit.fp8.fp8_linear import Fp8Linear
+from flax_customgrad.low_bit.fp8.fp8_product import fp8_product
 from flax_customgrad.registry.entry import Entry
 from flax_customgrad.registry.examples import made, normal
 
 _KEEPS = "the codes of x, one byte an element; scales"
+_GAIN = (
+    "products in fp8, composed: the backward is that of the float product at the codes; delayed "
+    "scaling that no optimizer has to know of"
+)
 _SOURCE = "arXiv:2209.05433"
 
 
@@ -57,14 +62,15 @@ ENTRIES = (
         None,
         "surrogate",
         keeps=_KEEPS,
-        gain="products in fp8; delayed scaling that no optimizer has to know of",
+        gain=_GAIN,
         source=_SOURCE,
         formula=_linear,
         examples={
-            "current scaling, margin": made(
-                8, 6, scaling="current", margin=1, inputs=(lambda: normal(8, 8),)
+            "two batch axes, bias, margin, current scaling": made(
+                8, 6, scaling="current", margin=1, inputs=(lambda: normal(8, 2, 8),)
             ),
         },
+        operations={fp8_product: "two batch axes, bias, margin, current scaling"},
         workloads={
             "4096x1024 to 1024": made(1024, 1024, inputs=(lambda: normal(4096, 1024),)),
             "4096x1024 to 1024, current scaling": made(
@@ -79,7 +85,7 @@ ENTRIES = (
         None,
         "surrogate",
         keeps=_KEEPS,
-        gain="products in fp8; delayed scaling that no optimizer has to know of",
+        gain=_GAIN,
         source=_SOURCE,
         formula=_einsum,
         examples={

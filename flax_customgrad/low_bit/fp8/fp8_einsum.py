@@ -1,35 +1,58 @@
-"""Fp8Einsum: an einsum in 8-bit floats, arXiv:2209.05433.
+"""Fp8Einsum: an einsum in 8-bit floats.
 
-Written for 'nta,hab->nthb'; q(x) are the codes of x for a scale s, q(g) are E5M2:
+Written for 'nta,hab->nthb'; q_x and q_w are codes in E4M3 for the scales s_x and s_w, q_g are codes
+in E5M2 for s_g:
 
-    forward   y[n,t,h,b]  = s_x s_W sum_a q(x)[n,t,a] q(W)[h,a,b] + c[h,b]
-    backward  dx[n,t,a]   = s_g s_W sum_hb q(g)[n,t,h,b] q(W)[h,a,b]
-              dW[h,a,b]   = s_x s_g sum_nt q(x)[n,t,a] q(g)[n,t,h,b]
+    forward   y[n,t,h,b]  = s_x s_w sum_a q_x[n,t,a] q_w[h,a,b] + c[h,b]
+    backward  dx[n,t,a]   = s_g s_w sum_hb q_g[n,t,h,b] q_w[h,a,b]
+              dw[h,a,b]   = s_x s_g sum_nt q_x[n,t,a] q_g[n,t,h,b]
               dc[h,b]     = sum_nt g[n,t,h,b]
-    kept      q(x), one byte an element, and scales
+    kept      q_x, one byte an element, and scales
+
+That is the operation `fp8_product` of the product `einsum`; codes and scales are in `fp8_scaling`.
+
+Source: arXiv:2209.05433
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from flax.typing import Shape
+from flax.nnx.nn import dtypes
+from flax.nnx.nn.linear import default_bias_init, default_kernel_init
+from flax.typing import Dtype, Initializer, PrecisionLike, Shape
 
 from flax_customgrad.layers.linear.einsum import Einsum, einsum
-from flax_customgrad.layers.replaced_matmul import adopt, operands
-from flax_customgrad.low_bit.fp8.fp8_layer import Scaling, product, set_scaling
+from flax_customgrad.layers.replaced_matmul import operands
+from flax_customgrad.low_bit.fp8.fp8_layer import Fp8Layer, Scaling
+from flax_customgrad.low_bit.fp8.fp8_product import Fp8Config, fp8_product
+from flax_customgrad.numerics.products import MatmulConfig
 
 
-class Fp8Einsum(Einsum):
+class Fp8Einsum(Einsum, Fp8Layer):
     """`Einsum` in 8-bit floats: E4M3 for input and kernel, E5M2 for the gradient.
 
-    Parameters, their names and initial values are those of `flax.nnx.Einsum`; scaling, steps and
-    state are those of `Fp8Linear`. Its source is arXiv:2209.05433.
+    Takes what `flax.nnx.Einsum` takes, but no `einsum_op` or `promote_dtype` of the user's own,
+    and the arguments below. Parameters, their names and initial values are those of
+    `flax.nnx.Einsum`; scaling, steps and state are those of `Fp8Linear`.
+
+    Args:
+        scaling: "delayed" takes scales from the maxima of the last steps, "current" from the
+            arrays at hand, which are read once more for it.
+        history: how many steps delayed scaling remembers.
+        margin: how many halvings of a range are left unused, so that what grows by 2^margin from
+            one step to the next is not clipped.
 
     Attributes:
         scaling: "delayed" or "current".
         margin: how many halvings of a range are left unused.
         delayed: the histories and scales, a `DelayedScaling`; None with current scaling.
+
+    Raises:
+        ValueError: an argument is out of its range, or an operation is injected.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -37,7 +60,11 @@ class Fp8Einsum(Einsum):
         >>> layer = fcg.Fp8Einsum('nta,hab->nthb', (8, 2, 4), (8, 4), rngs=nnx.Rngs(0))
         >>> layer(jnp.ones((16, 11, 2))).shape
         (16, 11, 8, 4)
+
+    Source: arXiv:2209.05433
     """
+
+    _reference = nnx.Einsum
 
     def __init__(
         self,
@@ -45,54 +72,38 @@ class Fp8Einsum(Einsum):
         kernel_shape: Shape,
         bias_shape: Shape | None = None,
         *,
-        scaling: Scaling = "delayed",
-        history: int = 1024,
-        margin: int = 0,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = default_bias_init,
+        promote_dtype: Any = dtypes.promote_dtype,
+        einsum_op: Any = jnp.einsum,
+        preferred_element_type: Dtype | None = None,
         rngs: nnx.Rngs,
-        **einsum: Any,
-    ):
-        """Makes the layer.
-
-        Args:
-            einsum_str: the equation.
-            kernel_shape: shape of the kernel.
-            bias_shape: shape of the bias; None for no bias.
-            scaling: as for `Fp8Linear`.
-            history: as for `Fp8Linear`.
-            margin: as for `Fp8Linear`.
-            rngs: random numbers for the parameters.
-            **einsum: what else `nnx.Einsum` takes, but no `einsum_op` or `promote_dtype`.
-
-        Raises:
-            ValueError: an argument is out of its range, or an operation is injected.
-        """
-        super().__init__(einsum_str, kernel_shape, bias_shape, rngs=rngs, **einsum)
-        set_scaling(self, scaling, history, margin)
-
-    @classmethod
-    def from_layer(
-        cls,
-        layer: nnx.Einsum,
-        *,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scaling: Scaling = "delayed",
         history: int = 1024,
         margin: int = 0,
-    ) -> "Fp8Einsum":
-        """Turns an einsum layer into one of this class, in place.
-
-        Args:
-            layer: an `nnx.Einsum` or a subclass.
-            scaling: as for `Fp8Linear`.
-            history: as for `Fp8Linear`.
-            margin: as for `Fp8Linear`.
-
-        Raises:
-            TypeError: it is another layer.
-            ValueError: an argument is out of its range, or an operation is injected.
-        """
-        fp8 = adopt(cls, layer, nnx.Einsum)
-        set_scaling(fp8, scaling, history, margin)
-        return fp8
+    ):
+        super().__init__(
+            einsum_str,
+            kernel_shape,
+            bias_shape,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            promote_dtype=promote_dtype,
+            einsum_op=einsum_op,
+            preferred_element_type=preferred_element_type,
+            rngs=rngs,
+            kernel_metadata=kernel_metadata,
+            bias_metadata=bias_metadata,
+        )
+        self._set_scaling(scaling, history, margin)
 
     def __call__(
         self, inputs: jax.Array, einsum_str: str | None = None, out_sharding: Any = None
@@ -116,12 +127,12 @@ class Fp8Einsum(Einsum):
         kernel = params["kernel"]
         equation = self._regular_equation(einsum_str, x, kernel)
         sizes = dict(zip(equation.kernel, kernel.shape, strict=True))
-        return product(
-            self,
-            params,
-            x,
-            einsum,
-            equation,
-            out_sharding=out_sharding,
+        config = Fp8Config(
+            op=einsum,
+            # Of codes: what dtype the result has is decided when they are scaled.
+            statics=(equation, MatmulConfig(precision=self.precision, out_sharding=out_sharding)),
             bias_shape=tuple(sizes.get(label, 1) for label in equation.y),
+            matmul=MatmulConfig(self.dtype, preferred_element_type=self.preferred_element_type),
+            margin=self.margin,
         )
+        return fp8_product(params, x, self._delayed_state, config)

@@ -1,68 +1,75 @@
-"""What the fp8 layers share: their scaling, and how operands go into the product."""
+"""`Fp8Layer`: what the fp8 layers share, their scaling."""
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
-import jax
 from flax import nnx
 
-from flax_customgrad.layers.drop_in import Parameters
-from flax_customgrad.layers.replaced_matmul import refuse_injected
-from flax_customgrad.low_bit.fp8.delayed_scaling import DelayedScaling
-from flax_customgrad.low_bit.fp8.fp8_product import Fp8Config, fp8_product
-from flax_customgrad.low_bit.quant_layers.quantized_product import LinearOp
-from flax_customgrad.numerics.products import MatmulConfig
+from flax_customgrad.layers.replaced_matmul import adopt, refuse_injected
+from flax_customgrad.low_bit.fp8.fp8_scaling import DelayedScaling, DelayedState
+from flax_customgrad.numerics.argument_checks import check_size, check_word
 
 Scaling = Literal["delayed", "current"]
 
 
-def set_scaling(layer: Any, scaling: Scaling, history: int, margin: int) -> None:
-    """Gives a layer its scaling.
+class Fp8Layer:
+    """Mixed into a layer with a kernel, which, and its input, are multiplied in fp8.
 
-    Args:
-        layer: the layer.
-        scaling: which.
-        history: how many steps delayed scaling remembers.
+    It comes after the layer among the bases: only then can a layer of nnx become one of these.
+
+    Attributes:
+        scaling: "delayed" or "current".
         margin: how many halvings of a range are left unused.
-
-    Raises:
-        ValueError: an argument is out of its range, or an operation is injected.
+        delayed: the histories and scales, a `DelayedScaling`; None with current scaling.
     """
-    name = type(layer).__name__
-    refuse_injected(name, layer)
-    if scaling not in ("delayed", "current"):
-        raise ValueError(f'{name}: scaling={scaling!r} must be "delayed" or "current"')
-    if not isinstance(history, int) or history < 1:
-        raise ValueError(f"{name}: history={history!r} must be a number of steps, at least 1")
-    if not isinstance(margin, int) or not 0 <= margin <= 15:
-        raise ValueError(f"{name}: margin={margin!r} must be an integer from 0 to 15")
-    layer.scaling = scaling
-    layer.margin = margin
-    layer.delayed = nnx.data(DelayedScaling(name, history) if scaling == "delayed" else None)
 
+    __slots__ = ()
+    _reference: ClassVar[type[nnx.Module]]
+    """The layer of nnx that it takes the place of."""
+    scaling: Scaling
+    margin: int
+    delayed: DelayedScaling | None
 
-def product(
-    layer: Any,
-    params: Parameters,
-    x: jax.Array,
-    op: Callable[..., jax.Array],
-    *equation: Any,
-    out_sharding: Any,
-    bias_shape: tuple[int, ...],
-) -> jax.Array:
-    """The output of a layer.
+    @classmethod
+    def from_layer(
+        cls,
+        layer: nnx.Module,
+        *,
+        scaling: Scaling = "delayed",
+        history: int = 1024,
+        margin: int = 0,
+    ) -> Self:
+        """Turns a layer of nnx, or a drop-in, into one that multiplies in fp8, in place.
 
-    Args:
-        layer: what `set_scaling` was called on.
-        params: its parameters.
-        x: its input.
-        op: the operation in float, called as `op(params, x, *equation, how)`.
-        *equation: what else it takes.
-        out_sharding: sharding of the result, or None.
-        bias_shape: the shape of the bias that broadcasts to the output.
-    """
-    # Of codes: what dtype the result has is decided when they are scaled.
-    of = LinearOp(op, (*equation, MatmulConfig(None, layer.precision, None, out_sharding)))
-    how = MatmulConfig(layer.dtype, preferred_element_type=layer.preferred_element_type)
-    remembered = None if layer.delayed is None else layer.delayed.remembered()
-    return fp8_product(params, x, remembered, Fp8Config(of, bias_shape, how, layer.margin))
+        Args:
+            layer: of the class of nnx that this one subclasses, `nnx.Linear` for `Fp8Linear`.
+            scaling: as for the constructor.
+            history: as for the constructor.
+            margin: as for the constructor.
+
+        Returns:
+            The layer.
+
+        Raises:
+            TypeError: it is another layer.
+            ValueError: an argument is out of its range, or an operation is injected.
+        """
+        fp8: Any = adopt(cls, layer, cls._reference)  # type: ignore[type-var]
+        fp8._set_scaling(scaling, history, margin)
+        return fp8
+
+    def _set_scaling(self, scaling: Scaling, history: int, margin: int) -> None:
+        """Gives the layer its scaling, or says what is wrong with an argument."""
+        name = type(self).__name__
+        refuse_injected(name, self)
+        check_word(name, "scaling", scaling, ("delayed", "current"))
+        check_size(name, "history", history)
+        if not isinstance(margin, int) or not 0 <= margin <= 15:
+            raise ValueError(f"{name}: margin={margin!r} must be an integer from 0 to 15")
+        self.scaling = scaling
+        self.margin = margin
+        self.delayed = nnx.data(DelayedScaling(name, history) if scaling == "delayed" else None)
+
+    @property
+    def _delayed_state(self) -> DelayedState | None:
+        """What an operation is handed of the histories and scales."""
+        return None if self.delayed is None else self.delayed.states()

@@ -1,40 +1,53 @@
-"""A product in 8-bit floats: E4M3 forward, E5M2 for the gradient, arXiv:2209.05433.
+"""A product in 8-bit floats: E4M3 forward, E5M2 for the gradient.
 
-Written for a linear layer; q(x) are the codes of x for a scale s, float8, and f is linear in each
-operand:
+f is the product of the layer in float, linear in x and in w; q(a) are the float8 codes of an array
+a for its scale (`fp8_scaling`):
 
-    forward   y  = s_x s_W f(q(x), q(W)) + b
-    backward  dx = s_g s_W q(g) q(W)^T,  dW = s_x s_g q(x)^T q(g),  db = sum g
-    kept      q(x), one byte an element, and scales; W, which the caller holds, and not q(W)
+    forward   y  = s_x s_w f(q_x, q_w) + b          q_x, q_w = q(x), q(w) in E4M3
+    backward  dx = s_g s_w f_x^T(q_g, q_w)          q_g = q(g) in E5M2
+              dw = s_x s_g f_w^T(q_x, q_g)
+              db = sum g
+    kept      q_x, one byte an element, and scales; w, which the caller holds, and not q_w
+
+For a linear layer f(x, w) = x w, f_x^T(g, w) = g w^T and f_w^T(x, g) = x^T g. The transposes are
+composed: JAX's VJP of f, which is the backward of the operation `linear` or `einsum` at the codes.
 
 Products of codes are exact in float32, in which they are summed and scaled, and rounded once. A CPU
 multiplies no float8, so the codes are widened first; a GPU's XLA may turn that into a product of
 float8, which has not been tried. Codes have no derivative: the second derivative is that of the
 operands which they stand for.
 
-Current scaling takes each scale from the array itself, that of g in the backward. Delayed scaling
-takes all three from the last steps, and what the arrays would have asked for is remembered.
+Current scaling takes each scale from the array itself, s_g in the backward. Delayed scaling takes
+all three from the last steps, and what the arrays would have asked for is remembered.
+
+Source: arXiv:2209.05433
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_customgrad.contract import residual_storage as kept
 from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.contract.residual_storage import keep_for_second_order, with_derivative_of
 from flax_customgrad.layers.drop_in import Parameters
-from flax_customgrad.low_bit.fp8.delayed_scaling import (
-    Remembered,
+from flax_customgrad.low_bit.fp8.fp8_scaling import (
+    FORWARD_DTYPE,
+    GRADIENT_DTYPE,
+    DelayedState,
     ScaleSnapshot,
+    encode_fp8,
+    finite_amax,
+    largest_of,
     read_scales,
     record_amax,
+    scale_from_amax,
 )
-from flax_customgrad.low_bit.fp8.fp8_formats import E4M3, E5M2, amax, scale_of
-from flax_customgrad.low_bit.quant_layers.quantized_product import LinearOp
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.broadcasting import sum_to_shape
 from flax_customgrad.numerics.products import MatmulConfig
@@ -43,19 +56,26 @@ from flax_customgrad.numerics.sharding import varying_like
 
 @dataclass(frozen=True)
 class Fp8Config:
-    """The choices that are not arrays.
+    """The choices of a layer that are not arrays.
 
     Attributes:
-        of: the product, linear in kernel and input.
+        op: the operation in float, linear in kernel and input, called as
+            `op({"kernel": w}, x, *statics)`.
+        statics: what else it takes, precision and sharding among it; hashable.
         bias_shape: the shape of the bias that broadcasts to y.
-        how: dtypes; precision and sharding are in `of`.
+        matmul: dtypes of the computation and of the result.
         margin: how many halvings of a range are left unused.
     """
 
-    of: LinearOp
+    op: Callable[..., jax.Array]
+    statics: tuple[Any, ...]
     bias_shape: tuple[int, ...]
-    how: MatmulConfig
+    matmul: MatmulConfig
     margin: int
+
+    def f(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """The product in float."""
+        return self.op(nnx.State({"kernel": w}), x, *self.statics)
 
 
 class Residuals(NamedTuple):
@@ -63,97 +83,104 @@ class Residuals(NamedTuple):
 
     Attributes:
         params: kernel and bias, which the caller holds.
-        codes: the bits of the codes of x, uint8.
+        q_x: the bits of the codes of x, uint8.
         x: for second derivatives, which alone read it.
         snapshot: the scales.
-        amaxes: of x and of the kernel, for delayed scaling.
-        remembered: the state of delayed scaling.
-        recipe: as it came.
+        amax: of x and of the kernel, for delayed scaling.
+        delayed: the state of delayed scaling.
+        config: as it came.
     """
 
     params: Parameters
-    codes: jax.Array
+    q_x: jax.Array
     x: jax.Array | None
     snapshot: ScaleSnapshot
-    amaxes: tuple[jax.Array, ...]
-    remembered: Remembered | None
-    recipe: Fp8Config
+    amax: tuple[jax.Array, ...]
+    delayed: DelayedState | None
+    config: Fp8Config
 
 
 @custom_vjp(surrogate=True)
 def fp8_product(
-    params: Parameters, x: jax.Array, remembered: Remembered | None, recipe: Fp8Config
+    params: Parameters, x: jax.Array, delayed: DelayedState | None, config: Fp8Config
 ) -> jax.Array:
     """Computes a product of a kernel and an input in E4M3, and adds a bias.
 
     Args:
         params: `kernel`, float, and `bias` or no bias.
         x: inputs, float.
-        remembered: the state of delayed scaling; None for current scaling.
-        recipe: the product, dtypes and margin.
+        delayed: the state of delayed scaling; None for current scaling.
+        config: the product, dtypes and margin.
 
     Returns:
         Outputs in the dtype of the computation.
     """
-    x_, kernel, bias = recipe.how.promote(x, params["kernel"], params.get("bias"))
-    s = _scales(x_, kernel, remembered, recipe).scales
-    wide = accumulator(x_, kernel)
-    codes = [E4M3.encode(a, s[i]).astype(wide) for i, a in enumerate((x_, kernel))]
-    y = recipe.of(nnx.State({"kernel": codes[1]}), codes[0]) * _both(s[0], s[1], wide)
-    if bias is not None:
-        y = y + jnp.reshape(bias, recipe.bias_shape).astype(wide)
-    return y.astype(recipe.how.preferred_element_type or x_.dtype)
+    x_, w, b = config.matmul.promote(x, params["kernel"], params.get("bias"))
+    s_x, s_w, _ = _scales(x_, w, delayed, config).scales
+    wide = accumulator(x_, w)
+    q_x, q_w = (encode_fp8(a, s, FORWARD_DTYPE).astype(wide) for a, s in ((x_, s_x), (w, s_w)))
+    y = config.f(q_x, q_w) * _both(s_x, s_w, wide)
+    if b is not None:
+        y = y + jnp.reshape(b, config.bias_shape).astype(wide)
+    return y.astype(config.matmul.preferred_element_type or x_.dtype)
 
 
 def _fwd(
-    params: Parameters, x: jax.Array, remembered: Remembered | None, recipe: Fp8Config
+    params: Parameters, x: jax.Array, delayed: DelayedState | None, config: Fp8Config
 ) -> tuple[jax.Array, Residuals]:
-    y = fp8_product(params, x, remembered, recipe)
-    x_, kernel, _ = recipe.how.promote(x, params["kernel"], params.get("bias"))
-    snapshot = _scales(x_, kernel, remembered, recipe)
-    codes = lax.bitcast_convert_type(E4M3.encode(x_, snapshot.scales[0]), jnp.uint8)
-    amaxes = () if remembered is None else (amax(x_), amax(kernel))
-    return y, Residuals(
-        params, codes, kept.keep_for_second_order(x), snapshot, amaxes, remembered, recipe
-    )
+    y = fp8_product(params, x, delayed, config)
+    x_, w, _ = config.matmul.promote(x, params["kernel"], params.get("bias"))
+    snapshot = _scales(x_, w, delayed, config)
+    codes = encode_fp8(x_, snapshot.scales[0], FORWARD_DTYPE)
+    q_x = lax.bitcast_convert_type(codes, jnp.uint8)
+    amax = () if delayed is None else (finite_amax(x_), finite_amax(w))
+    return y, Residuals(params, q_x, keep_for_second_order(x), snapshot, amax, delayed, config)
 
 
-def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
-    params, recipe = res.params, res.recipe
-    s_x, s_kernel, s_g = res.snapshot.scales
-    if res.remembered is None:
-        s_g = lax.stop_gradient(scale_of(amax(g), E5M2.max, 1, recipe.margin))
+def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None]:
+    params, config = res.params, res.config
+    chex.assert_shape(res.snapshot.scales, (3,))
+    chex.assert_type(res.q_x, jnp.uint8)
+    s_x, s_w, s_g = res.snapshot.scales
+    if res.delayed is None:
+        s_g = scale_from_amax(finite_amax(g), largest_of(GRADIENT_DTYPE), 1, config.margin)
+        s_g = lax.stop_gradient(s_g)
     else:
-        record_amax(res.remembered, res.snapshot, jnp.stack([*res.amaxes, amax(g)]))
-    x, kernel, _ = recipe.how.promote(res.x, params["kernel"], params.get("bias"))
-    wide = accumulator(g, kernel)
-    codes = lax.bitcast_convert_type(res.codes, E4M3.dtype)
-    q_x = _standing_for(codes, x, s_x, wide)
-    q_kernel = _standing_for(E4M3.encode(kernel, s_kernel), kernel, s_kernel, wide)
-    q_g = _standing_for(E5M2.encode(g, s_g), g, s_g, wide)
+        record_amax(res.delayed, res.snapshot, jnp.stack([*res.amax, finite_amax(g)]))
+    x, w, _ = config.matmul.promote(res.x, params["kernel"], params.get("bias"))
+    wide = accumulator(g, w)
+    codes_x = lax.bitcast_convert_type(res.q_x, FORWARD_DTYPE)
+    q_x = _of_derivative(codes_x, x, s_x, wide)
+    q_w = _of_derivative(encode_fp8(w, s_w, FORWARD_DTYPE), w, s_w, wide)
+    q_g = _of_derivative(encode_fp8(g, s_g, GRADIENT_DTYPE), g, s_g, wide)
     # The scales of a device belong to its part of a sum, so the sum comes after them.
-    q_x, q_kernel = varying_like(q_x, q_g), varying_like(q_kernel, q_g)
-    _, pull = jax.vjp(recipe.of, nnx.State({"kernel": q_kernel}), q_x)
-    dparams, dx = pull(q_g)
-    grads = {"kernel": dparams["kernel"] * _both(s_x, s_g, wide)}
+    q_x, q_w = varying_like(q_x, q_g), varying_like(q_w, q_g)
+    _, transposes = jax.vjp(config.f, q_x, q_w)
+    dx, dw = transposes(q_g)
+    dx, dw = dx * _both(s_w, s_g, wide), dw * _both(s_x, s_g, wide)
+    chex.assert_equal_shape([dx, res.q_x])
+    chex.assert_equal_shape([dw, params["kernel"]])
+    chex.assert_type([dx, dw], wide)
+    grads = {"kernel": dw}
     if "bias" in params:
-        grads["bias"] = jnp.reshape(sum_to_shape(g, recipe.bias_shape), params["bias"].shape)
-    return nnx.State(grads), dx * _both(s_kernel, s_g, wide), None, None
+        db = sum_to_shape(g, config.bias_shape)
+        chex.assert_shape(db, config.bias_shape)
+        grads["bias"] = jnp.reshape(db, params["bias"].shape)
+    return nnx.State(grads), dx, None, None
 
 
 fp8_product.defvjp(_fwd, _bwd)
 
 
 def _scales(
-    x: jax.Array, kernel: jax.Array, remembered: Remembered | None, recipe: Fp8Config
+    x: jax.Array, w: jax.Array, delayed: DelayedState | None, config: Fp8Config
 ) -> ScaleSnapshot:
     """The scales of x and of the kernel, and that of g where it is known already."""
-    if remembered is not None:
-        return read_scales(remembered, recipe.margin)
-    asked_for = [scale_of(amax(a), E4M3.max, 1, recipe.margin) for a in (x, kernel)]
-    return ScaleSnapshot(
-        lax.stop_gradient(jnp.stack([*asked_for, jnp.ones_like(asked_for[0])])), None
-    )
+    if delayed is not None:
+        return read_scales(delayed, config.margin)
+    largest = largest_of(FORWARD_DTYPE)
+    s_x, s_w = (scale_from_amax(finite_amax(a), largest, 1, config.margin) for a in (x, w))
+    return ScaleSnapshot(lax.stop_gradient(jnp.stack([s_x, s_w, jnp.ones_like(s_x)])), None)
 
 
 def _both(a: jax.Array, b: jax.Array, wide: Any) -> jax.Array:
@@ -161,11 +188,9 @@ def _both(a: jax.Array, b: jax.Array, wide: Any) -> jax.Array:
     return jnp.minimum(a.astype(wide) * b.astype(wide), jnp.finfo(wide).max)
 
 
-def _standing_for(codes: jax.Array, a: jax.Array | None, scale: jax.Array, wide: Any) -> jax.Array:
-    """Codes in a wide dtype, with the derivative of what was encoded."""
+def _of_derivative(codes: jax.Array, a: jax.Array | None, scale: jax.Array, wide: Any) -> jax.Array:
+    """Codes in a wide dtype, with the derivative of what was encoded, a / scale."""
     values = codes.astype(wide)
-    return (
-        values
-        if a is None
-        else kept.with_derivative_of(values, a.astype(wide) / scale.astype(wide))
-    )
+    if a is None:
+        return values
+    return with_derivative_of(values, a.astype(wide) / scale.astype(wide))

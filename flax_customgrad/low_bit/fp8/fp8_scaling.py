@@ -1,0 +1,237 @@
+"""8-bit floats: the codes of an array, and its scale, of this step or of the last ones.
+
+    code    = round(clip(x / scale, -max, max))     to the nearest, halves to the even one
+    value   = code scale
+    scale   = amax / (max 2^-margin),  amax = max |x|
+
+    E4M3    `float8_e4m3fn`, 3 bits of mantissa, max 448:    inputs and kernels
+    E5M2    `float8_e5m2`, 2 bits of mantissa, max 57344:    gradients
+
+What is too large becomes the largest value. What is not finite does not become a finite code: E4M3
+makes it nan. The arithmetic is in float32, for half precision too, where flax.linen.fp8_ops divides
+in half precision and rounds twice; in float32 the codes and scales are its own, bit for bit.
+
+Delayed scaling: the scales of a step are those that the last steps asked for. Of x, the kernel and
+g, in this order, a layer remembers
+
+    scale    max(history) / (max 2^-margin),  or the last scale where that is 0
+    history  amax of the last steps: the newest in column 0, the others behind it from the right
+
+so that nothing has to be known of an array before it is quantized. The backward pass writes both.
+The values are those of flax.linen.fp8_ops to the bit, in its order, with two differences: an amax
+is that of the finite elements, where an infinite one would be remembered for as long as the history
+is, and a last scale is kept as it is rather than inverted twice.
+
+    A step     is what gradients share that were computed from the same histories: a layer that is
+               called twice reads the same scales twice, and its histories take the larger amax. So
+               does flax.linen, by a dtype whose sum is the maximum.
+    begin_step makes a step of every gradient until it is called again. Micro-batches whose
+               gradients are accumulated then leave the histories that the whole batch leaves.
+
+Two counters say which gradients share a step. `steps` is [taken, allowed]: the first gradient of a
+step, of those whose forward saw the same `taken`, moves the histories along and counts it; others
+add to its column. Beyond `allowed`, where that is not negative, no step is taken.
+
+Source: arXiv:2209.05433
+"""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flax_customgrad.contract.backward_state import BackwardState
+from flax_customgrad.numerics.accumulation import accumulator
+
+FORWARD_DTYPE = jnp.float8_e4m3fn
+"""E4M3, of inputs and kernels."""
+GRADIENT_DTYPE = jnp.float8_e5m2
+"""E5M2, of gradients."""
+
+# Of x, of the kernel, of g.
+_DTYPES = (FORWARD_DTYPE, FORWARD_DTYPE, GRADIENT_DTYPE)
+_TINY = np.finfo(np.float32).tiny
+_NO_STEP = -1
+
+
+def encode_fp8(x: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+    """The codes of an array.
+
+    Args:
+        x: array of any shape, float.
+        scale: float array without axes, positive.
+        dtype: `FORWARD_DTYPE` or `GRADIENT_DTYPE`.
+
+    Returns:
+        Array of x's shape, in that dtype.
+    """
+    wide, largest = accumulator(x), largest_of(dtype)
+    scaled = x.astype(wide) / scale.astype(wide)
+    # What is finite saturates, also where x / scale is not.
+    saturated = jnp.clip(scaled, -largest, largest)
+    # XLA rounds float64 to half precision on its way to 8 bits.
+    return jnp.where(jnp.isfinite(x), saturated, scaled).astype(jnp.float32).astype(dtype)
+
+
+def largest_of(dtype: Any) -> float:
+    """The largest value of an 8-bit float: 448 or 57344.
+
+    Args:
+        dtype: `FORWARD_DTYPE` or `GRADIENT_DTYPE`.
+    """
+    return float(jnp.finfo(dtype).max)
+
+
+def finite_amax(x: jax.Array) -> jax.Array:
+    """The largest finite magnitude; 0 where there is none.
+
+    Args:
+        x: array of any shape, float.
+
+    Returns:
+        Array without axes, float32, or float64 for float64.
+    """
+    finite = jnp.where(jnp.isfinite(x), jnp.abs(x), 0)
+    return jnp.max(finite, initial=0).astype(accumulator(x))
+
+
+def scale_from_amax(amax: jax.Array, largest: Any, otherwise: Any, margin: int) -> jax.Array:
+    """The scale that takes amax to the largest value of a dtype, or margin halvings below it.
+
+    Args:
+        amax: float32 or float64 array of any shape.
+        largest: the largest value of the dtype; of a shape that broadcasts.
+        otherwise: the scale where amax is 0 or not finite.
+        margin: how many halvings of the range are left unused.
+
+    Returns:
+        Array like amax, positive.
+    """
+    usable = (amax > 0) & jnp.isfinite(amax)
+    # As flax.linen divides, and in steps that XLA does not merge.
+    inverse = jnp.where(usable, largest / amax / 2.0**margin, 1)
+    # An amax of 1e-37 asks for a scale that float32 has not.
+    return jnp.where(usable, jnp.maximum(1 / inverse, _TINY), otherwise)
+
+
+class DelayedState(NamedTuple):
+    """What an operation is handed of a `DelayedScaling`."""
+
+    amax_history: BackwardState
+    scale: BackwardState
+    steps: BackwardState
+
+
+class ScaleSnapshot(NamedTuple):
+    """The scales that a forward read, which its backward goes by.
+
+    Attributes:
+        scales: of x, of the kernel and of g, float32 of shape (3,).
+        step: the step that is taken if no one takes it before, int32; None for current scaling.
+    """
+
+    scales: jax.Array
+    step: jax.Array | None
+
+
+def read_scales(delayed: DelayedState, margin: int) -> ScaleSnapshot:
+    """The scales for a forward and its backward.
+
+    Args:
+        delayed: the state.
+        margin: how many halvings of a range are left unused.
+    """
+    taken, allowed = delayed.steps[...]
+    old = delayed.scale[...]
+    begins = (allowed < 0) | (taken < allowed)
+    amax = jnp.max(delayed.amax_history[...], axis=1)
+    largest = np.array([largest_of(dtype) for dtype in _DTYPES], np.float32)
+    new = scale_from_amax(amax, largest, old, margin)
+    return ScaleSnapshot(jnp.where(begins, new, old), jnp.where(begins, taken, _NO_STEP))
+
+
+def record_amax(delayed: DelayedState, snapshot: ScaleSnapshot, amax: jax.Array) -> None:
+    """Writes the maxima that a backward has seen into the histories, and the scales it used.
+
+    Args:
+        delayed: the state.
+        snapshot: the scales that its forward read.
+        amax: of x, of the kernel and of g, float of shape (3,).
+    """
+    dims = chex.Dimensions(T=delayed.amax_history.shape[1])
+    chex.assert_shape(delayed.amax_history, dims["3T"])
+    chex.assert_shape([delayed.scale, snapshot.scales, amax], (3,))
+    chex.assert_shape(delayed.steps, (2,))
+    taken, allowed = delayed.steps[...]
+    first = snapshot.step == taken
+    history = delayed.amax_history[...]
+    amax = jnp.minimum(amax, jnp.finfo(history.dtype).max).astype(history.dtype)
+    moved = jnp.roll(history, -1, axis=1).at[:, 0].set(0)
+    delayed.amax_history[...] = jnp.where(first, moved, history).at[:, 0].max(amax)
+    delayed.scale[...] = jnp.where(first, snapshot.scales, delayed.scale[...])
+    delayed.steps[...] = jnp.stack([taken + first, allowed])
+
+
+class DelayedScaling(nnx.Module):
+    """The histories and scales of a layer; `Fp8Linear` and `Fp8Einsum` hold one.
+
+    Args:
+        layer: the name of the layer's class, for errors.
+        history: how many steps are remembered.
+
+    Attributes:
+        amax_history: a `BackwardState`, float32 of shape (3, history); the rows are of x, of the
+            kernel and of the gradient of the output. Zeros at first.
+        scale: a `BackwardState`, float32 of shape (3,). Ones at first.
+        steps: a `BackwardState`, two int32: steps taken, and how many may be, or -1.
+    """
+
+    def __init__(self, layer: str, history: int):
+        def state(name: str, value: Any) -> BackwardState:
+            return BackwardState(value, name=f"{layer}'s {name}")
+
+        self.amax_history = state("amax_history", np.zeros((3, history), np.float32))
+        self.scale = state("scale", np.ones(3, np.float32))
+        self.steps = state("steps", np.array([0, -1], np.int32))
+
+    def states(self) -> DelayedState:
+        """The states, for an operation."""
+        return DelayedState(self.amax_history, self.scale, self.steps)
+
+
+def begin_step(model: Any) -> None:
+    """Makes one step of every gradient from here to the next call, for delayed scaling.
+
+    Without it each gradient is a step: right where an optimizer steps after each. Where it steps
+    after several, call this before the first of them, inside or outside of a compiled function::
+
+        fcg.begin_step(model)
+        for micro_batch in batch:
+            grads = add(grads, gradient(model, micro_batch))
+        optimizer.update(model, grads)
+
+    Scales then stay the same throughout, and each history takes the maximum over the micro-batches:
+    that of the whole batch. It is also for layers that are shared inside of `nnx.remat`, whose
+    forward runs again after a backward has written. Once called, it has to be called for each step.
+
+    Args:
+        model: a Module, or a tree of them; layers without delayed scaling are passed over.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> from flax import nnx
+        >>> model = fcg.Fp8Linear(4, 3, history=3, rngs=nnx.Rngs(0))
+        >>> gradient = nnx.jit(nnx.grad(lambda model, x: model(x).sum()))
+        >>> fcg.begin_step(model)
+        >>> for micro_batch in (jnp.ones((2, 4)), 2 * jnp.ones((2, 4))):
+        ...     grads = gradient(model, micro_batch)
+        >>> model.delayed.amax_history[0]
+        Array([2., 0., 0.], dtype=float32)
+    """
+    for _, node in nnx.iter_graph(model, graph=True):
+        if isinstance(node, DelayedScaling):
+            taken, _ = node.steps[...]
+            node.steps[...] = jnp.stack([taken, taken + 1])
