@@ -54,11 +54,7 @@ class Skip(Exception):
 
 def autodiff(p: Problem) -> Iterator[Comparison]:
     """The gradient against autodiff of the reference, and the value against its value."""
-
-    def value(fn: Fn) -> Gradient:
-        return tuple(jax.tree.leaves(p.apply(fn)(*p.arrays)))
-
-    yield Comparison("value", value, lambda: value(p.reference), of="output")
+    yield Comparison("value", p.value, lambda: p.expected_value, of="output")
     yield Comparison("gradient", lambda fn: p.gradient(fn)(*p.arrays), lambda: p.expected)
 
 
@@ -87,7 +83,12 @@ def finite_differences(p: Problem) -> Iterator[Comparison]:
 
 def jit(p: Problem) -> Iterator[Comparison]:
     """Under jax.jit."""
-    yield Comparison("", lambda fn: jax.jit(p.gradient(fn))(*p.arrays), lambda: p.expected)
+
+    def value(fn: Fn) -> Gradient:
+        return tuple(jax.tree.leaves(jax.jit(p.apply(fn))(*p.arrays)))
+
+    yield Comparison("value", value, lambda: p.expected_value, of="output")
+    yield Comparison("gradient", lambda fn: jax.jit(p.gradient(fn))(*p.arrays), lambda: p.expected)
 
 
 def vmap(p: Problem) -> Iterator[Comparison]:

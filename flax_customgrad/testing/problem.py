@@ -104,6 +104,10 @@ class Problem:
         """`fn` as a function of the arrays."""
         return lambda *arrays: fn(*self.packed.unpack(arrays))
 
+    def value(self, fn: Callable[..., Any]) -> Gradient:
+        """What `fn` returns for the arrays, flat."""
+        return tuple(jax.tree.leaves(self.apply(fn)(*self.arrays)))
+
     def objective(self, fn: Callable[..., Any]) -> Callable[..., jax.Array]:
         """A scalar function of the arrays: the weighted sum of sines of what `fn` returns."""
         return lambda *arrays: weigh(self.apply(fn)(*arrays))
@@ -126,6 +130,11 @@ class Problem:
     def expected_gradient(self) -> Callable[..., Gradient]:
         """The gradient of the reference, compiled once for all checks."""
         return jax.jit(self.gradient(self.reference))
+
+    @functools.cached_property
+    def expected_value(self) -> Gradient:
+        """What the reference returns for the arrays, flat."""
+        return self.value(self.reference)
 
     @functools.cached_property
     def expected(self) -> Gradient:

@@ -162,7 +162,7 @@ def test_a_custom_gradient_of_others_without_a_reference_is_pointed_out():
 def test_a_function_is_no_excuse_for_itself():
     """Without a reference the function is compared with itself: that it fails is no skip."""
     broken = with_backward(lambda res, g: ({"kernel": g}, None), decorate=jax.custom_vjp)
-    with pytest.raises(GradientError, match="jit: raised TypeError: Custom VJP bwd rule"):
+    with pytest.raises(GradientError, match="jit, gradient: raised TypeError: Custom VJP bwd rule"):
         check_vjp(broken, PARAMS, X, checks=["jit"])
     bare = with_backward(right, decorate=jax.custom_vjp)
     with pytest.raises(GradientError, match="shard_map, check_vma=True: raised"):
@@ -209,7 +209,9 @@ def test_a_wrong_value_is_caught():
 
 def test_an_error_in_the_backward_is_a_failure_that_quotes_it():
     op = with_backward(lambda res, g: ({"kernel": g}, None))
-    with pytest.raises(GradientError, match=r"jit: raised CotangentError: .* misses the parameter"):
+    with pytest.raises(
+        GradientError, match=r"jit, gradient: raised CotangentError: .* misses the parameter"
+    ):
         check_vjp(op, PARAMS, X, checks=["jit"])
     report = check_vjp(op, PARAMS, X, checks=["jit"], raises=False)
     assert len(report.failures) == 1
@@ -220,8 +222,8 @@ def test_a_reference_that_fails_is_a_skip_that_says_so():
         raise ValueError("not here")
 
     report = check_vjp(with_backward(right), PARAMS, X, reference=reference, checks=["jit"])
-    assert [row.status for row in report.rows] == ["skipped"]
-    assert "skipped: jit: the reference fails as well: not here" in str(report)
+    assert [row.status for row in report.rows] == ["skipped"] * 2
+    assert "skipped: jit, gradient: the reference fails as well: not here" in str(report)
 
 
 def test_statistics_counters_and_random_state_are_left_alone():
