@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.estimators.sparse.n_m import n_m_sparsify
-from flax_customgrad.estimators.sparse.n_m_linear import NMSparseLinear
+from flax_customgrad.estimators.sparse.n_m import n_m_sparsify, prune
+from flax_customgrad.estimators.sparse.n_m_linear import NMSparseLinear, sparse_linear
 from flax_customgrad.registry.entry import Curve, Entry
 from flax_customgrad.registry.examples import applied, made, normal
 
@@ -23,7 +23,8 @@ def _kept(w: jax.Array, n: int, m: int, axis: int) -> jax.Array:
 def _sr_ste(
     w: jax.Array, n: int, m: int, decay: Any, g: jax.Array, axis: int = -2
 ) -> tuple[Any, ...]:
-    return g + decay * ~_kept(w, n, m, axis) * w, None, None, None
+    dw = g + decay * ~_kept(w, n, m, axis) * w
+    return dw, None, None, None
 
 
 def _linear(layer: Any, x: jax.Array, g: jax.Array) -> tuple[nnx.State, jax.Array]:
@@ -41,6 +42,15 @@ def _beside_one(w: jax.Array) -> jax.Array:
     return n_m_sparsify(pair, 1, 2, 0.2, axis=0)[0]
 
 
+def _with_ties() -> jax.Array:
+    """Halves of whole numbers, zeros among them, so that many weights of a group are as large."""
+    return jnp.round(2 * normal(8, 1, 6, 2)) / 2
+
+
+def _rounded_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jnp.round(2 * jax.random.normal(key, shape, dtype)) / 4
+
+
 ENTRIES = (
     Entry(
         "n_m_sparsify",
@@ -54,9 +64,10 @@ ENTRIES = (
         formula=_sr_ste,
         curves={"beside a weight of 1, decay 0.2": Curve(_beside_one)},
         examples={
-            "1 of 3, a stack of kernels": applied(lambda: normal(8, 6, 4), 1, 3, 0.1),
+            "2 of 3 with ties, 4-D, a traced decay": applied(_with_ties, 2, 3, jnp.float32(0.1)),
             "2 of 4, first axis": applied(lambda: normal(8, 6), 2, 4, 0.1, axis=0),
         },
+        operations={prune: "2 of 3 with ties, 4-D, a traced decay"},
         workloads={"4096x1024": applied(lambda: normal(4096, 1024), 2, 4, 2e-4)},
     ),
     Entry(
@@ -70,11 +81,14 @@ ENTRIES = (
         source="arXiv:2102.04010",
         formula=_linear,
         examples={
-            "2 of 4": made(8, 6, decay=0.1, inputs=(lambda: normal(8, 8),)),
+            "2 of 4 with ties, bias, two batch axes of which one is 1": made(
+                8, 6, decay=0.1, kernel_init=_rounded_init, inputs=(lambda: normal(8, 1, 8),)
+            ),
             "1 of 3, no bias, two batch axes": made(
                 6, 4, n=1, m=3, decay=0.1, use_bias=False, inputs=(lambda: normal(8, 2, 6),)
             ),
         },
+        operations={sparse_linear: "2 of 4 with ties, bias, two batch axes of which one is 1"},
         workloads={"4096x1024 to 1024": made(1024, 1024, inputs=(lambda: normal(4096, 1024),))},
     ),
 )

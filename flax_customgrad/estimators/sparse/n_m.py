@@ -1,21 +1,21 @@
 """N:M sparsity: of every M consecutive weights the N largest, with the SR-STE gradient.
 
-    mask      m  = 1 for the N largest |W| of every M along the input axis, 0 elsewhere
-    forward   W~ = m W
-    backward  dW = g + decay (1 - m) W
-
-    kept      W, which the caller holds. m is computed again, by M comparisons a weight; a mask
-              would take a byte for each.
-    at a tie  the lower index is taken first: exactly N of M are kept
+    forward   mask = 1 for the n largest |w| of every m along an axis, 0 elsewhere
+              y    = mask w
+    backward  dw   = g + decay (1 - mask) w
+    kept      w, which the caller holds. The mask is computed again, by m comparisons a weight;
+              kept it would take a byte for each.
+    at a tie  the lower index is taken first: exactly n of m are kept
     NaN       is always kept, so that it is seen
 
 Every weight gets the gradient of the sparse product, which passes straight through the mask, so a
 pruned weight can grow back. What is added pulls pruned weights to zero under gradient descent and
 keeps the mask from changing to and fro: the sparse-refined straight-through estimator, SR-STE.
-Source: Zhou et al. 2021, arXiv:2102.04010.
 
-The decay does not depend on g. It comes once with each backward of the weights: twice if they are
+The decay does not depend on `g`. It comes once with each backward of the weights: twice if they are
 used twice, and under vmap and shard_map with shared weights once for each example or device.
+
+Source: arXiv:2102.04010
 """
 
 import operator
@@ -42,28 +42,31 @@ class Pattern(NamedTuple):
     axis: int
 
     def mask(self, w: jax.Array) -> jax.Array:
-        """Which weights are kept, an array of bool like w."""
+        """Which weights are kept, an array of bool like `w`."""
         axis, sharding = self.axis % w.ndim, explicit_sharding(jax.typeof(w))
-        size = _grouped(jnp.abs(w), axis, self.m, sharding)
+        magnitudes = _split_into_groups(jnp.abs(w), axis, self.m, sharding)
         # Along axis + 1 the weight that is judged, along axis + 2 the others of its group.
-        one, other = jnp.expand_dims(size, axis + 2), jnp.expand_dims(size, axis + 1)
+        judged, others = (jnp.expand_dims(magnitudes, axis + i) for i in (2, 1))
         shape = (self.m, self.m, *(1,) * (w.ndim - axis - 1))
-        earlier = jnp.tri(self.m, k=-1, dtype=bool).reshape(shape)
-        ahead = (other > one) | ((other == one) & earlier)
-        return lax.reshape(jnp.sum(ahead, axis + 2) < self.n, w.shape, out_sharding=sharding)
+        is_earlier = jnp.tri(self.m, k=-1, dtype=bool).reshape(shape)
+        is_ahead = (others > judged) | ((others == judged) & is_earlier)
+        return lax.reshape(jnp.sum(is_ahead, axis + 2) < self.n, w.shape, out_sharding=sharding)
 
     def prune(self, w: jax.Array) -> jax.Array:
-        """The weights that are kept, 0 elsewhere."""
+        """`y`: the weights that are kept, 0 elsewhere."""
         return jnp.where(self.mask(w), w, 0)
 
-    def refine(self, g: jax.Array, w: jax.Array, decay: Any) -> jax.Array:
-        """The gradient of the weights, from that of the pruned ones."""
-        dtype = accumulator(g, w)
+    def sr_ste(self, g: jax.Array, w: jax.Array, decay: Any) -> jax.Array:
+        """`dw`: the gradient of the weights, from that of the pruned ones."""
         chex.assert_equal_shape([g, w])
+        chex.assert_rank(decay, 0)
+        dtype = accumulator(g, w)
         return g.astype(dtype) + jnp.where(self.mask(w), 0, decay * w.astype(dtype))
 
 
-def _grouped(w: jax.Array, axis: int, m: int, sharding: NamedSharding | None) -> jax.Array:
+def _split_into_groups(
+    w: jax.Array, axis: int, m: int, sharding: NamedSharding | None
+) -> jax.Array:
     """Splits an axis into groups of m; where devices split groups, each takes the whole axis."""
     shape = (*w.shape[:axis], w.shape[axis] // m, m, *w.shape[axis + 1 :])
     if sharding is not None:
@@ -72,6 +75,14 @@ def _grouped(w: jax.Array, axis: int, m: int, sharding: NamedSharding | None) ->
         spec[axis] = spec[axis] if whole else None
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
     return lax.reshape(w, shape, out_sharding=sharding)
+
+
+class Residuals(NamedTuple):
+    """What the backward of `prune` keeps: only what the caller holds anyway."""
+
+    w: jax.Array
+    decay: Any
+    pattern: Pattern
 
 
 @custom_vjp(surrogate=True)
@@ -84,27 +95,28 @@ def prune(w: jax.Array, decay: Any, pattern: Pattern) -> jax.Array:
         pattern: which weights are kept.
 
     Returns:
-        Array like w.
+        Array like `w`.
     """
     return pattern.prune(w)
 
 
-def _prune_fwd(w: jax.Array, decay: Any, pattern: Pattern) -> tuple[jax.Array, tuple[Any, ...]]:
-    return prune(w, decay, pattern), (w, decay, pattern)
+def _fwd(w: jax.Array, decay: Any, pattern: Pattern) -> tuple[jax.Array, Residuals]:
+    return prune(w, decay, pattern), Residuals(w, decay, pattern)
 
 
-def _prune_bwd(res: tuple[Any, ...], g: jax.Array) -> tuple[jax.Array, None, None]:
-    w, decay, pattern = res
-    return pattern.refine(g, w, decay), None, None
+def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, None, None]:
+    dw = res.pattern.sr_ste(g, res.w, res.decay)
+    chex.assert_equal_shape([dw, g])
+    return dw, None, None
 
 
-prune.defvjp(_prune_fwd, _prune_bwd)
+prune.defvjp(_fwd, _bwd)
 
 
 def n_m_sparsify(
     w: jax.Array, n: int = 2, m: int = 4, decay: Any = 2e-4, *, axis: int = -2
 ) -> jax.Array:
-    """Keeps the n largest of every m weights, with the SR-STE gradient of arXiv:2102.04010.
+    """Keeps the n largest of every m weights, with the SR-STE gradient.
 
     Args:
         w: weights of any shape, float.
@@ -117,7 +129,7 @@ def n_m_sparsify(
             Conv the last but one.
 
     Returns:
-        Array like w; NaN is kept beside the n largest.
+        Array like `w`; NaN is kept beside the n largest.
 
     Raises:
         TypeError: the weights are not floating.
@@ -130,6 +142,8 @@ def n_m_sparsify(
         Array([[ 0., -3.,  2.,  0.]], dtype=float32)
         >>> jax.grad(lambda w: fcg.n_m_sparsify(w, 2, 4, 0.1).sum())(w).T
         Array([[1.1, 1. , 1. , 0.8]], dtype=float32)
+
+    Source: arXiv:2102.04010
     """
     w = jnp.asarray(as_array(w))
     if not jnp.issubdtype(w.dtype, jnp.floating):
@@ -137,7 +151,7 @@ def n_m_sparsify(
     if not -w.ndim <= axis < w.ndim:
         raise ValueError(f"n_m_sparsify: axis={axis} is not an axis of weights of shape {w.shape}")
     check_pattern("n_m_sparsify", n, m, f"the size of axis {axis}", w.shape[axis])
-    return prune(w, checked_decay("n_m_sparsify", decay), Pattern(n, m, axis))
+    return prune(w, check_decay("n_m_sparsify", decay), Pattern(n, m, axis))
 
 
 def check_pattern(name: str, n: int, m: int, what: str, size: int) -> None:
@@ -150,8 +164,16 @@ def check_pattern(name: str, n: int, m: int, what: str, size: int) -> None:
         )
 
 
-def checked_decay(name: str, decay: Any) -> Any:
-    """A decay as a number or an array, once it is known not to be negative, or traced."""
+def check_decay(name: str, decay: Any) -> Any:
+    """A decay as a number or an array.
+
+    Args:
+        name: the layer, for the error.
+        decay: a number or an array without axes; a traced one is not looked at.
+
+    Raises:
+        ValueError: it is negative, or not finite.
+    """
     decay = decay if is_python_number(decay) else jnp.asarray(as_array(decay))
     if not is_traced(decay) and not 0 <= decay < float("inf"):
         raise ValueError(f"{name}: decay={decay!r} must be 0 or more, and finite")

@@ -1,23 +1,34 @@
-"""NMSparseLinear: a linear layer of which n of every m weights are used, arXiv:2102.04010.
+"""NMSparseLinear: a linear layer of which n of every m weights are used.
 
-forward   y = x W~ + b,  W~ = m W the pruned kernel of `n_m`
-backward  dx = g W~^T,  dW = x^T g + decay (1 - m) W,  db = sum g
-kept      x, W and b: only what the caller holds. The mask m is computed again.
+    forward   pruned  = mask kernel                                  mask: that of `n_m`
+              y       = x pruned + bias
+    backward  dx      = g pruned^T
+              dpruned = x^T g
+              dkernel = dpruned + decay (1 - mask) kernel
+              dbias   = sum g
+    kept      x, kernel and bias: only what the caller holds. The mask is computed again.
+
+Source: arXiv:2102.04010
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
+from flax.nnx.nn.linear import default_bias_init, default_kernel_init
+from flax.typing import DotGeneralT, Dtype, Initializer, PrecisionLike, PromoteDtypeFn
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.estimators.sparse.n_m import (
     Pattern,
+    check_decay,
     check_pattern,
-    checked_decay,
     n_m_sparsify,
 )
 from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
@@ -33,12 +44,12 @@ class Residuals(NamedTuple):
     x: jax.Array
     decay: Any
     pattern: Pattern
-    how: MatmulConfig
+    config: MatmulConfig
 
 
 @custom_vjp(surrogate=True)
 def sparse_linear(
-    params: Parameters, x: jax.Array, decay: Any, pattern: Pattern, how: MatmulConfig
+    params: Parameters, x: jax.Array, decay: Any, pattern: Pattern, config: MatmulConfig
 ) -> jax.Array:
     """Applies a linear map with a pruned kernel over the last axis.
 
@@ -48,34 +59,38 @@ def sparse_linear(
         x: inputs of shape (..., in_features), float.
         decay: of the backward, a number or an array without axes.
         pattern: which weights of the kernel are kept.
-        how: dtype, precision and sharding.
+        config: dtype, precision and sharding.
 
     Returns:
         Outputs of shape (..., out_features), in the dtype of the computation.
     """
-    return linear(nnx.State({**params, "kernel": pattern.prune(params["kernel"])}), x, how)
+    pruned = pattern.prune(params["kernel"])
+    return linear(nnx.State({**params, "kernel": pruned}), x, config)
 
 
 def _fwd(
-    params: Parameters, x: jax.Array, decay: Any, pattern: Pattern, how: MatmulConfig
+    params: Parameters, x: jax.Array, decay: Any, pattern: Pattern, config: MatmulConfig
 ) -> tuple[jax.Array, Residuals]:
-    y = sparse_linear(params, x, decay, pattern, how)
-    return y, Residuals(params, x, decay, pattern, how)
+    y = sparse_linear(params, x, decay, pattern, config)
+    return y, Residuals(params, x, decay, pattern, config)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
-    params, pattern, how = res.params, res.pattern, res.how
-    w = params["kernel"]
-    x, pruned = how.promote(res.x, pattern.prune(w))
-    rows, last = tuple(range(g.ndim - 1)), g.ndim - 1
-    p = how.precision
-    dx = input_gradient(g, pruned, (((last,), (1,)), ((), ())), like=res.x, precision=p)
-    dpruned = parameter_gradient(x, g, ((rows, rows), ((), ())), like=w, precision=p)
-    chex.assert_equal_shape([dx, x])
-    grads = {"kernel": pattern.refine(dpruned, w, res.decay)}
+    params, pattern, config = res.params, res.pattern, res.config
+    kernel = params["kernel"]
+    x, pruned = config.promote(res.x, pattern.prune(kernel))
+    dims = chex.Dimensions(I=kernel.shape[0], O=kernel.shape[1])
+    batch, rows, last = x.shape[:-1], tuple(range(g.ndim - 1)), g.ndim - 1
+    chex.assert_shape([x, g], [(*batch, *dims["I"]), (*batch, *dims["O"])])
+    over_o, over_rows = (((last,), (1,)), ((), ())), ((rows, rows), ((), ()))
+    dx = input_gradient(g, pruned, over_o, like=res.x, precision=config.precision)
+    dpruned = parameter_gradient(x, g, over_rows, like=kernel, precision=config.precision)
+    dkernel = pattern.sr_ste(dpruned, kernel, res.decay)
+    chex.assert_shape([dx, dkernel], [x.shape, dims["IO"]])
+    grads = {"kernel": dkernel}
     if "bias" in params:
-        grads["bias"] = total(g, rows)
-        chex.assert_equal_shape([grads["bias"], params["bias"]])
+        dbias = grads["bias"] = total(g, rows)
+        chex.assert_shape([dbias, params["bias"]], dims["O"])
     return nnx.State(grads), dx, None, None, None
 
 
@@ -89,7 +104,6 @@ class NMSparseLinear(Linear):
     trained is dense, and pruned in each call. `sparse_kernel` is the one to deploy. With a
     `dot_general` or `promote_dtype` of the user's own, and for integer or complex inputs, nnx
     computes the product and JAX differentiates that, with the same gradient of the pruning.
-    Its source is arXiv:2102.04010.
 
     Attributes:
         n: how many of every m weights along the inputs are used.
@@ -104,6 +118,8 @@ class NMSparseLinear(Linear):
         (16, 3)
         >>> (layer.sparse_kernel != 0).sum(0)
         Array([4, 4, 4], dtype=int32)
+
+    Source: arXiv:2102.04010
     """
 
     def __init__(
@@ -111,30 +127,64 @@ class NMSparseLinear(Linear):
         in_features: int,
         out_features: int,
         *,
+        use_bias: bool = True,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = default_bias_init,
+        dot_general: DotGeneralT = lax.dot_general,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        preferred_element_type: Dtype | None = None,
+        rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         n: int = 2,
         m: int = 4,
         decay: Any = 2e-4,
-        rngs: nnx.Rngs,
-        **linear: Any,
     ):
         """Makes the layer.
 
         Args:
             in_features: size of the last axis of the inputs, a multiple of m.
             out_features: size of the last axis of the outputs.
+            use_bias: whether to add a bias.
+            dtype: dtype of the computation; by default inferred from inputs and parameters.
+            param_dtype: dtype of the parameters.
+            precision: `jax.lax.Precision` of every product, forward and backward.
+            kernel_init: initializer of the kernel.
+            bias_init: initializer of the bias.
+            dot_general: an operation that takes the place of `lax.dot_general` in the forward.
+            promote_dtype: an operation that takes the place of nnx's promotion of dtypes.
+            preferred_element_type: dtype of the forward product's result.
+            rngs: random numbers for the parameters.
+            kernel_metadata: metadata of the kernel's Variable, such as its sharding.
+            bias_metadata: metadata of the bias's Variable.
             n: how many of every m weights are used.
             m: how many weights make a group.
             decay: as for `n_m_sparsify`.
-            rngs: random numbers for the parameters.
-            **linear: what else `nnx.Linear` takes: use_bias, dtype, param_dtype, kernel_init and
-                so on.
 
         Raises:
             ValueError: not 1 <= n <= m; m does not divide in_features; the decay is negative.
         """
         check_pattern("NMSparseLinear", n, m, "in_features", in_features)
-        checked_decay("NMSparseLinear", decay)
-        super().__init__(in_features, out_features, rngs=rngs, **linear)
+        check_decay("NMSparseLinear", decay)
+        super().__init__(
+            in_features,
+            out_features,
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            dot_general=dot_general,
+            promote_dtype=promote_dtype,
+            preferred_element_type=preferred_element_type,
+            rngs=rngs,
+            kernel_metadata=kernel_metadata,
+            bias_metadata=bias_metadata,
+        )
         self.n = n
         self.m = m
         self.decay = decay
@@ -161,9 +211,9 @@ class NMSparseLinear(Linear):
         params = parameters(self, "kernel", "bias")
         if injected or not has_custom_backward(inputs, params):
             return self._with_sparse_kernel(inputs, out_sharding)
-        how = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
-        decay = checked_decay("NMSparseLinear", self.decay)
-        return sparse_linear(params, inputs, decay, Pattern(self.n, self.m, 0), how)
+        config = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        decay = check_decay("NMSparseLinear", self.decay)
+        return sparse_linear(params, inputs, decay, Pattern(self.n, self.m, 0), config)
 
     def _with_sparse_kernel(self, inputs: jax.Array, out_sharding: Any) -> jax.Array:
         dense = self.kernel[...]
