@@ -53,8 +53,7 @@ def run(args: argparse.Namespace) -> int:
         for entry in entries
         for name, make in entry.examples.items()
     }
-    width = max(map(len, examples), default=0)
-    heading = f"{'':7}{'':{width}}  compared  skipped  error/allowed"
+    heading = f"{'':7}compared  skipped  error/allowed    time  example"
     console.print(heading, style="dim", soft_wrap=True)
     reports, start = [], time.perf_counter()
     for label, (entry, example) in examples.items():
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             report = check_vjp(*example, **expected, checks=args.only, raises=False)
         report.name = label
         reports.append(report)
-        console.print(_line(report, width, time.perf_counter() - began), soft_wrap=True)
+        console.print(_line(report, time.perf_counter() - began), soft_wrap=True)
         for row in report.rows:
             if row.status != "ok":
                 console.print(Padding(Text(f"{row.status}: {row}"), (0, 0, 0, 7), expand=False))
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _line(report: Report, width: int, seconds: float) -> "Text":
+def _line(report: Report, seconds: float) -> "Text":
     """The summary of one example, below the heading that `run` prints."""
     from rich.text import Text
 
@@ -86,8 +85,8 @@ def _line(report: Report, width: int, seconds: float) -> "Text":
     worst = f"{max(shares):.1e}" if shares else ""
     return Text.assemble(
         ("failed ", "bold red") if report.failures else ("ok     ", "green"),
-        f"{report.name:{width}}  {_compared(report):8}  {_skipped(report):7}",
-        f"  {worst:>13}  {seconds:4.1f} s",
+        f"{_compared(report):8}  {_skipped(report):7}  {worst:>13}  {seconds:4.1f} s",
+        f"  {report.name}",
     )
 
 

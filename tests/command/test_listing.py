@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 
 import pytest
 
@@ -14,6 +15,7 @@ def _words(text):
     return set(re.findall(r"[\w.:/#-]+", text))
 
 
+@pytest.mark.smoke
 def test_shows_every_entry(capsys):
     assert main(["list"]) == 0
     words = _words(capsys.readouterr().out)
@@ -50,6 +52,13 @@ def test_family_narrows(capsys, monkeypatch):
     names = set(re.findall(r"^ {4}(\S+)", capsys.readouterr().out, re.MULTILINE))
     assert {e.name for e in other} <= names
     assert not {e.name for e in entries} & names
+
+
+def test_without_rich_it_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert main(["list"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "flax-customgrad list: rich is not installed: pip install rich\n")
 
 
 def test_unknown_family(capsys):

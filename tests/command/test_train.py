@@ -58,7 +58,8 @@ class Small(nnx.Module):
         return self.head(nnx.relu(self.norm(self.rows(images[..., 0]))))
 
 
-def test_the_whole_job(tmp_path):
+def test_the_whole_job(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "_ROUNDS", 3)
     figure_path = tmp_path / "figure.png"
     status, out, err = _train("--steps", 40, "--seed", 1, "--out", figure_path)
     assert (status, err) == (0, "")
@@ -94,6 +95,7 @@ def test_a_wrong_gradient_is_found(tmp_path, monkeypatch):
     drop_ins = {nnx.Linear: fcg.Linear, nnx.LinearGeneral: fcg.LinearGeneral}
     monkeypatch.setattr(catalogue, "drop_ins", lambda: drop_ins)
     monkeypatch.setattr(comparison, "Network", Small)
+    monkeypatch.setattr(comparison, "_ROUNDS", 3)
     monkeypatch.setattr(fcg, "convert", convert)
     monkeypatch.setenv("COLUMNS", "120")
     figure_path = tmp_path / "figure.png"
@@ -119,6 +121,7 @@ def _comparison(**changes):
     )
 
 
+@pytest.mark.smoke
 def test_agreement_is_no_disagreement():
     assert _comparison().disagreements() == []
 

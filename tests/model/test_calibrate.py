@@ -49,6 +49,7 @@ def test_the_model_stays_in_its_mode_and_its_statistics_as_they_were():
     np.testing.assert_array_equal(model.layers[1].mean[...], before)
 
 
+@pytest.mark.smoke
 def test_a_quantizer_that_is_not_called_stays_dynamic():
     model = nnx.Dict(used=_model(), unused=_model())
     fcg.calibrate(model, BATCHES, call=lambda m, batch: m.used(batch))

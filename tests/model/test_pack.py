@@ -1,5 +1,7 @@
 """From a quantized model to its codes and back: the same outputs, few bytes, a checkpoint."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,21 +39,31 @@ class Network(nnx.Module):
 X = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
 
 
-def _trained(bits=4):
-    model = Network(nnx.Rngs(0), bits)
-    model(X)  # The moving average takes a range in.
-    return model
-
-
 @nnx.jit
 def _forward(model, x):
     return model(x)
 
 
+@nnx.jit
+def _gradients(model, x):
+    """The gradients of a sum of squares: of the parameters, and of the input."""
+    return nnx.grad(lambda model, x: (model(x) ** 2).sum(), argnums=(0, 1))(model, x)
+
+
+@functools.cache
+def _models(bits):
+    model = Network(nnx.Rngs(0), bits)
+    _forward(model, X)  # The moving average takes a range in.
+    return model, fcg.pack(model)
+
+
+def _trained_and_packed(bits=4):
+    return map(nnx.clone, _models(bits))
+
+
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_outputs_are_the_same_to_the_bit(bits):
-    model = _trained(bits)
-    packed = fcg.pack(model)
+    model, packed = _trained_and_packed(bits)
     model.eval()
     np.testing.assert_array_equal(_forward(packed, X), _forward(model, X))
     kernel = packed.layers[0].kernel
@@ -61,32 +73,30 @@ def test_outputs_are_the_same_to_the_bit(bits):
 
 
 def test_what_is_packed_has_no_parameters_and_no_gradient():
-    packed = fcg.pack(_trained())
+    model, packed = _trained_and_packed()
     paths = {path[:-1] for path, _ in nnx.to_flat_state(nnx.state(packed, nnx.Param))}
     assert paths == {("head",), ("layers", 0), ("layers", 1)}
     assert len(nnx.to_flat_state(nnx.state(packed, nnx.Param))) == 4
-    assert nnx.grad(lambda m: m(X).sum())(packed).head.kernel[...].shape == (5, 2)
     # The gradient of the input is that of the model in eval mode.
-    model = _trained()
     model.eval()
-    dx, expected = (jax.grad(lambda x, m=m: m(x).sum())(X) for m in (packed, model))
+    (grads, dx), (_, expected) = (_gradients(m, X) for m in (packed, model))
+    assert grads.head.kernel[...].shape == (5, 2)
     np.testing.assert_array_equal(dx, expected)
 
 
 def test_unpacking_gives_what_the_codes_stand_for():
-    model = _trained()
-    packed = fcg.pack(model)
+    model, packed = _trained_and_packed()
     unpacked = fcg.unpack(packed)
     layer = unpacked.layers[0]
     np.testing.assert_array_equal(layer.kernel[...], model.layers[0].weight(model.layers[0].kernel))
     assert isinstance(layer.weight, fcg.FakeQuant)
     assert not layer.activation.use_running_average
     unpacked.eval()
-    np.testing.assert_allclose(unpacked(X), packed(X), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(_forward(unpacked, X), _forward(packed, X), rtol=1e-5, atol=1e-6)
 
 
 def test_a_checkpoint_restores_a_packed_model(tmp_path):
-    packed = fcg.pack(_trained())
+    _, packed = _trained_and_packed()
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "packed", nnx.to_pure_dict(nnx.state(packed)))
         checkpointer.wait_until_finished()
@@ -94,17 +104,21 @@ def test_a_checkpoint_restores_a_packed_model(tmp_path):
         graphdef, state = nnx.split(abstract)
         restored = checkpointer.restore(tmp_path / "packed", nnx.to_pure_dict(state))
     nnx.replace_by_pure_dict(state, restored)
-    np.testing.assert_array_equal(nnx.merge(graphdef, state)(X), packed(X))
+    restored = nnx.merge(graphdef, state)
+    np.testing.assert_array_equal(_forward(restored, X), _forward(packed, X))
 
 
 def test_an_embedding_is_packed():
-    if not hasattr(fcg, "QuantEmbed"):
-        pytest.skip("not yet")
     layer = fcg.QuantEmbed(10, 6, weight=fcg.FakeQuant(4, axis=0), rngs=nnx.Rngs(0))
     packed = fcg.pack(layer)
-    ids = jnp.array([[0, 3], [9, -1]])
-    np.testing.assert_array_equal(packed(ids), layer(ids))
-    np.testing.assert_array_equal(packed.attend(jnp.ones((2, 6))), layer.attend(jnp.ones((2, 6))))
+
+    @nnx.jit
+    def outputs(layer):
+        ids = jnp.array([[0, 3], [9, -1]])
+        return layer(ids), layer.attend(jnp.ones((2, 6)))
+
+    for got, expected in zip(outputs(packed), outputs(layer), strict=True):
+        np.testing.assert_array_equal(got, expected)
 
 
 class InInt8(nnx.Module):
@@ -129,7 +143,6 @@ def test_layers_in_int8_are_packed_as_they_multiply(tmp_path):
     packed = fcg.pack(model)
     model.eval()
     np.testing.assert_array_equal(_forward(packed, IMAGES), _forward(model, IMAGES))
-    np.testing.assert_array_equal(packed(IMAGES), model(IMAGES))
     kernel = packed.linear.kernel
     assert (kernel.codes[...].dtype, kernel.codes[...].shape) == (jnp.int8, (6, 5))
     assert kernel.scale[...].shape == (1, 5)
@@ -159,16 +172,15 @@ def test_packed_layers_in_int8_have_the_gradient_of_their_input():
             6, 40, backward=backward, weight_scale="per_channel", rngs=nnx.Rngs(0)
         )
         packed = fcg.pack(layer)
+        # Not compiled, as a packed model may be called too.
         np.testing.assert_array_equal(packed(X), layer(X))
-        dx, expected = (jax.grad(lambda x, m=m: (m(x) ** 2).sum())(X) for m in (packed, layer))
-        np.testing.assert_array_equal(dx, expected)
-        db, expected = (nnx.grad(lambda m: (m(X) ** 2).sum())(m).bias for m in (packed, layer))
-        np.testing.assert_array_equal(db[...], expected[...])
+        (grads, dx), (expected, expected_dx) = (_gradients(m, X) for m in (packed, layer))
+        np.testing.assert_array_equal(dx, expected_dx)
+        np.testing.assert_array_equal(grads.bias[...], expected.bias[...])
 
 
 def test_the_report_counts_every_byte():
-    model = _trained()
-    packed = fcg.pack(model)
+    model, packed = _trained_and_packed()
     report = fcg.size_report(packed)
     assert report.nbytes == sum(a.nbytes for a in jax.tree.leaves(nnx.state(packed)))
     assert [s.path for s in report.sizes if s.bits] == ["layers/0/kernel", "layers/1/kernel"]
@@ -178,10 +190,11 @@ def test_the_report_counts_every_byte():
     assert plain.nbytes == plain.unpacked_nbytes > report.nbytes
 
 
+@pytest.mark.smoke
 def test_what_cannot_be_packed_is_said():
     with pytest.raises(ValueError, match=r"no layer .* has a quantizer for its weights, or is"):
         fcg.pack(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="no layer of the model is packed"):
-        fcg.unpack(_trained())
+        fcg.unpack(Network(nnx.Rngs(0)))
     with pytest.raises(TypeError, match="expected a Module"):
         fcg.pack([1, 2])
