@@ -2,12 +2,10 @@
 
 import io
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import rich.box
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Group
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,14 @@ class Report:
         """The rows that failed."""
         return [row for row in self.rows if row.status == "failed"]
 
-    def __rich__(self) -> Group:
+    def __rich__(self) -> "Group":
         """One line per check and case, with the worst argument of each; below it what was said."""
+        # Here and not above: a gradient can be checked where rich is not installed.
+        import rich.box
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table(title=f"gradient of {self.name}", box=rich.box.SIMPLE_HEAD)
         for column in ("check", "case", "worst argument", "error", "allowed", ""):
             numeric = column in ("error", "allowed")
@@ -91,6 +95,8 @@ class Report:
         return Group(table, *notes)
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         # In a notebook rich would display the table rather than write it.
         text = io.StringIO()
         Console(file=text, width=100, force_jupyter=False).print(self)

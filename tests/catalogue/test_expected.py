@@ -1,4 +1,4 @@
-"""What an example is compared with: a drop-in with the layer of nnx, so that a wrong value shows."""
+"""What an example is compared with: a drop-in with nnx itself, so that a wrong value shows."""
 
 import dataclasses
 
