@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from flax_customgrad import Conv, ConvTranspose
-from flax_customgrad.layers.conv.recipes.geometry import spread
+from flax_customgrad.layers.conv.geometry import dilated_size
 
 try:
     import torch
@@ -33,7 +33,9 @@ def steps(layer: Conv | ConvTranspose, images: jax.Array) -> dict[str, Callable[
 
 
 def _step(layer: Conv | ConvTranspose, images: jax.Array, layout: Any) -> Callable[[], Any]:
-    geometry = layer._how(images) if isinstance(layer, ConvTranspose) else layer._how(images, None)
+    geometry = (
+        layer._config(images) if isinstance(layer, ConvTranspose) else layer._config(images, None)
+    )
     geometry = geometry.geometry
     rank, transposed = geometry.rank, isinstance(layer, ConvTranspose)
     x = torch.from_numpy(np.moveaxis(np.array(images), -1, 1).copy())
@@ -50,7 +52,7 @@ def _step(layer: Conv | ConvTranspose, images: jax.Array, layout: Any) -> Callab
     convolve = getattr(F, f"conv_transpose{rank}d" if transposed else f"conv{rank}d")
     lows = [low for low, _ in geometry.padding]
     if transposed:
-        reach = list(map(spread, geometry.window, geometry.kernel_dilation))
+        reach = list(map(dilated_size, geometry.window, geometry.kernel_dilation))
         padding = [k - 1 - low for k, low in zip(reach, lows, strict=True)]
         extra = [
             o - ((n - 1) * s - 2 * p + k)

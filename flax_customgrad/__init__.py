@@ -77,9 +77,9 @@ from flax_customgrad.layers.activation.smooth import (
     swish,
 )
 from flax_customgrad.layers.activation.softmax import log_softmax, logsumexp, softmax
+from flax_customgrad.layers.conv.choose_lowering import use_lowering
 from flax_customgrad.layers.conv.conv import Conv
 from flax_customgrad.layers.conv.conv_transpose import ConvTranspose
-from flax_customgrad.layers.conv.lowering import use_lowering
 from flax_customgrad.layers.linear.einsum import Einsum
 from flax_customgrad.layers.linear.embed import Embed
 from flax_customgrad.layers.linear.linear import Linear
@@ -95,9 +95,9 @@ from flax_customgrad.layers.pooling.pool_functions import avg_pool, max_pool, mi
 from flax_customgrad.layers.weight_norms.spectral_norm import SpectralNorm
 from flax_customgrad.layers.weight_norms.weight_norm import WeightNorm
 from flax_customgrad.layers.weight_norms.weight_standardization import WeightStandardization
-from flax_customgrad.low_bit.fp8.fp8_scaling import DelayedScaling, begin_step
 from flax_customgrad.low_bit.fp8.fp8_einsum import Fp8Einsum
 from flax_customgrad.low_bit.fp8.fp8_linear import Fp8Linear
+from flax_customgrad.low_bit.fp8.fp8_scaling import DelayedScaling, begin_step
 from flax_customgrad.low_bit.frozen.frozen_variable import Frozen
 from flax_customgrad.low_bit.frozen.int4_linear import Int4Linear
 from flax_customgrad.low_bit.frozen.nf4_linear import NF4Linear

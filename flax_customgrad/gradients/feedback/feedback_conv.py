@@ -32,8 +32,12 @@ from jax import lax
 from flax_customgrad.gradients.feedback.alignment import apply_with_feedback, check_inputs
 from flax_customgrad.gradients.feedback.feedback_variable import Feedback
 from flax_customgrad.layers.conv.conv import Conv
+from flax_customgrad.layers.conv.conv_arguments import (
+    check_conv_inputs,
+    parameters_with_mask_applied,
+    with_one_batch_axis,
+)
 from flax_customgrad.layers.conv.convolution import convolution
-from flax_customgrad.layers.conv.images import check_images, in_one_batch, parameters_with_mask
 
 
 class FeedbackConv(Conv):
@@ -158,13 +162,13 @@ class FeedbackConv(Conv):
             or self.promote_dtype is not dtypes.promote_dtype
         )
         images = check_inputs(self, inputs, injected)
-        check_images(self, images, self.in_features)
-        params, feedback = parameters_with_mask(self), self.feedback[...]
+        check_conv_inputs(self, images, self.in_features)
+        params, feedback = parameters_with_mask_applied(self), self.feedback[...]
         if self.mask is not None:
             feedback *= self.mask
-        config = self._how(images, out_sharding)
+        config = self._config(images, out_sharding)
 
         def run(x: jax.Array) -> jax.Array:
             return apply_with_feedback(params, feedback, x, convolution, config)
 
-        return in_one_batch(run, images, len(self.kernel_size))
+        return with_one_batch_axis(run, images, len(self.kernel_size))

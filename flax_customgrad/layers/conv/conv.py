@@ -7,15 +7,15 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 
-from flax_customgrad.layers.conv.convolution import ConvConfig, convolution
-from flax_customgrad.layers.conv.images import (
-    check_images,
-    in_one_batch,
-    parameters_with_mask,
+from flax_customgrad.layers.conv.conv_arguments import (
+    check_conv_inputs,
+    parameters_with_mask_applied,
     per_axis,
+    resolve_padding,
+    with_one_batch_axis,
 )
-from flax_customgrad.layers.conv.padding import resolved
-from flax_customgrad.layers.conv.recipes.geometry import Geometry
+from flax_customgrad.layers.conv.convolution import ConvConfig, convolution
+from flax_customgrad.layers.conv.geometry import Geometry
 from flax_customgrad.layers.drop_in import has_custom_backward
 from flax_customgrad.numerics.products import MatmulConfig
 
@@ -25,9 +25,9 @@ class Conv(nnx.Conv):
 
     Constructor, parameters, initial values and results are those of `flax.nnx.Conv`. On a CPU
     grouped, depthwise, patch and 1 x 1 convolutions and their gradients are 2 to 150 times as fast;
-    `lowering` has the table, and `use_lowering` chooses from it. With a `conv_general_dilated` or
-    `promote_dtype` of the user's own, and for integer or complex inputs, the layer computes as nnx
-    does and JAX differentiates that.
+    `choose_lowering` has the table, and `use_lowering` chooses from it. With a
+    `conv_general_dilated` or `promote_dtype` of the user's own, and for integer or complex inputs,
+    the layer computes as nnx does and JAX differentiates that.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -56,14 +56,15 @@ class Conv(nnx.Conv):
             self.conv_general_dilated is not lax.conv_general_dilated
             or self.promote_dtype is not dtypes.promote_dtype
         )
-        params = parameters_with_mask(self)
+        params = parameters_with_mask_applied(self)
         if injected or not has_custom_backward(inputs, params):
             return super().__call__(inputs, out_sharding)
-        check_images(self, inputs, self.in_features)
-        how = self._how(inputs, out_sharding)
-        return in_one_batch(lambda x: convolution(params, x, how), inputs, len(self.kernel_size))
+        check_conv_inputs(self, inputs, self.in_features)
+        config = self._config(inputs, out_sharding)
+        rank = len(self.kernel_size)
+        return with_one_batch_axis(lambda x: convolution(params, x, config), inputs, rank)
 
-    def _how(self, inputs: jax.Array, out_sharding: Any) -> ConvConfig:
+    def _config(self, inputs: jax.Array, out_sharding: Any) -> ConvConfig:
         groups, window = self.feature_group_count, tuple(self.kernel_size)
         if self.in_features % groups or self.out_features % groups:
             raise ValueError(
@@ -74,10 +75,12 @@ class Conv(nnx.Conv):
         strides = per_axis("strides", self.strides, rank)
         dilation = per_axis("kernel_dilation", self.kernel_dilation, rank)
         size = inputs.shape[-1 - rank : -1]
-        spread = per_axis("input_dilation", self.input_dilation, rank)
-        padding, around = resolved(self.padding, size, window, strides, dilation, spread)
-        if around is not None:
-            size = around.extent(size)
+        input_dilation = per_axis("input_dilation", self.input_dilation, rank)
+        padding, boundary = resolve_padding(
+            self.padding, size, window, strides, dilation, input_dilation
+        )
+        if boundary is not None:
+            size = boundary.padded_size(size)
         geometry = Geometry(
             size,
             window,
@@ -85,9 +88,9 @@ class Conv(nnx.Conv):
             self.out_features,
             strides,
             padding,
-            spread,
+            input_dilation,
             dilation,
             groups,
         )
         matmul = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
-        return ConvConfig(geometry, around, False, matmul)
+        return ConvConfig(geometry, boundary, False, matmul)

@@ -9,15 +9,15 @@ import jax
 from flax import nnx
 from flax.nnx.nn import dtypes
 
-from flax_customgrad.layers.conv.convolution import ConvConfig, convolution
-from flax_customgrad.layers.conv.images import (
-    check_images,
-    in_one_batch,
-    parameters_with_mask,
+from flax_customgrad.layers.conv.conv_arguments import (
+    check_conv_inputs,
+    padding_pairs,
+    parameters_with_mask_applied,
     per_axis,
+    with_one_batch_axis,
 )
-from flax_customgrad.layers.conv.padding import BoundaryPadding, pairs_of
-from flax_customgrad.layers.conv.recipes.geometry import Geometry, spread
+from flax_customgrad.layers.conv.convolution import ConvConfig, convolution
+from flax_customgrad.layers.conv.geometry import BoundaryPadding, Geometry, dilated_size
 from flax_customgrad.layers.drop_in import has_custom_backward
 from flax_customgrad.numerics.products import MatmulConfig
 
@@ -51,36 +51,37 @@ class ConvTranspose(nnx.ConvTranspose):
             ValueError: inputs with other features or too few axes, a mask of another shape than
                 the kernel, or strides, dilation or padding that do not fit `kernel_size`.
         """
-        params = parameters_with_mask(self)
+        params = parameters_with_mask_applied(self)
         if self.promote_dtype is not dtypes.promote_dtype or not has_custom_backward(
             inputs, params
         ):
             return super().__call__(inputs)
-        check_images(self, inputs, self.in_features)
-        how = self._how(inputs)
-        return in_one_batch(lambda x: convolution(params, x, how), inputs, len(self.kernel_size))
+        check_conv_inputs(self, inputs, self.in_features)
+        config = self._config(inputs)
+        rank = len(self.kernel_size)
+        return with_one_batch_axis(lambda x: convolution(params, x, config), inputs, rank)
 
-    def _how(self, inputs: jax.Array) -> ConvConfig:
+    def _config(self, inputs: jax.Array) -> ConvConfig:
         window = tuple(self.kernel_size)
         rank = len(window)
         strides = per_axis("strides", self.strides, rank)
         dilation = per_axis("kernel_dilation", self.kernel_dilation, rank)
         size = inputs.shape[-1 - rank : -1]
-        reach = list(map(spread, window, dilation))
-        around = None
+        reach = list(map(dilated_size, window, dilation))
+        boundary = None
         name = self.padding if isinstance(self.padding, str) else ""
         if name == "CIRCULAR":
             periods = [
-                _period(*axis, self.transpose_kernel)
+                _circular_padding(*axis, self.transpose_kernel)
                 for axis in zip(size, strides, reach, strict=True)
             ]
-            around = BoundaryPadding("wrap", tuple(copied for copied, _ in periods))
+            boundary = BoundaryPadding("wrap", tuple(copied for copied, _ in periods))
             padding = tuple(zeros for _, zeros in periods)
-            size = around.extent(size)
+            size = boundary.padded_size(size)
         elif name in ("SAME", "VALID"):
-            padding = tuple(_named(name, k, s) for k, s in zip(reach, strides, strict=True))
+            padding = tuple(_named_padding(name, k, s) for k, s in zip(reach, strides, strict=True))
         else:
-            padding = pairs_of(self.padding, rank, "'SAME', 'VALID' or 'CIRCULAR'")
+            padding = padding_pairs(self.padding, rank, "'SAME', 'VALID' or 'CIRCULAR'")
         geometry = Geometry(
             size,
             window,
@@ -92,10 +93,10 @@ class ConvTranspose(nnx.ConvTranspose):
             dilation,
         )
         matmul = MatmulConfig(self.dtype, self.precision, self.preferred_element_type)
-        return ConvConfig(geometry, around, self.transpose_kernel, matmul)
+        return ConvConfig(geometry, boundary, self.transpose_kernel, matmul)
 
 
-def _named(padding: str, reach: int, stride: int) -> tuple[int, int]:
+def _named_padding(padding: str, reach: int, stride: int) -> tuple[int, int]:
     """The zeros of SAME and VALID along one axis, of `jax.lax.conv_transpose`."""
     if padding == "VALID":
         return reach - 1, stride - 1 + max(reach - stride, 0)
@@ -104,7 +105,7 @@ def _named(padding: str, reach: int, stride: int) -> tuple[int, int]:
     return low, both - low
 
 
-def _period(
+def _circular_padding(
     n: int, stride: int, reach: int, transpose_kernel: bool
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """How many elements of the periodic continuation lie around an axis, and the zeros to cut.
@@ -120,4 +121,7 @@ def _period(
     before = -(-low // stride)
     after = max(0, (period + reach - 2 - low) // stride - (n - 1))
     zeros = low - before * stride
-    return (before, after), (zeros, period - 1 + reach - spread(n + before + after, stride) - zeros)
+    return (before, after), (
+        zeros,
+        period - 1 + reach - dilated_size(n + before + after, stride) - zeros,
+    )

@@ -1,15 +1,16 @@
 """Convolution: the operation behind `Conv` and `ConvTranspose`.
 
-    forward   y[n, o, f]  = sum_{t, c} p[n, o s + t d, c] w[t, c, f] + b[f]
-                            where p is x, padded and spread
-    backward  dp[n, i, c] = sum_{t, o, f: o s + t d = i} g[n, o, f] w[t, c, f]
-              dx          = dp without its padding, and what was repeated added up
-              dW[t, c, f] = sum_{n, o} p[n, o s + t d, c] g[n, o, f]
-              db[f]       = sum_{n, o} g[n, o, f]
+    forward   y[n, o, f]       = sum_{t, c} p[n, o s + t d, c] kernel[t, c, f] + bias[f]
+                                 where p is x, padded and dilated
+    backward  dp[n, i, c]      = sum_{t, o, f: o s + t d = i} g[n, o, f] kernel[t, c, f]
+              dx               = dp without its padding; what a boundary repeated is added up
+              dkernel[t, c, f] = sum_{n, o} p[n, o s + t d, c] g[n, o, f]
+              dbias[f]         = sum_{n, o} g[n, o, f]
     kept      x without its padding, and the parameters, as they came
 
-dp is a convolution of g with the mirrored kernel. Each of the three is computed by what `lowering`
-chooses for its shape. On a CPU half precision is summed in float32 and rounded once.
+with strides `s` and kernel dilation `d`. `dp` is a convolution of g with the mirrored kernel, so
+that each of the three is one of the two maps of `geometry`. `choose_lowering` says what computes
+them for a shape. On a CPU half precision is summed in float32 and rounded once.
 """
 
 from dataclasses import dataclass
@@ -21,9 +22,8 @@ from flax import nnx
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.conv import lowering
-from flax_customgrad.layers.conv.padding import BoundaryPadding
-from flax_customgrad.layers.conv.recipes.geometry import Geometry, mirrored
+from flax_customgrad.layers.conv.choose_lowering import correlate, correlate_gradients
+from flax_customgrad.layers.conv.geometry import BoundaryPadding, Geometry, mirror_kernel
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.numerics.accumulation import total
 from flax_customgrad.numerics.products import MatmulConfig
@@ -34,15 +34,15 @@ class ConvConfig:
     """The choices of a layer that are not arrays.
 
     Attributes:
-        geometry: where the windows lie, on the image with what is `around` it.
-        around: what is put around the image other than zeros, or None.
-        mirror: whether the kernel is that of the transposed map.
+        geometry: where the windows lie, on the image with its `boundary`.
+        boundary: what is put around the image other than zeros, or None.
+        transpose_kernel: whether the kernel is that of the transposed map.
         matmul: dtype, precision and sharding.
     """
 
     geometry: Geometry
-    around: BoundaryPadding | None
-    mirror: bool
+    boundary: BoundaryPadding | None
+    transpose_kernel: bool
     matmul: MatmulConfig
 
 
@@ -51,28 +51,29 @@ class Residuals(NamedTuple):
 
     params: Parameters
     x: jax.Array
-    how: ConvConfig
+    config: ConvConfig
 
 
 @custom_vjp
-def convolution(params: Parameters, x: jax.Array, how: ConvConfig) -> jax.Array:
+def convolution(params: Parameters, x: jax.Array, config: ConvConfig) -> jax.Array:
     """Convolves images.
 
     Args:
-        params: `kernel` of shape (*window, in_features // groups, out_features), or mirrored
-            (*window, out_features, in_features), float; `bias` of shape (out_features,), or none.
+        params: `kernel` of shape (*window, in_features // groups, out_features), or for
+            `transpose_kernel` (*window, out_features, in_features), float; `bias` of shape
+            (out_features,), or none.
         x: images of shape (batch, *size, in_features), float.
-        how: the choices that are not arrays.
+        config: the choices that are not arrays.
 
     Returns:
         Images of shape (batch, *out, out_features), in the dtype of the computation.
     """
-    matmul = how.matmul
+    matmul = config.matmul
     x, kernel, bias = matmul.promote(x, params["kernel"], params.get("bias"))
-    y = lowering.correlate(
-        _surrounded(x, how),
-        _mirrored(kernel, how),
-        how.geometry,
+    y = correlate(
+        _with_boundary(x, config),
+        _oriented(kernel, config),
+        config.geometry,
         matmul.preferred_element_type,
         matmul.precision,
         matmul.out_sharding,
@@ -80,34 +81,42 @@ def convolution(params: Parameters, x: jax.Array, how: ConvConfig) -> jax.Array:
     return y if bias is None else y + lax.expand_dims(bias, range(y.ndim - 1))
 
 
-def _fwd(params: Parameters, x: jax.Array, how: ConvConfig) -> tuple[jax.Array, Residuals]:
-    return convolution(params, x, how), Residuals(params, x, how)
+def _fwd(params: Parameters, x: jax.Array, config: ConvConfig) -> tuple[jax.Array, Residuals]:
+    return convolution(params, x, config), Residuals(params, x, config)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None]:
-    params, how = res.params, res.how
-    x, kernel = how.matmul.promote(res.x, params["kernel"])
-    dx, dkernel = lowering.gradients(
-        _surrounded(x, how), _mirrored(kernel, how), g, how.geometry, how.matmul.precision
+    params, config, geometry = res.params, res.config, res.config.geometry
+    x, kernel = config.matmul.promote(res.x, params["kernel"])
+    dims = chex.Dimensions(C=geometry.in_features, F=geometry.out_features)
+    p = _with_boundary(x, config)  # `correlate` pads it with zeros and dilates it
+    chex.assert_shape(
+        [p, g],
+        [(len(x), *geometry.size, *dims["C"]), (len(x), *geometry.out, *dims["F"])],
     )
-    if how.around is not None:
-        dx = how.around.transpose(dx, x)
-    dkernel = _mirrored(dkernel, how)
-    chex.assert_equal_shape([dx, res.x])
-    chex.assert_equal_shape([dkernel, kernel])
+    dx, dkernel = correlate_gradients(
+        p, _oriented(kernel, config), g, geometry, config.matmul.precision
+    )
+    if config.boundary is not None:
+        dx = config.boundary.transpose(dx, x)
+    dkernel = _oriented(dkernel, config)
+    chex.assert_shape([dx, dkernel], [x.shape, kernel.shape])
     grads = {"kernel": dkernel}
     if "bias" in params:
-        grads["bias"] = total(g, range(g.ndim - 1))
-        chex.assert_equal_shape([grads["bias"], params["bias"]])
+        dbias = grads["bias"] = total(g, range(g.ndim - 1))
+        chex.assert_shape([dbias, params["bias"]], dims["F"])
     return nnx.State(grads), dx.astype(res.x.dtype), None
 
 
 convolution.defvjp(_fwd, _bwd)
 
 
-def _surrounded(x: jax.Array, how: ConvConfig) -> jax.Array:
-    return x if how.around is None else how.around.of(x)
+def _with_boundary(x: jax.Array, config: ConvConfig) -> jax.Array:
+    return x if config.boundary is None else config.boundary.apply(x)
 
 
-def _mirrored(kernel: jax.Array, how: ConvConfig) -> jax.Array:
-    return mirrored(kernel, how.geometry.groups) if how.mirror else kernel
+def _oriented(kernel: jax.Array, config: ConvConfig) -> jax.Array:
+    """The kernel of the map itself; and of its gradient, that of the parameter."""
+    if not config.transpose_kernel:
+        return kernel
+    return mirror_kernel(kernel, config.geometry.groups)

@@ -1,12 +1,14 @@
-"""The catalogue's entries of the convolutions; the examples cover every recipe of `lowering`."""
+"""The catalogue's entries of the convolutions; the examples cover every lowering."""
 
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from flax_customgrad.layers.conv.conv import Conv
 from flax_customgrad.layers.conv.conv_transpose import ConvTranspose
+from flax_customgrad.layers.conv.convolution import convolution
 from flax_customgrad.registry.entry import Entry, Example
 from flax_customgrad.registry.examples import made, normal
 
@@ -20,6 +22,11 @@ def _images(shape: tuple[int, ...], *args: Any, dtype: Any = jnp.float32, **kwar
     return made(shape[-1], *args, **kwargs, inputs=(lambda: normal(*shape, dtype=dtype),))
 
 
+# A bias of zeros would hide what is wrong with it.
+_BIAS: dict[str, Any] = {"bias_init": nnx.initializers.normal(1.0)}
+# Leaves out of each window of 2 x 3, 2 features in and 6 out, every fifth weight.
+_MASK = (np.arange(2 * 3 * 2 * 6) % 5 > 0).reshape(2, 3, 2, 6).astype(np.float32)
+
 ENTRIES = (
     Entry(
         "Conv",
@@ -31,13 +38,27 @@ ENTRIES = (
         gain="2 to 150 times as fast on a CPU unless dense; float32 sums; no padding kept",
         source="https://github.com/jax-ml/jax/issues/13800",
         examples={
-            "depthwise": _images((8, 5, 2), 4, 3, padding="CAUSAL", feature_group_count=2),
-            "dense, reflected": _images((8, 3, 4, 2), 3, (2, 3), padding="REFLECT"),
-            "grouped, circular": _images(
-                (8, 4, 6), 6, 2, padding="CIRCULAR", feature_group_count=2
+            "depthwise, causal, bias": _images(
+                (8, 5, 2), 4, 3, padding="CAUSAL", feature_group_count=2, **_BIAS
             ),
+            "circular, groups, mask, strides, kernel dilation, bias": _images(
+                (8, 1, 3, 5, 4),
+                6,
+                (2, 3),
+                strides=(2, 1),
+                padding="CIRCULAR",
+                kernel_dilation=(1, 2),
+                feature_group_count=2,
+                mask=_MASK,
+                **_BIAS,
+            ),
+            "dense, reflected": _images((8, 3, 4, 2), 3, (2, 3), padding="REFLECT"),
             "patches": _images((8, 5, 4, 2), 3, (2, 2), strides=2, padding="SAME"),
+            "strides and input dilation at once": _images(
+                (8, 4, 2), 3, 3, strides=2, padding=[(1, 2)], input_dilation=3
+            ),
         },
+        operations={convolution: "circular, groups, mask, strides, kernel dilation, bias"},
         workloads={
             "3x3, 16x32x32x128": _images((16, 32, 32, 128), 128, (3, 3)),
             "7x7 stride 2, 8x224x224x3 to 64": _images((8, 224, 224, 3), 64, (7, 7), 2),
@@ -81,7 +102,7 @@ ENTRIES = (
         gain="4 to 24 times as fast on a CPU where strided; float32 sums",
         source="https://github.com/jax-ml/jax/issues/31662",
         examples={
-            "phases": _images((8, 3, 4, 2), 3, (3, 2), strides=2),
+            "phases, bias": _images((8, 3, 4, 2), 3, (3, 2), strides=2, **_BIAS),
             "no overlap, mirrored": _images(
                 (8, 3, 2), 3, 2, strides=2, padding="VALID", transpose_kernel=True
             ),

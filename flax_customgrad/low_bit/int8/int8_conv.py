@@ -13,12 +13,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.layers.conv import lowering
+from flax_customgrad.layers.conv.choose_lowering import correlate, correlate_gradients
 from flax_customgrad.layers.conv.conv import Conv
+from flax_customgrad.layers.conv.conv_arguments import (
+    check_conv_inputs,
+    parameters_with_mask_applied,
+    with_one_batch_axis,
+)
 from flax_customgrad.layers.conv.convolution import ConvConfig, convolution
-from flax_customgrad.layers.conv.images import check_images, in_one_batch, parameters_with_mask
-from flax_customgrad.layers.conv.recipes import xla_convolution as xla
-from flax_customgrad.layers.conv.recipes.geometry import Geometry, mirrored
+from flax_customgrad.layers.conv.geometry import Geometry, mirror_kernel
+from flax_customgrad.layers.conv.lowerings.xla_convolution import xla_correlate
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.layers.replaced_matmul import adopt, checked, refuse_injected
 from flax_customgrad.low_bit.int8.int8_layer import (
@@ -66,19 +70,19 @@ class Images:
     def input_gradient(self, x: jax.Array, w: jax.Array, g: jax.Array, wide: Any) -> jax.Array:
         """The convolution of g with the mirrored kernel."""
         geometry = self.how.geometry
-        w = mirrored(w, geometry.groups)
+        w = mirror_kernel(w, geometry.groups)
         there = replace(self.how.matmul, out_sharding=None)
         dx = _correlate(g, w, geometry.transposed, wide, there)
-        around = self.how.around
+        around = self.how.boundary
         return dx if around is None else around.transpose(dx, x.astype(wide))
 
     def kernel_gradient(self, x: jax.Array, w: jax.Array, g: jax.Array, wide: Any) -> jax.Array:
         """The sums over images and places, in float: XLA has no fast convolution of int8 for it."""
         x, w, g = (a.astype(wide) for a in (self._surrounded(x), w, g))
-        return lowering.gradients(x, w, g, self.how.geometry, self.how.matmul.precision)[1]
+        return correlate_gradients(x, w, g, self.how.geometry, self.how.matmul.precision)[1]
 
     def _surrounded(self, x: jax.Array) -> jax.Array:
-        return x if self.how.around is None else self.how.around.of(x)
+        return x if self.how.boundary is None else self.how.boundary.apply(x)
 
 
 def _correlate(
@@ -88,10 +92,10 @@ def _correlate(
 
     def multiply(dtype: Any, x: jax.Array, w: jax.Array) -> jax.Array:
         if dtype == jnp.int32:
-            return xla.correlate(
+            return xla_correlate(
                 x, w, geometry, preferred_element_type=dtype, out_sharding=how.out_sharding
             )
-        return lowering.correlate(x, w, geometry, dtype, how.precision, how.out_sharding)
+        return correlate(x, w, geometry, dtype, how.precision, how.out_sharding)
 
     terms = _met(geometry) * geometry.in_features // geometry.groups
     dense = geometry.groups == 1 and all(d == 1 for d in geometry.input_dilation)
@@ -211,14 +215,14 @@ class Int8Conv(Conv, InInt8):
             ValueError: as for `Conv`.
         """
         params, images = checked(self, self._parameters(), inputs)
-        check_images(self, images, self.in_features)
+        check_conv_inputs(self, images, self.in_features)
         packed, key = self._packed, None if self.noise is None else self.noise()
-        of = Images(self._how(images, out_sharding))
+        of = Images(self._config(images, out_sharding))
 
         def run(x: jax.Array) -> jax.Array:
             return int8_product(params, x, packed, key, of, self.rounding)
 
-        return in_one_batch(run, images, len(self.kernel_size))
+        return with_one_batch_axis(run, images, len(self.kernel_size))
 
     def _parameters(self) -> Parameters:
-        return parameters_with_mask(self)
+        return parameters_with_mask_applied(self)

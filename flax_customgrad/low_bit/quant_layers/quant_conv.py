@@ -18,8 +18,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_customgrad.layers.conv.conv import Conv
+from flax_customgrad.layers.conv.conv_arguments import (
+    check_conv_inputs,
+    parameters_with_mask_applied,
+    with_one_batch_axis,
+)
 from flax_customgrad.layers.conv.convolution import ConvConfig, convolution
-from flax_customgrad.layers.conv.images import check_images, in_one_batch, parameters_with_mask
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.low_bit.quant_layers.quant_layer import QuantLayer, quantizing
 
@@ -30,7 +34,7 @@ def masked_parameters(layer: Any) -> Parameters:
     Args:
         layer: a convolution layer.
     """
-    params = parameters_with_mask(layer)
+    params = parameters_with_mask_applied(layer)
     if layer.mask is None:
         return params
     return nnx.State({**params, "mask": jnp.asarray(layer.mask, params["kernel"].dtype)})
@@ -52,7 +56,7 @@ def masked_convolution(params: Parameters, x: jax.Array, how: ConvConfig) -> jax
     if mask is not None:
         params["kernel"] = jnp.where(mask == 0, 0, params["kernel"])
     state = nnx.State(params)
-    return in_one_batch(lambda x: convolution(state, x, how), x, len(how.geometry.window))
+    return with_one_batch_axis(lambda x: convolution(state, x, how), x, len(how.geometry.window))
 
 
 class QuantConv(Conv, QuantLayer):
@@ -95,8 +99,8 @@ class QuantConv(Conv, QuantLayer):
             ValueError: `Conv` would raise it.
         """
         params, x = self._operands(inputs)
-        check_images(self, x, self.in_features)
-        return self._product(params, x, masked_convolution, self._how(x, out_sharding))
+        check_conv_inputs(self, x, self.in_features)
+        return self._product(params, x, masked_convolution, self._config(x, out_sharding))
 
     def _parameters(self) -> Parameters:
         return masked_parameters(self)

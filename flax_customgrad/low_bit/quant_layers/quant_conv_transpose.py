@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from flax_customgrad.layers.conv.conv_arguments import check_conv_inputs
 from flax_customgrad.layers.conv.conv_transpose import ConvTranspose
-from flax_customgrad.layers.conv.images import check_images
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.low_bit.quant_layers.quant_conv import masked_convolution, masked_parameters
 from flax_customgrad.low_bit.quant_layers.quant_layer import QuantLayer, quantizing
@@ -54,8 +54,8 @@ class QuantConvTranspose(ConvTranspose, QuantLayer):
             ValueError: `ConvTranspose` would raise it.
         """
         params, x = self._operands(inputs)
-        check_images(self, x, self.in_features)
-        return self._product(params, x, masked_convolution, self._how(x))
+        check_conv_inputs(self, x, self.in_features)
+        return self._product(params, x, masked_convolution, self._config(x))
 
     def _parameters(self) -> Parameters:
         return masked_parameters(self)

@@ -229,7 +229,7 @@ def test_injected_operations_are_used():
         (lambda r: fcg.Conv(6, 4, (3, 3), strides=(1,), rngs=r), (2, 5, 5, 6), "or 2 of them"),
         (lambda r: fcg.Conv(6, 4, (3, 3), padding="CAUSAL", rngs=r), (2, 5, 5, 6), "for one axis"),
         (lambda r: fcg.Conv(6, 4, 3, padding="TIGHT", rngs=r), (2, 5, 6), "write 'SAME', 'VALID'"),
-        (lambda r: fcg.Conv(6, 4, 3, input_dilation=2, rngs=r), (2, 5, 6), "not spread out"),
+        (lambda r: fcg.Conv(6, 4, 3, input_dilation=2, rngs=r), (2, 5, 6), "not dilated"),
         (lambda r: fcg.ConvTranspose(6, 4, 3, rngs=r), (2, 5, 5), "in_features=6"),
         (lambda r: fcg.ConvTranspose(6, 4, 3, padding="CAUSAL", rngs=r), (2, 5, 6), "'CIRCULAR',"),
     ],

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import flax_customgrad as fcg
-from flax_customgrad.layers.conv import lowering
+from flax_customgrad.layers.conv import choose_lowering
 
 SHAPES = {
     "patch": ((2, 7, 6, 3), {"features": 4, "window": (2, 2), "strides": 2}),
@@ -53,8 +53,8 @@ def test_a_recipe_computes_what_xla_does(name):
     shape, kwargs = SHAPES[name]
     layer, x = made(shape, **kwargs)
     recipe = name.split(",")[0]
-    geometry = layer._how(x, None).geometry
-    assert lowering.chosen(geometry) == recipe
+    geometry = layer._config(x, None).geometry
+    assert choose_lowering.chosen_lowering(geometry) == recipe
     with fcg.use_lowering("xla"):
         expected = jax.jit(value_and_gradients)(layer, x)
     for force in (False, True):
@@ -70,7 +70,7 @@ def test_a_recipe_computes_what_xla_does(name):
 def test_a_recipe_that_does_not_fit_is_xla():
     layer, x = made((2, 6, 3), 4, (3,))
     with fcg.use_lowering("depthwise"):
-        assert lowering.chosen(layer._how(x, None).geometry) == "xla"
+        assert choose_lowering.chosen_lowering(layer._config(x, None).geometry) == "xla"
     with pytest.raises(ValueError, match="there are patch, depthwise"):
         fcg.use_lowering("winograd")
 

@@ -2,18 +2,18 @@
 
 Every pass of a convolution layer is one of two maps of arrays laid out (batch, *space, features):
 
-    correlate        y[o] = sum_t x[o * stride + t * dilation - low] . w[t]
-    kernel_gradient  dW[t] = sum_o x[o * stride + t * dilation - low] g[o]
+    correlate        y[o]  = sum_t x[o stride + t dilation - low] . w[t]
+    kernel_gradient  dw[t] = sum_o x[o stride + t dilation - low] g[o]
 
-where t runs over the window, and x may be spread out with zeros in between (`input_dilation`). The
-gradient of the input is a `correlate` of g with the mirrored kernel: strides and input dilation
-change places, and so do the features. A transposed convolution is a `correlate` whose input
-dilation is its strides.
+where `t` runs over the window, and x may be dilated: its elements have zeros in between
+(`input_dilation`). The gradient of the input is a `correlate` of g with the mirrored kernel:
+strides and input dilation change places, and so do the features. A transposed convolution is a
+`correlate` whose input dilation is its strides.
 """
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -31,7 +31,7 @@ class Geometry:
         in_features: features of the input.
         out_features: features of the output.
         strides: steps between windows.
-        padding: (low, high) zeros around the spread input; negative ones cut off.
+        padding: (low, high) zeros around the dilated input; negative ones cut off.
         input_dilation: steps between the elements of the input.
         kernel_dilation: steps between the elements of the window.
         groups: how many groups of features have nothing to do with each other.
@@ -56,11 +56,11 @@ class Geometry:
     def out(self) -> tuple[int, ...]:
         """Extent of the output."""
         padded = (
-            spread(n, d) + low + high
+            dilated_size(n, d) + low + high
             for n, d, (low, high) in zip(self.size, self.input_dilation, self.padding, strict=True)
         )
         return tuple(
-            max(0, (n - spread(k, d)) // s + 1)
+            max(0, (n - dilated_size(k, d)) // s + 1)
             for n, k, d, s in zip(
                 padded, self.window, self.kernel_dilation, self.strides, strict=True
             )
@@ -68,12 +68,12 @@ class Geometry:
 
     @property
     def transposed(self) -> "Geometry":
-        """The geometry of the map from g to dx, whose kernel is `mirrored`."""
+        """The geometry of the map from g to dx, whose kernel is `mirror_kernel`."""
         padding = []
         for axis, (low, _) in enumerate(self.padding):
-            before = spread(self.window[axis], self.kernel_dilation[axis]) - low - 1
-            into = spread(self.size[axis], self.input_dilation[axis])
-            reach = spread(self.out[axis], self.strides[axis])
+            before = dilated_size(self.window[axis], self.kernel_dilation[axis]) - low - 1
+            into = dilated_size(self.size[axis], self.input_dilation[axis])
+            reach = dilated_size(self.out[axis], self.strides[axis])
             padding.append((before, into + low - reach))
         return replace(
             self,
@@ -96,32 +96,32 @@ class Geometry:
         Args:
             x: array of shape (batch, *size, features).
         """
-        return padded(x, self.padding)
+        return pad_space(x, self.padding)
 
-    def seen(self, out: Sequence[int]) -> tuple[int, ...]:
-        """How much of the padded input some windows see, from the first element of the first.
+    def receptive_size(self, out: Sequence[int]) -> tuple[int, ...]:
+        """The extent of the padded input that some windows see, from the first one's first element.
 
         Args:
             out: how many windows lie along each axis.
         """
         return tuple(
-            spread(k, d) + spread(o, s) - 1
+            dilated_size(k, d) + dilated_size(o, s) - 1
             for k, d, o, s in zip(self.window, self.kernel_dilation, out, self.strides, strict=True)
         )
 
-    def padding_to(self, extent: Sequence[int]) -> tuple[tuple[int, int], ...]:
-        """The padding that gives an input that is not spread out an extent: low stays as it is.
+    def padding_to_size(self, size: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """The padding that gives an input that is not dilated a size: low stays as it is.
 
         Args:
-            extent: what is wanted along each axis; less than there is cuts off.
+            size: what is wanted along each axis; less than there is cuts off.
         """
         return tuple(
             (low, wanted - n - low)
-            for (low, _), wanted, n in zip(self.padding, extent, self.size, strict=True)
+            for (low, _), wanted, n in zip(self.padding, size, self.size, strict=True)
         )
 
-    def under(self, tap: tuple[int, ...], x: jax.Array) -> jax.Array:
-        """What one element of the window sees, of an input that is not spread out.
+    def slice_at(self, tap: tuple[int, ...], x: jax.Array) -> jax.Array:
+        """What one element of the window sees, of an input that is not dilated.
 
         Args:
             tap: the element.
@@ -131,16 +131,52 @@ class Geometry:
             Array of shape (batch, *out, features).
         """
         start = [t * d for t, d in zip(tap, self.kernel_dilation, strict=True)]
-        stop = [a + spread(o, s) for a, o, s in zip(start, self.out, self.strides, strict=True)]
+        stop = [
+            a + dilated_size(o, s) for a, o, s in zip(start, self.out, self.strides, strict=True)
+        ]
         return lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *self.strides, 1))
 
 
-ConvPass = Callable[[jax.Array, jax.Array, Geometry], jax.Array]
-"""`correlate`, of x and the kernel, or `kernel_gradient`, of x and g."""
+@dataclass(frozen=True)
+class BoundaryPadding:
+    """What is put around an image before it is convolved, and is not zeros.
+
+    Attributes:
+        mode: "wrap" or "reflect", of `jnp.pad`.
+        pairs: how much, (low, high) for each axis of space.
+    """
+
+    mode: str
+    pairs: tuple[tuple[int, int], ...]
+
+    def padded_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The extent of an image with its boundary.
+
+        Args:
+            size: that of the image.
+        """
+        return tuple(n + low + high for n, (low, high) in zip(size, self.pairs, strict=True))
+
+    def apply(self, x: jax.Array) -> jax.Array:
+        """The image with its boundary.
+
+        Args:
+            x: array of shape (batch, *size, features).
+        """
+        return jnp.pad(x, [(0, 0), *self.pairs, (0, 0)], mode=self.mode)
+
+    def transpose(self, g: jax.Array, x: jax.Array) -> jax.Array:
+        """The gradient of `apply`: the boundary is added to where it was copied from.
+
+        Args:
+            g: cotangent of the padded image.
+            x: the image, for its type, which is that of g.
+        """
+        return jax.linear_transpose(self.apply, x)(g)[0]
 
 
-def spread(n: int, dilation: int) -> int:
-    """The extent of elements at a distance; of none it is 0.
+def dilated_size(n: int, dilation: int) -> int:
+    """The extent of elements with zeros in between; of none it is 0.
 
     Args:
         n: how many elements.
@@ -149,7 +185,7 @@ def spread(n: int, dilation: int) -> int:
     return (n - 1) * dilation + 1 if n else 0
 
 
-def padded(x: jax.Array, padding: tuple[tuple[int, int], ...]) -> jax.Array:
+def pad_space(x: jax.Array, padding: tuple[tuple[int, int], ...]) -> jax.Array:
     """An array of shape (batch, *space, features) with zeros around it in space.
 
     Args:
@@ -161,7 +197,7 @@ def padded(x: jax.Array, padding: tuple[tuple[int, int], ...]) -> jax.Array:
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*p, 0) for p in padding), (0, 0, 0)])
 
 
-def mirrored(kernel: jax.Array, groups: int) -> jax.Array:
+def mirror_kernel(kernel: jax.Array, groups: int) -> jax.Array:
     """The kernel of the transposed map: reversed in space, features of input and output swapped.
 
     Args:

@@ -1,0 +1,168 @@
+"""The arguments of convolution layers: one number per axis, padding, masks, and their errors."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import lax
+
+from flax_customgrad.layers.conv.geometry import BoundaryPadding, dilated_size
+from flax_customgrad.layers.drop_in import Parameters, parameters
+
+PaddingPairs = tuple[tuple[int, int], ...]
+"""(low, high) for each axis of space."""
+
+_BOUNDARY_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+
+
+def per_axis(name: str, value: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
+    """An argument of a layer as one number for each axis of space.
+
+    Args:
+        name: its name, for the error.
+        value: int, a sequence, or None for 1.
+        rank: the number of axes.
+
+    Raises:
+        ValueError: the sequence is of another length, or a number is below 1.
+    """
+    numbers = (value or 1,) * rank if isinstance(value, int | None) else tuple(value)
+    if len(numbers) != rank or any(n < 1 for n in numbers) or value == 0:
+        raise ValueError(
+            f"{name}={value!r}; write an int of at least 1, or {rank} of them, one for each axis "
+            "of kernel_size"
+        )
+    return numbers
+
+
+def parameters_with_mask_applied(layer: nnx.Conv | nnx.ConvTranspose) -> Parameters:
+    """The parameters of a layer, its kernel times its mask.
+
+    Args:
+        layer: a convolution layer.
+
+    Raises:
+        ValueError: the mask has another shape than the kernel.
+    """
+    params = parameters(layer, "kernel", "bias")
+    if layer.mask is None:
+        return params
+    if layer.mask.shape != layer.kernel_shape:
+        raise ValueError(
+            f"Mask needs to have the same shape as weights. Shapes are: {layer.mask.shape}, "
+            f"{layer.kernel_shape}"
+        )
+    return nnx.State({**params, "kernel": params["kernel"] * layer.mask})
+
+
+def with_one_batch_axis(
+    run: Callable[[jax.Array], jax.Array], inputs: jax.Array, rank: int
+) -> jax.Array:
+    """Applies a function of images with one batch axis to images with any number of them, or none.
+
+    Args:
+        run: from (batch, *size, features) to (batch, *out, features).
+        inputs: array of shape (..., *size, features).
+        rank: the number of axes of space.
+    """
+    lead = inputs.shape[: inputs.ndim - rank - 1]
+    if len(lead) == 1:
+        return run(inputs)
+    y = run(inputs.reshape(-1, *inputs.shape[len(lead) :]))
+    return y.reshape(*lead, *y.shape[1:])
+
+
+def check_conv_inputs(layer: Any, inputs: jax.Array, features: int) -> None:
+    """Checks that a layer can take an array.
+
+    Args:
+        layer: a convolution layer.
+        inputs: what it was called with.
+        features: what it expects along the last axis.
+
+    Raises:
+        ValueError: too few axes, or another number of features.
+    """
+    rank = len(layer.kernel_size)
+    if inputs.ndim < rank + 1:
+        raise ValueError(
+            f"inputs of shape {inputs.shape} have no room for {rank} axes of space and one of "
+            f"features; kernel_size={layer.kernel_size} wants (*batch, "
+            f"{', '.join(['space'] * rank)}, {features})"
+        )
+    if inputs.shape[-1] != features:
+        raise ValueError(
+            f"inputs of shape {inputs.shape} have {inputs.shape[-1]} features, the last axis; the "
+            f"layer was made for in_features={features}"
+        )
+
+
+def resolve_padding(
+    padding: Any,
+    size: Sequence[int],
+    window: Sequence[int],
+    strides: Sequence[int],
+    dilation: Sequence[int],
+    input_dilation: Sequence[int],
+) -> tuple[PaddingPairs, BoundaryPadding | None]:
+    """The zeros around an image, or what there is instead of them.
+
+    Args:
+        padding: int, pairs, or a name, as `flax.nnx.Conv` takes it.
+        size: extent of the image.
+        window: extent of the kernel.
+        strides: steps between windows.
+        dilation: steps between the elements of the window.
+        input_dilation: steps between the elements of the image.
+
+    Raises:
+        ValueError: the padding is none of those, CAUSAL for more than one axis, or SAME for an
+            image that is dilated.
+    """
+    reach = list(map(dilated_size, window, dilation))
+    name = padding if isinstance(padding, str) else None
+    if name in _BOUNDARY_MODES:
+        pairs = tuple(((k - 1) // 2, k // 2) for k in reach)
+        return ((0, 0),) * len(pairs), BoundaryPadding(_BOUNDARY_MODES[name], pairs)
+    if name == "CAUSAL":
+        if len(reach) != 1:
+            raise ValueError(
+                f"padding='CAUSAL' is for one axis of space, and the kernel has {len(reach)}; "
+                "write (low, high) pairs, such as [(2, 0), (1, 1)]"
+            )
+        return ((reach[0] - 1, 0),), None
+    names = "'SAME', 'VALID', 'CIRCULAR', 'REFLECT' or 'CAUSAL'"
+    if name == "VALID":
+        return ((0, 0),) * len(reach), None
+    if name in ("SAME", "SAME_LOWER"):
+        if any(d > 1 for d in input_dilation):
+            raise ValueError(
+                f"padding={name!r} is for an input that is not dilated, and input_dilation="
+                f"{tuple(input_dilation)}; write (low, high) pairs, one for each axis"
+            )
+        return tuple(lax.padtype_to_pads(size, reach, strides, name)), None
+    return padding_pairs(padding, len(reach), names), None
+
+
+def padding_pairs(padding: Any, rank: int, names: str) -> PaddingPairs:
+    """Padding in numbers.
+
+    Args:
+        padding: int, or one int or (low, high) tuple for each axis.
+        rank: the number of axes.
+        names: the names that could have been written instead, for the error.
+
+    Raises:
+        ValueError: it is none of those.
+    """
+    if isinstance(padding, int):
+        return ((padding, padding),) * rank
+    if isinstance(padding, Sequence) and not isinstance(padding, str) and len(padding) == rank:
+        pairs = [(p, p) if isinstance(p, int) else p for p in padding]
+        if all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
+            return tuple(pairs)  # type: ignore[arg-type]
+    raise ValueError(
+        f"padding={padding!r}; write {names}, an int, or {rank} ints or (low, high) tuples, one "
+        "for each axis of kernel_size"
+    )

@@ -1,0 +1,76 @@
+"""Depthwise: groups of one or two features, for which a product of matrices has nothing to do.
+
+With one feature in and out per group, for each element t of the window:
+
+    y[n, o, c] = sum_t      x[n, o s + t d - low, c] w[t, c]
+    dw[t, c]   = sum_{n, o} x[n, o s + t d - low, c] g[n, o, c]
+
+`y` is one pass over the images: k shifted copies of x, scaled and added, which XLA turns into
+vector code along the features. The sums of `dw` are in `depthwise_sums`.
+
+Groups of several features are taken apart: into pairs of one input and one output each.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from flax_customgrad.layers.conv.geometry import Geometry
+from flax_customgrad.layers.conv.lowerings.depthwise_sums import sum_all_at_once, sum_by_blocks
+from flax_customgrad.layers.conv.lowerings.lowering import Lowering
+from flax_customgrad.numerics.accumulation import fusion_barrier
+
+# A window of more elements is summed by one reduction, of which a program holds one alone.
+_MAX_UNROLLED = 16
+
+
+class DepthwiseLowering(Lowering):
+    """Shifted copies of the input, scaled and added."""
+
+    def fits(self, geometry: Geometry) -> bool:
+        """Whether groups are narrow and the input is not dilated."""
+        pairs = geometry.in_features * geometry.out_features // geometry.groups**2
+        return pairs <= 4 and all(d == 1 for d in geometry.input_dilation)
+
+    def correlate(self, x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
+        """Shifted copies of the input, scaled and added."""
+        x = geometry.pad(x)
+        ins, outs = _features_per_group(geometry)
+        parts = [
+            functools.reduce(
+                jnp.add,
+                (
+                    geometry.slice_at(tap, x[..., c::ins]) * w[tap][c, f::outs]
+                    for c in range(ins)
+                    for tap in geometry.taps
+                ),
+            )
+            for f in range(outs)
+        ]
+        return fusion_barrier(_interleave(parts))
+
+    def kernel_gradient(self, x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
+        """For each element of the window the sum of a shifted copy times g."""
+        ins, outs = _features_per_group(geometry)
+        few = math.prod(geometry.window) <= _MAX_UNROLLED
+        sums: Callable[..., jax.Array] = sum_by_blocks if few else sum_all_at_once
+        rows = [
+            _interleave([sums(x[..., c::ins], g[..., f::outs], geometry) for f in range(outs)])
+            for c in range(ins)
+        ]
+        return jnp.stack(rows, -2).reshape(*geometry.window, ins, geometry.out_features)
+
+
+def _features_per_group(geometry: Geometry) -> tuple[int, int]:
+    """Features of the input and of the output."""
+    return geometry.in_features // geometry.groups, geometry.out_features // geometry.groups
+
+
+def _interleave(parts: list[jax.Array]) -> jax.Array:
+    """Arrays of the first, second, ... feature of each group as one array of all features."""
+    if len(parts) == 1:
+        return parts[0]
+    return jnp.stack(parts, -1).reshape(*parts[0].shape[:-1], -1)
