@@ -8,9 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.estimators.categorical.gumbel_softmax import GumbelSoftmax, gumbel_softmax
-from flax_customgrad.estimators.categorical.reinmax import ReinMax, reinmax
-from flax_customgrad.estimators.categorical.top_k import TopKST, top_k_st
+from flax_customgrad.estimators.categorical.gumbel_softmax import (
+    GumbelSoftmax,
+    gumbel_softmax,
+    soft_sample,
+)
+from flax_customgrad.estimators.categorical.reinmax import ReinMax, one_hot_sample, reinmax
+from flax_customgrad.estimators.categorical.top_k import TopKST, top_k, top_k_st
 from flax_customgrad.registry.entry import Curve, Entry, Example
 from flax_customgrad.registry.examples import applied, made, normal
 
@@ -21,6 +25,17 @@ def _few() -> jax.Array:
 
 def _rows_first() -> jax.Array:
     return 2 * normal(8, 4, 3)
+
+
+def _masked() -> jax.Array:
+    """Classes on the axis before the last, some of them masked; another axis of size 1."""
+    logits = 2 * normal(8, 1, 4, 3)
+    return logits.at[:, :, 1, ::2].set(-jnp.inf).at[::2, :, 3, 1].set(-jnp.inf)
+
+
+def _masked_with_ties() -> jax.Array:
+    """The same in halves of whole numbers, so that some rows have classes that are as likely."""
+    return jnp.round(_masked()) / 2
 
 
 def _many() -> jax.Array:
@@ -43,20 +58,30 @@ def _temperatures() -> jax.Array:
     return 1.5 + 0.1 * normal(8, 1)
 
 
+def _temperature_an_example() -> jax.Array:
+    """One number for the rows of each example."""
+    return 1.5 + 0.1 * normal(8, 1, 1, 1)
+
+
 def _noise(logits: jax.Array, key: jax.Array | None) -> jax.Array:
     if key is None:
         return jnp.zeros(logits.shape)
     return jax.random.gumbel(key, logits.shape, jnp.float32)
 
 
-# Formulas: autodiff of a softmax; for ReinMax of two, one of which has the value p1.
+# Formulas: autodiff of a softmax; for ReinMax of two, one of which has the value p1. A masked class
+# has a logit so low that its weight is 0, as 0 times infinity would be NaN.
+
+
+def _finite(logits: jax.Array) -> jax.Array:
+    return jnp.maximum(logits, -1e4)
 
 
 def _softmax(
     logits: jax.Array, key: jax.Array | None, temperature: Any, g: jax.Array, axis: int = -1
 ) -> tuple[jax.Array, jax.Array | None]:
     def soft(logits: jax.Array, temperature: Any) -> jax.Array:
-        return jax.nn.softmax((logits + _noise(logits, key)) / temperature, axis)
+        return jax.nn.softmax((_finite(logits) + _noise(logits, key)) / temperature, axis)
 
     dlogits, dtemperature = jax.vjp(soft, logits, temperature)[1](g)
     return dlogits, dtemperature if isinstance(temperature, jax.Array) else None
@@ -88,18 +113,25 @@ def _reinmax(
         return jax.nn.softmax(z, axis)
 
     sample = jnp.argmax(logits + _noise(logits, key), axis)
-    d = jax.nn.one_hot(sample, logits.shape[axis], dtype=g.dtype, axis=axis)
-    p1 = (d + softmax(logits / temperature)) / 2
-    (first,), (second,) = (jax.vjp(softmax, z)[1](g) for z in (logits, jnp.log(p1)))
-    return 2 * second - first / 2, None, None
+    y = jax.nn.one_hot(sample, logits.shape[axis], dtype=g.dtype, axis=axis)
+    p1 = (y + softmax(_finite(logits) / temperature)) / 2
+    log_p1 = jnp.log(jnp.maximum(p1, jnp.finfo(p1.dtype).tiny))
+    (of_p0,), (of_p1,) = (jax.vjp(softmax, z)[1](g) for z in (_finite(logits), log_p1))
+    return 2 * of_p1 - of_p0 / 2, None, None
 
 
 def _of_layer(formula: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """The formula of a layer, from that of a function of the logits, a key and a temperature."""
 
-    def of_layer(layer: Any, logits: jax.Array, g: jax.Array) -> tuple[None, jax.Array]:
+    def of_layer(layer: Any, logits: jax.Array, g: jax.Array) -> tuple[Any, jax.Array]:
         key = nnx.clone(layer.rngs)() if getattr(layer, "sample", True) else None
-        return None, formula(logits, key, layer.temperature, g, axis=layer.axis)[0]
+        if not isinstance(layer.temperature, nnx.Param):
+            return None, formula(logits, key, layer.temperature, g, axis=layer.axis)[0]
+        temperature = layer.temperature[...]
+        dlogits, *_, dtemperature = formula(logits, key, temperature, g, axis=layer.axis)
+        if dtemperature is None:
+            dtemperature = jnp.zeros_like(temperature)
+        return nnx.State({"temperature": dtemperature}), dlogits
 
     return of_layer
 
@@ -111,6 +143,11 @@ def _on_a_copy(layer: Any, x: jax.Array) -> jax.Array:
 
 def _layer(*args: Any, inputs: Callable[[], jax.Array] = _few, **kwargs: Any) -> Example:
     return made(*args, inputs=(inputs,), call=_on_a_copy, **kwargs)
+
+
+def _learning(*args: Any, **kwargs: Any) -> Example:
+    """An example of a layer whose temperature is a parameter."""
+    return lambda cls: _layer(*args, nnx.Param(jnp.asarray(0.7)), **kwargs)(cls)
 
 
 def _first_of_two(function: Callable[..., jax.Array]) -> Curve:
@@ -142,7 +179,11 @@ ENTRIES = (
             "soft": applied(_few, _key, _temperature, hard=False),
             "hard, a temperature a row": applied(_few, _key, _temperatures),
             "soft, first axis": applied(_rows_first, _key, 0.5, hard=False, axis=1),
+            "soft, masked, 4-D, a temperature an example": applied(
+                _masked, _key, _temperature_an_example, hard=False, axis=-2
+            ),
         },
+        operations={soft_sample: "soft, masked, 4-D, a temperature an example"},
         workloads={
             "4096x1024": applied(_many, _key, 0.7),
             "4096x1024, bf16": applied(_many_bf16, _key, 0.7),
@@ -159,7 +200,10 @@ ENTRIES = (
         gain="the same, with keys of its own",
         source="arXiv:1611.01144",
         formula=_of_layer(_softmax),
-        examples={"hard": _layer(0.7), "soft, first axis": _layer(1.5, hard=False, axis=0)},
+        examples={
+            "soft, a learned temperature": _learning(hard=False),
+            "hard, first axis": _layer(1.5, axis=0),
+        },
         workloads={"4096x1024": _layer(0.7, inputs=_many)},
     ),
     Entry(
@@ -178,7 +222,11 @@ ENTRIES = (
             "first axis, a temperature a row": applied(
                 _rows_first, _key, lambda: 1.5 + 0.1 * normal(8, 1, 3), axis=1
             ),
+            "masked, 4-D, a temperature an example": applied(
+                _masked, _key, _temperature_an_example, axis=-2
+            ),
         },
+        operations={one_hot_sample: "masked, 4-D, a temperature an example"},
         workloads={
             "4096x1024": applied(_many, _key, 1.5),
             "4096x1024, bf16": applied(_many_bf16, _key, 1.5),
@@ -194,7 +242,7 @@ ENTRIES = (
         gain="the same, with keys of its own",
         source="arXiv:2304.08612",
         formula=_of_layer(_reinmax),
-        examples={"last axis": _layer(1.5)},
+        examples={"last axis": _layer(1.5), "a temperature that could learn": _learning()},
         workloads={"4096x1024": _layer(1.5, inputs=_many)},
     ),
     Entry(
@@ -214,7 +262,11 @@ ENTRIES = (
                 _rows_first, 2, lambda: 1.5 + 0.1 * normal(8, 1, 3), axis=1
             ),
             "3 of 5 sampled": _three_sampled,
+            "2 of 4, masked, with ties, 4-D, a temperature an example": applied(
+                _masked_with_ties, 2, _temperature_an_example, axis=-2
+            ),
         },
+        operations={top_k: "2 of 4, masked, with ties, 4-D, a temperature an example"},
         workloads={"4096x1024": applied(_many, 32, 0.7)},
     ),
     Entry(
@@ -227,7 +279,10 @@ ENTRIES = (
         gain="the same as a layer",
         source="arXiv:1903.06059",
         formula=_of_layer(_softmax),
-        examples={"2 of 5": _layer(2, 0.7), "2 of 5 sampled": _layer(2, 0.7, sample=True)},
+        examples={
+            "2 of 5 sampled, a learned temperature": _learning(2, sample=True),
+            "2 of 5": _layer(2, 0.7),
+        },
         workloads={"4096x1024": _layer(32, inputs=_many)},
     ),
 )

@@ -1,32 +1,49 @@
 """gumbel_softmax: a sample from a categorical distribution, with the gradient of a softmax.
 
-    z = logits + G,  G standard Gumbel noise
-    p = softmax(z / tau)
-
-    forward   soft  y = p
+    forward   z = logits + noise                           standard Gumbel noise
+              p = softmax(z / temperature)
+              soft  y = p
               hard  y = 1 for the largest of z, 0 elsewhere: a sample from softmax(logits)
-    backward  dlogits = J(p) g / tau,  J(p) g = p (g - sum p g)
-              dtau    = -sum (J(p) g) z / tau^2
+    backward  dlogits      = J(p) g / temperature,  J(p) g = p (g - sum p g)
+              dtemperature = -sum dlogits log(p)
               exact for the soft sample, straight-through for the hard one
-    kept      p, of which the soft sample is made: `relaxation` gets both from it. To draw G again
-              from the key would keep the logits instead, and cost the noise twice.
+    kept      p, of which the soft sample is made: `temperature_softmax` computes both from it. To
+              draw the noise again from the key would keep the logits instead, and cost it twice.
     at a tie  the lower index is taken
 
-The hard forward holds zeros and ones; y_hard + y_soft - stop_gradient(y_soft), as it is also
-written, does not after rounding. It is `top_k` with k = 1. Half precision is computed in float32.
-Source: Jang, Gu and Poole 2016, arXiv:1611.01144.
+This page has the soft sample; the hard one is `top_k` with k = 1. Its forward holds zeros and ones;
+`y_hard + y_soft - stop_gradient(y_soft)`, as it is also written, does not after rounding. Half
+precision is computed in float32.
+
+Source: arXiv:1611.01144
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import chex
 import jax
 from flax import nnx
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.estimators.categorical.logits import checked, gumbel, perturbed
-from flax_customgrad.estimators.categorical.relaxation import Residuals, relaxed, relaxed_gradient
-from flax_customgrad.estimators.categorical.sampler import Rngs, Sampler
+from flax_customgrad.estimators.categorical.perturbed_logits import (
+    check_logits_and_temperature,
+    gumbel_noise,
+    perturb,
+)
+from flax_customgrad.estimators.categorical.sampler import Sampler
+from flax_customgrad.estimators.categorical.temperature_softmax import (
+    softmax_at_temperature,
+    softmax_gradients,
+)
 from flax_customgrad.estimators.categorical.top_k import top_k
+
+
+class Residuals(NamedTuple):
+    """What the backward of `soft_sample` keeps: `p`, its output."""
+
+    p: jax.Array
+    temperature: Any
+    axis: int
 
 
 @custom_vjp
@@ -44,7 +61,8 @@ def soft_sample(
     Returns:
         Array like logits.
     """
-    return relaxed(perturbed(logits, noise), temperature, axis).astype(logits.dtype)
+    z = perturb(logits, noise)
+    return softmax_at_temperature(z, temperature, axis).astype(logits.dtype)
 
 
 def _fwd(
@@ -55,7 +73,11 @@ def _fwd(
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
-    dlogits, dtemperature = relaxed_gradient(res, g)
+    chex.assert_equal_shape([res.p, g])
+    dlogits, dtemperature = softmax_gradients(res.p, g, res.temperature, res.axis)
+    chex.assert_equal_shape([dlogits, g])
+    if dtemperature is not None:
+        chex.assert_equal_shape([dtemperature, res.temperature])
     return dlogits, dtemperature, None, None
 
 
@@ -100,16 +122,18 @@ def gumbel_softmax(
         >>> many = fcg.gumbel_softmax(jnp.tile(logits, (100_000, 1)), jax.random.key(1))
         >>> [round(float(share), 2) for share in many.mean(0)]
         [0.1, 0.2, 0.7]
+
+    Source: arXiv:1611.01144
     """
-    logits, temperature = checked("gumbel_softmax", logits, temperature, axis)
-    g = gumbel(key, logits)
+    logits, temperature = check_logits_and_temperature("gumbel_softmax", logits, temperature, axis)
+    noise = gumbel_noise(key, logits)
     if hard:
-        return top_k(logits, temperature, g, 1, axis)
-    return soft_sample(logits, temperature, g, axis)
+        return top_k(logits, temperature, noise, 1, axis)
+    return soft_sample(logits, temperature, noise, axis)
 
 
 class GumbelSoftmax(Sampler):
-    """`gumbel_softmax` as a layer, with keys of its own. Its source is arXiv:1611.01144.
+    """`gumbel_softmax` as a layer, with keys of its own.
 
     Attributes:
         temperature: a number, an array or a Variable.
@@ -127,6 +151,8 @@ class GumbelSoftmax(Sampler):
         >>> layer.eval()
         >>> layer(jnp.array([0.0, 2.0, 1.0]))
         Array([0., 1., 0.], dtype=float32)
+
+    Source: arXiv:1611.01144
     """
 
     def __init__(
@@ -155,28 +181,5 @@ class GumbelSoftmax(Sampler):
         super().__init__(temperature, axis, deterministic, rng_collection, rngs)
         self.hard = hard
 
-    def __call__(
-        self,
-        logits: jax.Array,
-        *,
-        temperature: Any = None,
-        deterministic: bool | None = None,
-        rngs: Rngs = None,
-    ) -> jax.Array:
-        """Samples.
-
-        Args:
-            logits: array of any shape, float.
-            temperature: takes the place of the layer's; it may be traced.
-            deterministic: takes the place of the layer's.
-            rngs: takes the place of the layer's; a key will do.
-
-        Returns:
-            Array like logits.
-
-        Raises:
-            ValueError: as `gumbel_softmax`, or there is nothing to draw a key from.
-        """
-        key = self.key(deterministic, rngs)
-        temperature = self.temperature if temperature is None else temperature
+    def _choose(self, logits: jax.Array, key: jax.Array | None, temperature: Any) -> jax.Array:
         return gumbel_softmax(logits, key, temperature, hard=self.hard, axis=self.axis)

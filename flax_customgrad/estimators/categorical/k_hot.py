@@ -23,21 +23,21 @@ def k_hot(z: jax.Array, k: int, axis: int) -> jax.Array:
     z = lax.stop_gradient(z)
     first = jnp.max(z, axis, keepdims=True)
     if k == 1:
-        last, indices = first, largest(z, axis)
+        last, indices = first, index_of_largest(z, axis)
     else:
         # To top_k, -0 is less than 0.
         values, indices = lax.top_k(jnp.where(z == 0, 0, z), k, axis=axis)
         last = lax.slice_in_dim(values, k - 1, k, axis=axis)
-    hot = marked(indices, z.shape, axis).astype(z.dtype)
+    hot = mask_at(indices, z.shape, axis).astype(z.dtype)
     return jnp.where(jnp.isfinite(first) & jnp.isfinite(last), hot, jnp.nan)
 
 
-def largest(z: jax.Array, axis: int) -> jax.Array:
+def index_of_largest(z: jax.Array, axis: int) -> jax.Array:
     """The index of the largest along an axis, which stays, with size 1; the first at a tie."""
     return jnp.argmax(lax.stop_gradient(z), axis, keepdims=True)
 
 
-def marked(indices: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+def mask_at(indices: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     """True at some indices along an axis.
 
     Args:

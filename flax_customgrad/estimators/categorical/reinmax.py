@@ -1,15 +1,17 @@
-"""reinmax: a categorical sample with a gradient of second order, arXiv:2304.08612.
+"""reinmax: a categorical sample with a gradient of second order.
 
-    forward   D  = a one-hot sample from p0 = softmax(logits), at temperature 1
-    backward  p1 = (D + softmax(logits / tau)) / 2
+    forward   y       = a one-hot sample from p0 = softmax(logits), at temperature 1
+    backward  p1      = (y + softmax(logits / temperature)) / 2
               dlogits = 2 J(p1) g - J(p0) g / 2,  J(p) g = p (g - sum p g)
-    kept      the logits and the temperature, which the caller holds, and the index of D's 1
+    kept      the logits and the temperature, which the caller holds, and the index of the 1 in y
     at a tie  the lower index is taken
 
 The straight-through estimator is a first-order approximation of the gradient of the expected loss;
-this one is Heun's method, of second order. Nothing is divided by tau, which shapes p1 alone and has
-no gradient: it is a choice of the estimator and no part of the forward. The paper finds a tau of 1
-or more to serve best. Half precision is computed in float32.
+this one is Heun's method, of second order. Nothing is divided by the temperature, which shapes `p1`
+alone and has no gradient: it is a choice of the estimator and no part of the forward. The paper
+finds that a temperature of 1 or more serves best. Half precision is computed in float32.
+
+Source: arXiv:2304.08612
 """
 
 from typing import Any, NamedTuple
@@ -19,10 +21,17 @@ import jax
 from flax import nnx
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.estimators.categorical.k_hot import k_hot, largest, marked
-from flax_customgrad.estimators.categorical.logits import checked, gumbel, perturbed
-from flax_customgrad.estimators.categorical.relaxation import relaxed, through_softmax
-from flax_customgrad.estimators.categorical.sampler import Rngs, Sampler
+from flax_customgrad.estimators.categorical.k_hot import index_of_largest, k_hot, mask_at
+from flax_customgrad.estimators.categorical.perturbed_logits import (
+    check_logits_and_temperature,
+    gumbel_noise,
+    perturb,
+)
+from flax_customgrad.estimators.categorical.sampler import Sampler
+from flax_customgrad.estimators.categorical.temperature_softmax import (
+    softmax_at_temperature,
+    softmax_jacobian_product,
+)
 from flax_customgrad.numerics.accumulation import accumulator
 
 
@@ -31,7 +40,7 @@ class Residuals(NamedTuple):
 
     logits: jax.Array
     temperature: Any
-    sample: jax.Array
+    index: jax.Array
     axis: int
 
 
@@ -50,25 +59,28 @@ def one_hot_sample(
     Returns:
         Array like logits, of zeros and ones.
     """
-    return k_hot(perturbed(logits, noise), 1, axis).astype(logits.dtype)
+    return k_hot(perturb(logits, noise), 1, axis).astype(logits.dtype)
 
 
 def _fwd(
     logits: jax.Array, temperature: Any, noise: jax.Array | None, axis: int
 ) -> tuple[jax.Array, Residuals]:
     y = one_hot_sample(logits, temperature, noise, axis)
-    return y, Residuals(logits, temperature, largest(y, axis), axis)
+    return y, Residuals(logits, temperature, index_of_largest(y, axis), axis)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
     logits, axis = res.logits, res.axis
+    chex.assert_equal_shape([logits, g])
+    chex.assert_type(res.index, int)
     dtype = accumulator(logits)
     logits, g = logits.astype(dtype), g.astype(dtype)
-    d = marked(res.sample, logits.shape, axis).astype(dtype)
-    p0 = relaxed(logits, 1, axis)
-    p1 = (d + relaxed(logits, res.temperature, axis)) / 2
-    dlogits = 2 * through_softmax(p1, g, axis) - through_softmax(p0, g, axis) / 2
-    chex.assert_equal_shape([dlogits, logits, g, d, p0, p1])
+    y = mask_at(res.index, logits.shape, axis).astype(dtype)
+    p0 = softmax_at_temperature(logits, 1, axis)
+    p1 = (y + softmax_at_temperature(logits, res.temperature, axis)) / 2
+    of_p0, of_p1 = (softmax_jacobian_product(p, g, axis) for p in (p0, p1))
+    dlogits = 2 * of_p1 - of_p0 / 2
+    chex.assert_equal_shape([dlogits, y, p0, p1, g])
     return dlogits, None, None, None
 
 
@@ -104,13 +116,15 @@ def reinmax(
         Array([0., 0., 1.], dtype=float32)
         >>> jax.grad(lambda logits: fcg.reinmax(logits, key)[2])(logits).round(4)
         Array([-0.125, -0.125,  0.25 ], dtype=float32)
+
+    Source: arXiv:2304.08612
     """
-    logits, temperature = checked("reinmax", logits, temperature, axis)
-    return one_hot_sample(logits, temperature, gumbel(key, logits), axis)
+    logits, temperature = check_logits_and_temperature("reinmax", logits, temperature, axis)
+    return one_hot_sample(logits, temperature, gumbel_noise(key, logits), axis)
 
 
 class ReinMax(Sampler):
-    """`reinmax` as a layer, with keys of its own. Its source is arXiv:2304.08612.
+    """`reinmax` as a layer, with keys of its own.
 
     Attributes:
         temperature: of the backward; a number, an array or a Variable.
@@ -123,6 +137,8 @@ class ReinMax(Sampler):
         >>> layer = fcg.ReinMax(rngs=nnx.Rngs(0))
         >>> layer(jnp.zeros((100, 3))).sum()
         Array(100., dtype=float32)
+
+    Source: arXiv:2304.08612
     """
 
     def __init__(
@@ -148,28 +164,5 @@ class ReinMax(Sampler):
         """
         super().__init__(temperature, axis, deterministic, rng_collection, rngs)
 
-    def __call__(
-        self,
-        logits: jax.Array,
-        *,
-        temperature: Any = None,
-        deterministic: bool | None = None,
-        rngs: Rngs = None,
-    ) -> jax.Array:
-        """Samples.
-
-        Args:
-            logits: array of any shape, float.
-            temperature: takes the place of the layer's; it may be traced.
-            deterministic: takes the place of the layer's.
-            rngs: takes the place of the layer's; a key will do.
-
-        Returns:
-            Array like logits, of zeros and ones.
-
-        Raises:
-            ValueError: as `reinmax`, or there is nothing to draw a key from.
-        """
-        key = self.key(deterministic, rngs)
-        temperature = self.temperature if temperature is None else temperature
+    def _choose(self, logits: jax.Array, key: jax.Array | None, temperature: Any) -> jax.Array:
         return reinmax(logits, key, temperature, axis=self.axis)

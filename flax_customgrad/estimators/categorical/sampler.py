@@ -1,20 +1,21 @@
-"""Sampler: what the layers of this family hold, a temperature and where their keys come from."""
+"""Sampler: what the layers of this family share, a temperature, an axis and keys."""
 
 from typing import Any
 
 import jax
 from flax import nnx
-from flax.nnx.module import first_from
 
 from flax_customgrad.numerics.argument_checks import check_positive
 from flax_customgrad.numerics.dtypes import as_array
 
-Rngs = nnx.Rngs | nnx.RngStream | jax.Array | None
+KeySource = nnx.Rngs | nnx.RngStream | jax.Array | None
 """Where a key comes from: streams, one stream, or the key itself."""
 
 
 class Sampler(nnx.Module):
     """A layer without parameters that samples, in the manner of `nnx.Dropout`.
+
+    A subclass says in `_choose` what it makes of logits, a key and a temperature.
 
     Attributes:
         temperature: a number, an array or a Variable.
@@ -41,7 +42,39 @@ class Sampler(nnx.Module):
             rngs = rngs[rng_collection]
         self.rngs = nnx.data(None) if rngs is None else rngs.fork()
 
-    def key(self, deterministic: bool | None, rngs: Rngs) -> jax.Array | None:
+    def __call__(
+        self,
+        logits: jax.Array,
+        *,
+        temperature: Any = None,
+        deterministic: bool | None = None,
+        rngs: KeySource = None,
+    ) -> jax.Array:
+        """Chooses classes of each row.
+
+        Args:
+            logits: array of any shape, float; -inf masks a class.
+            temperature: takes the place of the layer's; it may be traced.
+            deterministic: takes the place of the layer's; if true, nothing is sampled.
+            rngs: takes the place of the layer's; a key will do.
+
+        Returns:
+            Array like logits, that of the function of the same name.
+
+        Raises:
+            TypeError: the logits are not floating.
+            ValueError: the logits or the temperature are such that the function of the same name
+                raises it, or there is nothing to draw a key from.
+        """
+        key = self.key(deterministic, rngs)
+        temperature = self.temperature if temperature is None else temperature
+        return self._choose(logits, key, temperature)
+
+    def _choose(self, logits: jax.Array, key: jax.Array | None, temperature: Any) -> jax.Array:
+        """What the layer returns; of each subclass its own."""
+        raise NotImplementedError
+
+    def key(self, deterministic: bool | None, rngs: KeySource) -> jax.Array | None:
         """The key of the next sample; None if nothing is to be sampled.
 
         Args:
@@ -52,19 +85,19 @@ class Sampler(nnx.Module):
             ValueError: neither is given anywhere.
         """
         name = type(self).__name__
-        deterministic = first_from(
-            deterministic,
-            self.deterministic,
-            error_msg=f"{name}: give `deterministic` to the constructor or to the call",
-        )
+        if deterministic is None:
+            deterministic = self.deterministic
+        if deterministic is None:
+            raise ValueError(f"{name}: give `deterministic` to the constructor or to the call")
         if deterministic:
             return None
-        rngs = first_from(
-            rngs,
-            self.rngs,
-            error_msg=f"{name}: a sample needs a key: give `rngs` to the constructor or to the "
-            "call, or deterministic=True",
-        )
+        if rngs is None:
+            rngs = self.rngs
+        if rngs is None:
+            raise ValueError(
+                f"{name}: a sample needs a key: give `rngs` to the constructor or to the call, or "
+                "deterministic=True"
+            )
         if isinstance(rngs, nnx.Rngs):
             rngs = rngs[self.rng_collection]
         return rngs() if isinstance(rngs, nnx.RngStream) else rngs

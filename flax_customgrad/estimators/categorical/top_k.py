@@ -1,27 +1,46 @@
 """top_k_st: the k largest, with the gradient of a softmax.
 
-    forward   y = 1 for the k largest of z = logits + G along an axis, 0 elsewhere
-              G standard Gumbel noise where there is a key, 0 where there is none
-    backward  dlogits = J(p) g / tau,  p = softmax(z / tau),  J(p) g = p (g - sum p g)
-              dtau    = -sum (J(p) g) z / tau^2
-    kept      p, from which `relaxation` gets both
+    forward   z = logits + noise       standard Gumbel noise where there is a key, else none
+              y = 1 for the k largest of z along an axis, 0 elsewhere
+              p = softmax(z / temperature)
+    backward  dlogits      = J(p) g / temperature,  J(p) g = p (g - sum p g)
+              dtemperature = -sum dlogits log(p)
+    kept      p, from which `temperature_softmax` computes both
     at a tie  the lower index is taken first: there are exactly k ones
 
-With noise that is a sample of k classes without replacement (arXiv:1903.06059), and with k = 1 the
-straight-through Gumbel-softmax. Half precision is computed in float32. A traced row that has no k
-largest, because it holds NaN or infinity or too few classes that are not masked, is NaN.
+With noise that is a sample of k classes without replacement, and with k = 1 the straight-through
+Gumbel-softmax. Half precision is computed in float32. A traced row that has no k largest, because
+it holds NaN or infinity or too few classes that are not masked, is NaN.
+
+Source: arXiv:1903.06059
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import chex
 import jax
 from flax import nnx
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.estimators.categorical.k_hot import k_hot
-from flax_customgrad.estimators.categorical.logits import checked, gumbel, perturbed
-from flax_customgrad.estimators.categorical.relaxation import Residuals, relaxed, relaxed_gradient
-from flax_customgrad.estimators.categorical.sampler import Rngs, Sampler
+from flax_customgrad.estimators.categorical.perturbed_logits import (
+    check_logits_and_temperature,
+    gumbel_noise,
+    perturb,
+)
+from flax_customgrad.estimators.categorical.sampler import KeySource, Sampler
+from flax_customgrad.estimators.categorical.temperature_softmax import (
+    softmax_at_temperature,
+    softmax_gradients,
+)
+
+
+class Residuals(NamedTuple):
+    """What the backward of `top_k` keeps: `p`, in the dtype of the logits."""
+
+    p: jax.Array
+    temperature: Any
+    axis: int
 
 
 @custom_vjp(surrogate=True)
@@ -40,18 +59,23 @@ def top_k(
     Returns:
         Array like logits, of zeros and ones.
     """
-    return k_hot(perturbed(logits, noise), k, axis).astype(logits.dtype)
+    return k_hot(perturb(logits, noise), k, axis).astype(logits.dtype)
 
 
 def _fwd(
     logits: jax.Array, temperature: Any, noise: jax.Array | None, k: int, axis: int
 ) -> tuple[jax.Array, Residuals]:
-    p = relaxed(perturbed(logits, noise), temperature, axis).astype(logits.dtype)
-    return top_k(logits, temperature, noise, k, axis), Residuals(p, temperature, axis)
+    y = top_k(logits, temperature, noise, k, axis)
+    p = softmax_at_temperature(perturb(logits, noise), temperature, axis)
+    return y, Residuals(p.astype(logits.dtype), temperature, axis)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
-    dlogits, dtemperature = relaxed_gradient(res, g)
+    chex.assert_equal_shape([res.p, g])
+    dlogits, dtemperature = softmax_gradients(res.p, g, res.temperature, res.axis)
+    chex.assert_equal_shape([dlogits, g])
+    if dtemperature is not None:
+        chex.assert_equal_shape([dtemperature, res.temperature])
     return dlogits, dtemperature, None, None, None
 
 
@@ -93,9 +117,11 @@ def top_k_st(
         Array([0., 1., 1.], dtype=float32)
         >>> jax.grad(lambda x: fcg.top_k_st(x, 2)[0])(logits).round(3)
         Array([ 0.082, -0.06 , -0.022], dtype=float32)
+
+    Source: arXiv:1903.06059
     """
-    logits, temperature = checked("top_k_st", logits, temperature, axis, k)
-    return top_k(logits, temperature, gumbel(key, logits), k, axis)
+    logits, temperature = check_logits_and_temperature("top_k_st", logits, temperature, axis, k)
+    return top_k(logits, temperature, gumbel_noise(key, logits), k, axis)
 
 
 class TopKST(Sampler):
@@ -113,6 +139,8 @@ class TopKST(Sampler):
         >>> fcg.TopKST(2)(jnp.array([[0.0, 2.0, 1.0], [1.0, 1.0, 1.0]]))
         Array([[0., 1., 1.],
                [1., 1., 0.]], dtype=float32)
+
+    Source: arXiv:1903.06059
     """
 
     def __init__(
@@ -146,28 +174,17 @@ class TopKST(Sampler):
         self.k = k
         self.sample = sample
 
-    def __call__(
-        self,
-        logits: jax.Array,
-        *,
-        temperature: Any = None,
-        deterministic: bool | None = None,
-        rngs: Rngs = None,
-    ) -> jax.Array:
-        """Marks k classes of each row.
+    def key(self, deterministic: bool | None, rngs: KeySource) -> jax.Array | None:
+        """The key of the next sample; None if the k largest are taken.
 
         Args:
-            logits: array of any shape, float.
-            temperature: takes the place of the layer's; it may be traced.
             deterministic: takes the place of the layer's.
-            rngs: takes the place of the layer's; a key will do.
-
-        Returns:
-            Array like logits, of zeros and ones.
+            rngs: takes the place of the layer's.
 
         Raises:
-            ValueError: as `top_k_st`, or there is nothing to draw a key from.
+            ValueError: the layer samples, and neither is given anywhere.
         """
-        key = self.key(deterministic, rngs) if self.sample else None
-        temperature = self.temperature if temperature is None else temperature
+        return super().key(deterministic, rngs) if self.sample else None
+
+    def _choose(self, logits: jax.Array, key: jax.Array | None, temperature: Any) -> jax.Array:
         return top_k_st(logits, self.k, temperature, key=key, axis=self.axis)

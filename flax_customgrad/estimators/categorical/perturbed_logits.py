@@ -1,4 +1,4 @@
-"""Logits: what the estimators of this family ask of them, and the noise that makes a sample.
+"""Perturbed logits: the checks of logits and temperature, and the noise that makes a sample.
 
 The largest of logits plus standard Gumbel noise is a sample from their softmax, and the k largest
 are k samples without replacement (arXiv:1611.01144, arXiv:1903.06059). The noise is drawn in
@@ -19,7 +19,7 @@ from flax_customgrad.numerics.dtypes import as_array, in_dtype, is_python_number
 from flax_customgrad.numerics.sharding import explicit_sharding
 
 
-def gumbel(key: jax.Array | None, logits: jax.Array) -> jax.Array | None:
+def gumbel_noise(key: jax.Array | None, logits: jax.Array) -> jax.Array | None:
     """Standard Gumbel noise.
 
     Args:
@@ -35,18 +35,18 @@ def gumbel(key: jax.Array | None, logits: jax.Array) -> jax.Array | None:
     return jax.random.gumbel(key, logits.shape, jnp.float32, out_sharding=sharding)
 
 
-def perturbed(logits: jax.Array, noise: jax.Array | None) -> jax.Array:
+def perturb(logits: jax.Array, noise: jax.Array | None) -> jax.Array:
     """Logits with noise added, in float32 or wider.
 
     Args:
         logits: array of any shape, float.
-        noise: an array like logits, or None for no noise.
+        noise: an array like logits, or None for none.
     """
     z = logits.astype(accumulator(logits))
     return z if noise is None else z + noise.astype(z.dtype)
 
 
-def checked(
+def check_logits_and_temperature(
     name: str, logits: Any, temperature: Any, axis: int, k: int = 1
 ) -> tuple[jax.Array, Any]:
     """Logits and a temperature that an estimator can take; values are looked at unless traced.
@@ -83,10 +83,10 @@ def checked(
             f"{name}: a row of the logits holds NaN or infinity, or fewer than {k} numbers; "
             "-inf masks a class, and as many as are chosen must remain"
         )
-    return logits, _checked_temperature(name, temperature, logits.shape, axis)
+    return logits, _check_temperature(name, temperature, logits.shape, axis)
 
 
-def _checked_temperature(name: str, temperature: Any, shape: tuple[int, ...], axis: int) -> Any:
+def _check_temperature(name: str, temperature: Any, shape: tuple[int, ...], axis: int) -> Any:
     if is_python_number(temperature):
         return check_positive(name, "temperature", temperature)
     temperature = check_positive(name, "temperature", jnp.asarray(as_array(temperature)))

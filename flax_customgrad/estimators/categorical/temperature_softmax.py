@@ -1,0 +1,85 @@
+"""The softmax at a temperature, whose gradient the estimators of this family take.
+
+    p            = softmax(z / temperature)
+    J(p) g       = p (g - sum p g)          the Jacobian of a softmax whose value is p, times g
+    dz           = J(p) g / temperature
+    dtemperature = -sum dz log(p)           over the axes along which the temperature was repeated
+
+`J(p) g` adds up to 0 in each row, and that is used twice. In `dtemperature`, `log(p)` stands for
+`z / temperature`, from which it differs by a number a row, so that `p` is all there is to keep. And
+`g` is measured from its value at the largest `p`: at a low temperature that is 1 to all digits, and
+the difference of `g` and `sum p g` would be rounding.
+
+The maximum of `z` is subtracted before the division, so a small temperature overflows to a `p` of 0
+and to nothing else. A row whose maximum is not finite is NaN.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.broadcasting import sum_to_shape
+
+
+def softmax_at_temperature(z: jax.Array, temperature: Any, axis: int) -> jax.Array:
+    """`p`, the softmax at a temperature.
+
+    Args:
+        z: array of any shape, float32 or wider; -inf masks a class.
+        temperature: a number, or an array that broadcasts against each row.
+        axis: the axis that adds up to 1.
+
+    Returns:
+        Array like `z`.
+    """
+    largest = lax.stop_gradient(jnp.max(z, axis, keepdims=True))
+    # What is masked stays out of the division: its product with a derivative of 0 would be NaN.
+    is_masked = z == -jnp.inf
+    e = jnp.exp(jnp.where(is_masked, 0, z - largest) / temperature)
+    e = jnp.where(is_masked, 0, e)
+    return e / jnp.sum(e, axis, keepdims=True)
+
+
+def softmax_gradients(
+    p: jax.Array, g: jax.Array, temperature: Any, axis: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """The gradients of `softmax_at_temperature`.
+
+    Args:
+        p: its value, in any floating dtype.
+        g: the cotangent of it, an array like `p`.
+        temperature: what it was called with.
+        axis: what it was called with.
+
+    Returns:
+        `dz` and `dtemperature`, None for that of a number; float32 or wider.
+    """
+    dtype = accumulator(p, temperature)
+    p, g = p.astype(dtype), g.astype(dtype)
+    dz = softmax_jacobian_product(p, g, axis) / temperature
+    if not isinstance(temperature, jax.Array):
+        return dz, None
+    # Where p is 0, so is dz.
+    log_p = jnp.log(jnp.maximum(p, jnp.finfo(dtype).tiny))
+    return dz, -sum_to_shape(dz * log_p, temperature.shape)
+
+
+def softmax_jacobian_product(p: jax.Array, g: jax.Array, axis: int) -> jax.Array:
+    """`J(p) g`: a cotangent through a softmax.
+
+    Args:
+        p: the value of the softmax, which adds up to 1 along the axis.
+        g: the cotangent of it, an array like `p`.
+        axis: that axis.
+
+    Returns:
+        Array like `p`.
+    """
+    largest = jnp.argmax(lax.stop_gradient(p), axis, keepdims=True)
+    is_largest = lax.broadcasted_iota(largest.dtype, p.shape, axis % p.ndim) == largest
+    at_largest = jnp.sum(jnp.where(is_largest, g, 0), axis, keepdims=True)
+    g = g - lax.stop_gradient(at_largest)
+    return p * (g - jnp.sum(p * g, axis, keepdims=True))
