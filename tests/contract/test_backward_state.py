@@ -161,6 +161,7 @@ def test_under_cond_it_is_written_or_refused():
         assert seen(m) == [1, 0, 0]
 
 
+@pytest.mark.smoke
 def test_it_has_no_cotangent():
     @fcg.custom_vjp
     def op(x, state):

@@ -95,6 +95,7 @@ def test_the_first_part_of_a_representation_names_the_type():
     assert repr(fcg.Linear(2, 3, rngs=nnx.Rngs(0))).startswith("flax_customgrad.Linear(")
 
 
+@pytest.mark.smoke
 def test_everything_here_is_used():
     """A function of this module that nobody calls is a gradient that nothing guards."""
     names = {name for name, f in inspect.getmembers(compat, inspect.isfunction)}

@@ -34,6 +34,7 @@ def right(res, g):
     return {"kernel": x.T @ g, "bias": g.sum(0)}, g @ m.kernel.T
 
 
+@pytest.mark.smoke
 def test_a_wrong_shape(told):
     def transposed(res, g):
         grads, dx = right(res, g)
@@ -63,6 +64,7 @@ def test_a_wrong_shape_for_an_array(told):
     )
 
 
+@pytest.mark.smoke
 def test_a_missing_parameter(told):
     message = told(lambda res, g: (nnx.State({"kernel": right(res, g)[0]["kernel"]}), None))
     assert message == (

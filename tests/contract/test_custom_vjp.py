@@ -86,6 +86,7 @@ def test_the_default_modes_can_be_set_globally(module, x, mode):
         assert_same(nnx.grad(loss(linear))(module, x), expected)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", [nnx.State, dict], ids=["State", "dict"])
 def test_a_state_or_a_dict_comes_first(kind, x):
     def fun(params, x):
@@ -161,6 +162,7 @@ def test_a_shared_submodule_counts_once(x):
     assert_same(nnx.grad(loss(op))(m, x), nnx.grad(loss(fun))(m, x))
 
 
+@pytest.mark.smoke
 def test_a_method_can_carry_a_backward(x):
     class Scale(nnx.Module):
         def __init__(self):
@@ -456,6 +458,7 @@ def test_export(module, x):
 # The decorator itself.
 
 
+@pytest.mark.smoke
 def test_what_is_wrong_with_a_definition_is_said():
     with pytest.raises(TypeError, match="`f` takes the keyword-only argument `power`"):
 

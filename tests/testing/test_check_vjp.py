@@ -80,6 +80,7 @@ def test_a_planted_mistake_is_caught_and_located(mistake, check):
     assert wrong == {argument}
 
 
+@pytest.mark.smoke
 def test_a_missing_mean_is_caught():
     """The classic of normalization: a backward that forgets that the mean depends on x too."""
 
