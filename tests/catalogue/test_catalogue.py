@@ -104,7 +104,7 @@ def test_examples_and_workloads_make_the_class_asked_for(entry):
             yield next((p for p in parts if isinstance(p, nnx.Module)), None), jnp.asarray(x)
 
     made = nnx.eval_shape(lambda: list(layers_and_last_inputs()))
-    for layer, x in made:
+    for layer, _ in made:
         assert layer is None if entry.is_function else type(layer) is entry.module
     for _, x in made[: len(entry.examples)]:
         assert entry.is_function or x.shape[0] == 8
