@@ -2,9 +2,10 @@
 
 from flax import nnx
 
+from flax_customgrad.low_bit.frozen.frozen_linear import frozen_linear
 from flax_customgrad.low_bit.frozen.int4_linear import Int4Linear
 from flax_customgrad.low_bit.frozen.nf4_linear import NF4Linear
-from flax_customgrad.low_bit.frozen.qlora_linear import QLoRALinear
+from flax_customgrad.low_bit.frozen.qlora_linear import QLoRALinear, qlora_linear
 from flax_customgrad.registry.entry import Entry
 from flax_customgrad.registry.examples import made, normal
 
@@ -19,8 +20,11 @@ ENTRIES = (
         gain="a frozen kernel in 4 bits, dequantized twice; no input kept",
         source="arXiv:2305.14314",
         examples={
-            "bias trained": made(6, 4, block=4, train_bias=True, inputs=(lambda: normal(8, 6),)),
+            "block remainder, two batch axes, bias trained": made(
+                6, 4, block=4, train_bias=True, inputs=(lambda: normal(8, 2, 6),)
+            ),
         },
+        operations={frozen_linear: "block remainder, two batch axes, bias trained"},
         workloads={"4096x1024 to 1024": made(1024, 1024, inputs=(lambda: normal(4096, 1024),))},
     ),
     Entry(
@@ -48,16 +52,18 @@ ENTRIES = (
         gain="LoRA on a frozen kernel in 4 bits, with one backward that dequantizes again",
         source="arXiv:2305.14314",
         examples={
-            "rank 2": made(
+            "block remainder, rank 2, two batch axes, bias trained": made(
                 6,
                 4,
                 lora_rank=2,
                 alpha=3.0,
                 block=4,
+                train_bias=True,
                 b_initializer=nnx.initializers.normal(),
-                inputs=(lambda: normal(8, 6),),
+                inputs=(lambda: normal(8, 2, 6),),
             ),
         },
+        operations={qlora_linear: "block remainder, rank 2, two batch axes, bias trained"},
         workloads={
             "4096x1024 to 1024, rank 16": made(
                 1024, 1024, lora_rank=16, inputs=(lambda: normal(4096, 1024),)

@@ -1,31 +1,32 @@
 """FrozenLinear: a linear layer whose kernel is frozen, and stored in a few bits.
 
-    forward   W          = dequantized(stored)
-              y[..., o]  = sum_i x[..., i] W[i, o] + b[o]
-    backward  W          = dequantized(stored), again
-              dx[..., i] = sum_o g[..., o] W[i, o]
-              db[o]      = sum_... g[..., o]
-    kept      what is stored: no W in floats, and no x, which only dW would need
+    forward   kernel     = dequantize(stored)
+              y[..., o]  = sum_i x[..., i] kernel[i, o] + bias[o]
+    backward  kernel     = dequantize(stored), again
+              dx[..., i] = sum_o g[..., o] kernel[i, o]
+              dbias[o]   = sum_... g[..., o]
+    kept      what is stored: no kernel in floats, and no x, which only its gradient would need
 
-W is a constant: what is stored has no gradient. The backward waits for g before it dequantizes;
-else XLA, outside of a scan, sees the same computation twice and keeps the W of the forward. On a
-CPU it does so in any case: it forgets who waits for whom before it decides on an order, and
-dequantizes every layer first.
+The kernel is a constant: what is stored has no gradient. The backward waits for g before it
+dequantizes; else XLA, outside of a scan, sees the same computation twice and keeps the kernel of
+the forward. On a CPU it does so in any case: it forgets who waits for whom before it decides on an
+order, and dequantizes every layer first.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, Self
 
 import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 
 from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.layers.linear.linear import Linear
+from flax_customgrad.layers.replaced_matmul import refuse_injected
 from flax_customgrad.low_bit.frozen.frozen_variable import Frozen
 from flax_customgrad.numerics.accumulation import total
 from flax_customgrad.numerics.dtypes import as_array
@@ -49,13 +50,13 @@ class Form(Protocol):
         ...
 
 
-def constant(stored: Parameters, form: Form) -> jax.Array:
+def dequantize_constant(stored: Parameters, form: Form) -> jax.Array:
     """The kernel that is stored, without a gradient."""
     return lax.stop_gradient(form.dequantize(stored))
 
 
-def constant_after(g: jax.Array, stored: Parameters, form: Form) -> tuple[jax.Array, jax.Array]:
-    """A gradient, and the kernel dequantized once the gradient is there."""
+def dequantize_after(g: jax.Array, stored: Parameters, form: Form) -> tuple[jax.Array, jax.Array]:
+    """A cotangent, and the kernel that is stored, dequantized once the cotangent is there."""
     # On a CPU there would be two of each kernel at once.
     if jax.default_backend() != "cpu":
         g, stored = lax.optimization_barrier((g, stored))
@@ -63,19 +64,28 @@ def constant_after(g: jax.Array, stored: Parameters, form: Form) -> tuple[jax.Ar
 
 
 class Residuals(NamedTuple):
-    """What the backward of `frozen_linear` keeps: what is stored, and what types there are."""
+    """What the backward of `frozen_linear` keeps: what is stored, and types.
+
+    Attributes:
+        stored: the kernel, which the caller holds.
+        x_type: shape, dtype and sharding of x.
+        dtype: of the computation.
+        has_bias: whether there is a bias.
+        config: dtype, precision and sharding.
+        form: how the kernel is stored.
+    """
 
     stored: Parameters
-    x: jax.ShapeDtypeStruct
+    x_type: jax.ShapeDtypeStruct
     dtype: Any
     has_bias: bool
-    how: MatmulConfig
+    config: MatmulConfig
     form: Form
 
 
 @custom_vjp
 def frozen_linear(
-    params: Parameters, stored: Parameters, x: jax.Array, how: MatmulConfig, form: Form
+    params: Parameters, stored: Parameters, x: jax.Array, config: MatmulConfig, form: Form
 ) -> jax.Array:
     """Applies a linear map with a frozen kernel over the last axis.
 
@@ -83,32 +93,38 @@ def frozen_linear(
         params: `bias` of shape (out_features,), or nothing.
         stored: the kernel, of shape (in_features, out_features), as `form` stores it.
         x: inputs of shape (..., in_features), float.
-        how: dtype, precision and sharding.
+        config: dtype, precision and sharding.
         form: how the kernel is stored.
 
     Returns:
         Outputs of shape (..., out_features), in the dtype of the computation.
     """
-    return _fwd(params, stored, x, how, form)[0]
+    return _fwd(params, stored, x, config, form)[0]
 
 
 def _fwd(
-    params: Parameters, stored: Parameters, x: jax.Array, how: MatmulConfig, form: Form
+    params: Parameters, stored: Parameters, x: jax.Array, config: MatmulConfig, form: Form
 ) -> tuple[jax.Array, Residuals]:
-    x_, kernel, *bias = how.promote(x, constant(stored, form), *params.values())
-    y = lax.dot_general(x_, kernel, (((x.ndim - 1,), (0,)), ((), ())), **how.forward_kwargs())
+    x_, kernel, *bias = config.promote(x, dequantize_constant(stored, form), *params.values())
+    y = lax.dot_general(x_, kernel, (((x.ndim - 1,), (0,)), ((), ())), **config.forward_kwargs())
     for b in bias:
         y += lax.expand_dims(b, range(y.ndim - 1))
-    like = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.typeof(x).sharding)
-    return y, Residuals(stored, like, kernel.dtype, "bias" in params, how, form)
+    x_type = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.typeof(x).sharding)
+    return y, Residuals(stored, x_type, kernel.dtype, "bias" in params, config, form)
 
 
-def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
-    g, kernel = constant_after(g, res.stored, res.form)
-    kernel, last, p = kernel.astype(res.dtype), g.ndim - 1, res.how.precision
-    dx = input_gradient(g, kernel, (((last,), (1,)), ((), ())), like=res.x, precision=p)
-    chex.assert_equal_shape([dx, res.x])
-    grads = {"bias": total(g, range(last))} if res.has_bias else {}
+def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, None, jax.Array, None, None]:
+    g, kernel = dequantize_after(g, res.stored, res.form)
+    kernel, batch, last = kernel.astype(res.dtype), res.x_type.shape[:-1], g.ndim - 1
+    dims = chex.Dimensions(I=kernel.shape[0], O=kernel.shape[1])
+    chex.assert_shape(g, (*batch, *dims["O"]))
+    over_o = (((last,), (1,)), ((), ()))
+    dx = input_gradient(g, kernel, over_o, like=res.x_type, precision=res.config.precision)
+    chex.assert_shape(dx, (*batch, *dims["I"]))
+    grads = {}
+    if res.has_bias:
+        dbias = grads["bias"] = total(g, range(last))
+        chex.assert_shape(dbias, dims["O"])
     return nnx.State(grads), None, dx, None, None
 
 
@@ -119,54 +135,46 @@ class FrozenLinear(nnx.Module):
     """What the layers with a frozen kernel share: a float layer, stored in a few bits.
 
     Args:
-        in_features: number of input features.
-        out_features: number of output features.
+        layer: the float layer, whose kernel is stored and whose bias is taken over.
         form: how the kernel is stored.
-        train_bias: whether the bias is an `nnx.Param`; by default it is `Frozen` as well.
-        rngs: random number generators for kernel and bias.
-        **linear: what else `nnx.Linear` takes.
-
-    Raises:
-        ValueError: a weight is not finite; a `dot_general` or `promote_dtype` of the user's own.
+        train_bias: whether the bias is an `nnx.Param`; otherwise it is `Frozen` as well.
+        kernel_metadata: metadata of the codes' Variable.
+        bias_metadata: metadata of the bias's Variable.
 
     Attributes:
         bits: how many bits a code of the kernel has.
+
+    Raises:
+        ValueError: a weight is not finite; a `dot_general` or `promote_dtype` of the user's own.
     """
 
     bits = 4
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        layer: Linear,
         form: Form,
         *,
         train_bias: bool,
-        rngs: nnx.Rngs,
-        **linear: Any,
+        kernel_metadata: Mapping[str, Any],
+        bias_metadata: Mapping[str, Any],
     ):
-        layer = Linear(in_features, out_features, rngs=rngs, **linear)
         name, kernel = type(self).__name__, layer.kernel[...]
-        for given, default in (("dot_general", lax.dot_general), ("promote_dtype", promote_dtype)):
-            if getattr(layer, given) is not default:
-                raise ValueError(
-                    f"{name}: a {given} of your own cannot multiply with codes: leave it out"
-                )
+        refuse_injected(name, layer)
         if not is_traced(kernel) and not jnp.all(jnp.isfinite(kernel)):
             raise ValueError(
                 f"{name}: {jnp.sum(~jnp.isfinite(kernel))} of {kernel.size} weights are infinite "
                 "or NaN, which has no code"
             )
-        metadata = {"codes": linear.get("kernel_metadata", {})}
         for part, array in form.quantize(kernel).items():
-            setattr(self, part, Frozen(array, **metadata.get(part, {})))
+            setattr(self, part, Frozen(array, **(kernel_metadata if part == "codes" else {})))
         self.bias: nnx.Variable[jax.Array] | None
         if train_bias or layer.bias is None:
             self.bias = layer.bias if layer.use_bias else nnx.data(None)
         else:
-            self.bias = Frozen(layer.bias[...], **linear.get("bias_metadata", {}))
-        self.in_features = in_features
-        self.out_features = out_features
+            self.bias = Frozen(layer.bias[...], **bias_metadata)
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
         self.use_bias = layer.use_bias
         self.dtype = layer.dtype
         self.param_dtype = layer.param_dtype
@@ -235,9 +243,9 @@ class FrozenLinear(nnx.Module):
             Array of shape (..., out_features), in `dtype` or the promoted dtype.
         """
         inputs, params = as_array(inputs), parameters(self, "bias")
-        how = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        config = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         apply = frozen_linear if has_custom_backward(inputs, params) else frozen_linear.fun
-        return apply(params, self._stored, inputs, how, self.form)
+        return apply(params, self._stored, inputs, config, self.form)
 
     @property
     def _stored(self) -> Parameters:

@@ -22,7 +22,12 @@ import jax
 import jax.numpy as jnp
 
 from flax_customgrad.layers.drop_in import Parameters
-from flax_customgrad.low_bit.frozen.kernel_blocks import once, ratio, split, spread
+from flax_customgrad.low_bit.frozen.kernel_blocks import (
+    compiled,
+    quotient_or_zero,
+    repeat_per_weight,
+    split_kernel,
+)
 from flax_customgrad.numerics.dtypes import widened
 from flax_customgrad.numerics.packing import pack, unpack
 
@@ -44,7 +49,7 @@ class Int4:
         """The names of the arrays that are stored."""
         return ("codes", "scales", *(() if self.symmetric else ("zeros",)))
 
-    @once
+    @compiled
     def quantize(self, w: jax.Array) -> dict[str, jax.Array]:
         """Stores a kernel.
 
@@ -58,7 +63,7 @@ class Int4:
         """
         n, block = w.shape[0], self._block(w.shape[0])
         (wide,) = widened(w.dtype, w)
-        blocks = split(wide, block)
+        blocks = split_kernel(wide, block)
         low, high = jnp.min(blocks, 1, initial=0), jnp.max(blocks, 1, initial=0)
         largest = jnp.maximum(-low, high)
         # Not (high - low) / 15, which overflows.
@@ -66,14 +71,14 @@ class Int4:
         # Not infinity: what `dequantize` brings back into the range of a dtype was never beyond.
         scales = jnp.where(jnp.isfinite(largest), steps, jnp.nan).astype(w.dtype)
         each = scales.astype(wide.dtype)
-        rounded = jnp.round(ratio(wide, spread(each, block, n)))
+        rounded = jnp.round(quotient_or_zero(wide, repeat_per_weight(each, block, n)))
         if self.symmetric:
             return {"codes": pack(jnp.clip(rounded, -7, 7) + 8, 4), "scales": scales}
-        zeros = jnp.clip(jnp.round(ratio(-low, each)), 0, 15)
-        codes = jnp.clip(rounded + spread(zeros, block, n), 0, 15)
+        zeros = jnp.clip(jnp.round(quotient_or_zero(-low, each)), 0, 15)
+        codes = jnp.clip(rounded + repeat_per_weight(zeros, block, n), 0, 15)
         return {"codes": pack(codes, 4), "scales": scales, "zeros": pack(zeros, 4)}
 
-    @once
+    @compiled
     def dequantize(self, stored: Parameters) -> jax.Array:
         """The kernel that is stored.
 
@@ -85,10 +90,10 @@ class Int4:
         """
         n, m, dtype = stored["codes"].shape[0], stored["scales"].shape[1], stored["scales"].dtype
         (scales,), block = widened(dtype, stored["scales"]), self._block(n)
-        zeros = 8 if self.symmetric else spread(unpack(stored["zeros"], 4, m), block, n)
+        zeros = 8 if self.symmetric else repeat_per_weight(unpack(stored["zeros"], 4, m), block, n)
         steps = unpack(stored["codes"], 4, m).astype(jnp.int8) - jnp.int8(zeros)
         most = float(jnp.finfo(dtype).max)
-        return jnp.clip(steps * spread(scales, block, n), -most, most).astype(dtype)
+        return jnp.clip(steps * repeat_per_weight(scales, block, n), -most, most).astype(dtype)
 
     def _block(self, n: int) -> int:
         return n if self.block is None else self.block

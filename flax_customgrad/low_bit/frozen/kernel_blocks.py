@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 
 # Compiled as one also outside of a jit, where each step would be an array of the kernel's size.
-once = functools.partial(jax.jit, static_argnums=0, inline=True)
+compiled = functools.partial(jax.jit, static_argnums=0, inline=True)
 
 
-def split(w: jax.Array, block: int) -> jax.Array:
+def split_kernel(w: jax.Array, block: int) -> jax.Array:
     """The blocks of a kernel, the last ones filled up with zeros.
 
     Args:
@@ -30,7 +30,7 @@ def split(w: jax.Array, block: int) -> jax.Array:
     return w.reshape(-(-n // block), block, m)
 
 
-def spread(scales: jax.Array, block: int, n: int) -> jax.Array:
+def repeat_per_weight(scales: jax.Array, block: int, n: int) -> jax.Array:
     """What belongs to a block, for each of its weights.
 
     Args:
@@ -46,26 +46,11 @@ def spread(scales: jax.Array, block: int, n: int) -> jax.Array:
     return each if n == blocks * block else lax.slice_in_dim(each, 0, n)
 
 
-def ratio(w: jax.Array, scale: jax.Array) -> jax.Array:
-    """W / scale, and 0 where the scale is: every weight of such a block is stored as zero.
+def quotient_or_zero(w: jax.Array, scale: jax.Array) -> jax.Array:
+    """`w / scale`, and 0 where the scale is 0: every weight of such a block is stored as zero.
 
     Args:
         w: array of any shape.
         scale: array of that shape.
     """
     return jnp.where(scale == 0, 0, w / jnp.where(scale == 0, 1, scale))
-
-
-def checked_block(layer: str, block: int) -> int:
-    """The size of a block, which must be a positive integer.
-
-    Args:
-        layer: the name of the layer, for the error.
-        block: how many weights make a block.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if not isinstance(block, int) or block < 1:
-        raise ValueError(f"{layer}: block={block!r} must be a positive integer")
-    return block

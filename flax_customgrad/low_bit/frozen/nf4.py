@@ -1,4 +1,4 @@
-"""NF4: the 16 levels of 4-bit NormalFloat, arXiv:2305.14314, and scales that are quantized again.
+"""NF4: the 16 levels of 4-bit NormalFloat, and scales that are quantized again.
 
     quantize    s[j, o]    = max |w[i, o]|  over the inputs i of block j
                 code[i, o] = the level nearest to w[i, o] / s[j, o]; halfway, the lower one
@@ -18,6 +18,8 @@ scales in float32, and 4.13 bits where they are quantized.
 
 No scale is negative: one far below the mean would else come out below zero and turn the signs of
 its block around. Nor is one beyond the largest number.
+
+Source: arXiv:2305.14314
 """
 
 from dataclasses import dataclass
@@ -28,7 +30,12 @@ import numpy as np
 from jax import lax
 
 from flax_customgrad.layers.drop_in import Parameters
-from flax_customgrad.low_bit.frozen.kernel_blocks import once, ratio, split, spread
+from flax_customgrad.low_bit.frozen.kernel_blocks import (
+    compiled,
+    quotient_or_zero,
+    repeat_per_weight,
+    split_kernel,
+)
 from flax_customgrad.numerics.dtypes import widened
 from flax_customgrad.numerics.packing import pack, unpack
 
@@ -73,7 +80,7 @@ class NF4:
         """The names of the arrays that are stored."""
         return ("codes", "scales", *(("scale_steps", "scale_mean") if self.double_quant else ()))
 
-    @once
+    @compiled
     def quantize(self, w: jax.Array) -> dict[str, jax.Array]:
         """Stores a kernel.
 
@@ -87,13 +94,15 @@ class NF4:
             that dtype.
         """
         (wide,) = widened(w.dtype, w)
-        scales = jnp.max(jnp.abs(split(wide, self.block)), axis=1)
-        codes = pack(_nearest(ratio(wide, spread(scales, self.block, w.shape[0]))), 4)
+        scales = jnp.max(jnp.abs(split_kernel(wide, self.block)), axis=1)
+        codes = pack(
+            _nearest(quotient_or_zero(wide, repeat_per_weight(scales, self.block, w.shape[0]))), 4
+        )
         if not self.double_quant:
             return {"codes": codes, "scales": scales.astype(w.dtype)}
         return {"codes": codes, **_quantize_scales(scales, w.dtype)}
 
-    @once
+    @compiled
     def dequantize(self, stored: Parameters) -> jax.Array:
         """The kernel that is stored.
 
@@ -109,7 +118,7 @@ class NF4:
             scales = _dequantize_scales(scales, stored["scale_steps"], stored["scale_mean"])
         (scales,) = widened(dtype, scales)
         levels = _level(unpack(codes, 4, scales.shape[1]), scales.dtype)
-        return (levels * spread(scales, self.block, codes.shape[0])).astype(dtype)
+        return (levels * repeat_per_weight(scales, self.block, codes.shape[0])).astype(dtype)
 
 
 def _nearest(v: jax.Array) -> jax.Array:
@@ -133,14 +142,14 @@ def _quantize_scales(scales: jax.Array, dtype: jax.typing.DTypeLike) -> dict[str
     mean = jnp.sum(scales / scales.size).astype(dtype)
     deviation = scales - mean.astype(scales.dtype)
     # In groups along the outputs, as weights are in blocks along the inputs.
-    steps = (jnp.max(jnp.abs(split(deviation.T, GROUP)), axis=1).T / 127).astype(dtype)
-    each = spread(steps.T, GROUP, scales.shape[1]).T.astype(scales.dtype)
-    codes = jnp.clip(jnp.round(ratio(deviation, each)), -127, 127)
+    steps = (jnp.max(jnp.abs(split_kernel(deviation.T, GROUP)), axis=1).T / 127).astype(dtype)
+    each = repeat_per_weight(steps.T, GROUP, scales.shape[1]).T.astype(scales.dtype)
+    codes = jnp.clip(jnp.round(quotient_or_zero(deviation, each)), -127, 127)
     return {"scales": codes.astype(jnp.int8), "scale_steps": steps, "scale_mean": mean}
 
 
 def _dequantize_scales(codes: jax.Array, steps: jax.Array, mean: jax.Array) -> jax.Array:
     dtype = mean.dtype
     steps, mean = widened(dtype, steps, mean)
-    each = spread(steps.T, GROUP, codes.shape[1]).T
+    each = repeat_per_weight(steps.T, GROUP, codes.shape[1]).T
     return jnp.clip(mean + codes.astype(each.dtype) * each, 0, float(jnp.finfo(dtype).max))

@@ -1,15 +1,32 @@
-"""NF4Linear: a linear layer with a frozen kernel in 4-bit NormalFloat, arXiv:2305.14314.
+"""NF4Linear: a linear layer with a frozen kernel in 4-bit NormalFloat.
 
-How it computes is on the page `frozen_linear`, how the kernel is stored on the page `nf4`.
+    forward   kernel     = level[code] scale, dequantized
+              y[..., o]  = sum_i x[..., i] kernel[i, o] + bias[o]
+    backward  kernel     dequantized again
+              dx[..., i] = sum_o g[..., o] kernel[i, o]
+              dbias[o]   = sum_... g[..., o]
+    kept      codes and scales: no kernel in floats, and no x
+
+That is the operation `frozen_linear`; how the kernel is stored is on the page `nf4`.
+
+Source: arXiv:2305.14314
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.nnx.nn.linear import default_bias_init, default_kernel_init
+from flax.typing import Dtype, Initializer, PrecisionLike
+from jax import lax
 
+from flax_customgrad.layers.linear.linear import Linear
 from flax_customgrad.low_bit.frozen.frozen_linear import FrozenLinear
-from flax_customgrad.low_bit.frozen.kernel_blocks import checked_block
 from flax_customgrad.low_bit.frozen.nf4 import NF4
+from flax_customgrad.numerics.argument_checks import check_size
 
 
 class NF4Linear(FrozenLinear):
@@ -17,18 +34,17 @@ class NF4Linear(FrozenLinear):
 
     It keeps codes between the passes, and no input, and dequantizes in the forward and again in
     the backward. It is no `nnx.Linear`, for it has no kernel that could be trained: code that
-    looks for one by type finds none. Its source is arXiv:2305.14314.
+    looks for one by type finds none.
+
+    Takes what `flax.nnx.Linear` takes, but no `dot_general` or `promote_dtype` of the user's own,
+    which cannot multiply with codes, and the arguments below. The kernel is that of
+    `flax.nnx.Linear`, quantized; `kernel_metadata` is that of the codes.
 
     Args:
-        in_features: number of input features.
-        out_features: number of output features.
         block: how many weights of an output share a scale, along the inputs. The last block is
             shorter where it does not divide in_features.
         double_quant: whether the scales are stored in 8 bits, in groups of 256 outputs.
         train_bias: whether the bias is an `nnx.Param`; by default it is `Frozen` as well.
-        rngs: random number generators; the kernel is that of `nnx.Linear`, quantized.
-        **linear: what else `nnx.Linear` takes: use_bias, dtype, param_dtype, kernel_init and so
-            on. `kernel_metadata` is that of the codes.
 
     Attributes:
         codes: `Frozen`, uint8 of shape (in_features, ceil(out_features / 2)).
@@ -54,6 +70,8 @@ class NF4Linear(FrozenLinear):
         16904
         >>> linear.kernel.nbytes
         131072
+
+    Source: arXiv:2305.14314
     """
 
     def __init__(
@@ -61,16 +79,47 @@ class NF4Linear(FrozenLinear):
         in_features: int,
         out_features: int,
         *,
+        use_bias: bool = True,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = default_bias_init,
+        dot_general: Any = lax.dot_general,
+        promote_dtype: Any = dtypes.promote_dtype,
+        preferred_element_type: Dtype | None = None,
+        rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         block: int = 64,
         double_quant: bool = True,
         train_bias: bool = False,
-        rngs: nnx.Rngs,
-        **linear: Any,
     ):
-        self.block = checked_block(type(self).__name__, block)
+        check_size(type(self).__name__, "block", block)
+        self.block = block
         self.double_quant = double_quant
+        layer = Linear(
+            in_features,
+            out_features,
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            dot_general=dot_general,
+            promote_dtype=promote_dtype,
+            preferred_element_type=preferred_element_type,
+            rngs=rngs,
+            kernel_metadata=kernel_metadata,
+            bias_metadata=bias_metadata,
+        )
         super().__init__(
-            in_features, out_features, self.form, train_bias=train_bias, rngs=rngs, **linear
+            layer,
+            self.form,
+            train_bias=train_bias,
+            kernel_metadata=kernel_metadata,
+            bias_metadata=bias_metadata,
         )
 
     @property

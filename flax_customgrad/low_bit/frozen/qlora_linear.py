@@ -1,17 +1,19 @@
 """QLoRALinear: a frozen kernel in 4 bits, and a kernel of low rank that is trained beside it.
 
-    forward   W          = dequantized(stored),  c = alpha / rank
-              h[..., r]  = c sum_i x[..., i] A[i, r]
-              y[..., o]  = sum_i x[..., i] W[i, o] + sum_r h[..., r] B[r, o] + b[o]
-    backward  W, h       again
-              dh[..., r] = c sum_o g[..., o] B[r, o]
-              dx[..., i] = sum_o g[..., o] W[i, o] + sum_r dh[..., r] A[i, r]
-              dA[i, r]   = sum_... x[..., i] dh[..., r]
-              dB[r, o]   = sum_... h[..., r] g[..., o]
-              db[o]      = sum_... g[..., o]
-    kept      x, A, B and b as they came, and what is stored: no W in floats
+    forward   kernel        = dequantize(stored),  factor = alpha / rank
+              h[..., r]     = factor sum_i x[..., i] lora_a[i, r]
+              y[..., o]     = sum_i x[..., i] kernel[i, o] + sum_r h[..., r] lora_b[r, o] + bias[o]
+    backward  kernel, h     again
+              dh[..., r]    = factor sum_o g[..., o] lora_b[r, o]
+              dx[..., i]    = sum_o g[..., o] kernel[i, o] + sum_r dh[..., r] lora_a[i, r]
+              dlora_a[i, r] = sum_... x[..., i] dh[..., r]
+              dlora_b[r, o] = sum_... h[..., r] g[..., o]
+              dbias[o]      = sum_... g[..., o]
+    kept      x, lora_a, lora_b and bias as they came, and what is stored: no kernel in floats
 
-Sources: arXiv:2305.14314 and, for the low rank, arXiv:2106.09685.
+How the kernel is stored is on the page `nf4`.
+
+Source: arXiv:2305.14314, and for the low rank arXiv:2106.09685
 """
 
 from collections.abc import Mapping
@@ -20,16 +22,25 @@ from typing import Any, NamedTuple, Self
 
 import chex
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from flax.nnx.nn.lora import default_a_initializer, default_b_initializer
+from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.layers.linear.linear import Linear
-from flax_customgrad.low_bit.frozen.frozen_linear import Form, constant, constant_after
+from flax_customgrad.low_bit.frozen.frozen_linear import (
+    Form,
+    dequantize_after,
+    dequantize_constant,
+)
 from flax_customgrad.low_bit.frozen.nf4_linear import NF4Linear
 from flax_customgrad.numerics.accumulation import total
+from flax_customgrad.numerics.argument_checks import check_size
 from flax_customgrad.numerics.dtypes import as_array
 from flax_customgrad.numerics.products import MatmulConfig, input_gradient, parameter_gradient
 
@@ -41,7 +52,7 @@ class Residuals(NamedTuple):
     stored: Parameters
     x: jax.Array
     factor: float
-    how: MatmulConfig
+    config: MatmulConfig
     form: Form
 
 
@@ -51,7 +62,7 @@ def qlora_linear(
     stored: Parameters,
     x: jax.Array,
     factor: float,
-    how: MatmulConfig,
+    config: MatmulConfig,
     form: Form,
 ) -> jax.Array:
     """Applies a linear map with a frozen kernel and one of low rank over the last axis.
@@ -62,18 +73,23 @@ def qlora_linear(
         stored: the frozen kernel, of shape (in_features, out_features), as `form` stores it.
         x: inputs of shape (..., in_features), float.
         factor: of the product of low rank.
-        how: dtype, precision and sharding.
+        config: dtype, precision and sharding.
         form: how the frozen kernel is stored.
 
     Returns:
         Outputs of shape (..., out_features), in the dtype of the computation.
     """
-    a, b, bias = params["lora_a"], params["lora_b"], params.get("bias")
-    x, kernel, a, b, bias = how.promote(x, constant(stored, form), a, b, bias)
-    over_features = (((x.ndim - 1,), (0,)), ((), ()))
-    h = factor * lax.dot_general(x, a, over_features, precision=how.precision)
-    y = lax.dot_general(x, kernel, over_features, **how.forward_kwargs())
-    y += lax.dot_general(h, b, over_features, **how.forward_kwargs())
+    x, kernel, lora_a, lora_b, bias = config.promote(
+        x,
+        dequantize_constant(stored, form),
+        params["lora_a"],
+        params["lora_b"],
+        params.get("bias"),
+    )
+    over_last = (((x.ndim - 1,), (0,)), ((), ()))
+    h = factor * lax.dot_general(x, lora_a, over_last, precision=config.precision)
+    y = lax.dot_general(x, kernel, over_last, **config.forward_kwargs())
+    y += lax.dot_general(h, lora_b, over_last, **config.forward_kwargs())
     return y if bias is None else y + lax.expand_dims(bias, range(y.ndim - 1))
 
 
@@ -82,31 +98,34 @@ def _fwd(
     stored: Parameters,
     x: jax.Array,
     factor: float,
-    how: MatmulConfig,
+    config: MatmulConfig,
     form: Form,
 ) -> tuple[jax.Array, Residuals]:
-    y = qlora_linear(params, stored, x, factor, how, form)
-    return y, Residuals(params, stored, x, factor, how, form)
+    y = qlora_linear(params, stored, x, factor, config, form)
+    return y, Residuals(params, stored, x, factor, config, form)
 
 
-def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
-    params, how, factor, p = res.params, res.how, res.factor, res.how.precision
-    g, kernel = constant_after(g, res.stored, res.form)
-    a, b, bias = params["lora_a"], params["lora_b"], params.get("bias")
-    x, kernel, a, b, _ = how.promote(res.x, kernel, a, b, bias)
-    rows, last = tuple(range(g.ndim - 1)), g.ndim - 1
-    over_rows, over_outputs = ((rows, rows), ((), ())), (((last,), (1,)), ((), ()))
-    h = factor * lax.dot_general(x, a, (((last,), (0,)), ((), ())), precision=p)
-    dh = factor * input_gradient(g, b, over_outputs, like=h, precision=p)
-    dx = input_gradient(g, kernel, over_outputs, like=res.x, precision=p)
-    dx += input_gradient(dh, a, over_outputs, like=res.x, precision=p)
-    grads = {
-        "lora_a": parameter_gradient(x, dh, over_rows, like=a, precision=p),
-        "lora_b": parameter_gradient(h, g, over_rows, like=b, precision=p),
-    }
-    if bias is not None:
+def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, None, jax.Array, None, None, None]:
+    params, config, factor, precision = res.params, res.config, res.factor, res.config.precision
+    g, kernel = dequantize_after(g, res.stored, res.form)
+    x, kernel, lora_a, lora_b, _ = config.promote(
+        res.x, kernel, params["lora_a"], params["lora_b"], params.get("bias")
+    )
+    dims = chex.Dimensions(I=kernel.shape[0], O=kernel.shape[1], R=lora_a.shape[1])
+    batch, rows, last = x.shape[:-1], tuple(range(g.ndim - 1)), g.ndim - 1
+    chex.assert_shape([lora_a, lora_b], [dims["IR"], dims["RO"]])
+    chex.assert_shape([x, g], [(*batch, *dims["I"]), (*batch, *dims["O"])])
+    over_rows, over_last = ((rows, rows), ((), ())), (((last,), (1,)), ((), ()))
+    h = factor * lax.dot_general(x, lora_a, (((last,), (0,)), ((), ())), precision=precision)
+    dh = factor * input_gradient(g, lora_b, over_last, like=h, precision=precision)
+    dx = input_gradient(g, kernel, over_last, like=res.x, precision=precision)
+    dx += input_gradient(dh, lora_a, over_last, like=res.x, precision=precision)
+    dlora_a = parameter_gradient(x, dh, over_rows, like=lora_a, precision=precision)
+    dlora_b = parameter_gradient(h, g, over_rows, like=lora_b, precision=precision)
+    chex.assert_shape([dx, h, dh], [x.shape, (*batch, *dims["R"]), (*batch, *dims["R"])])
+    grads = {"lora_a": dlora_a, "lora_b": dlora_b}
+    if "bias" in params:
         grads["bias"] = total(g, rows)
-    chex.assert_equal_shape([dx, x])
     chex.assert_trees_all_equal_shapes(grads, dict(params))
     return nnx.State(grads), None, dx, None, None, None
 
@@ -119,11 +138,11 @@ class QLoRALinear(NF4Linear):
 
     What is trained are the two `nnx.LoRAParam`s, named as in `flax.nnx.LoRA`; the rest is
     `Frozen`. It keeps the input and codes between the passes, and dequantizes in the forward and
-    again in the backward. Its sources are arXiv:2305.14314 and arXiv:2106.09685.
+    again in the backward.
+
+    Takes what `NF4Linear` takes, and the arguments below.
 
     Args:
-        in_features: number of input features.
-        out_features: number of output features.
         lora_rank: how many columns A has, and rows B.
         alpha: by which the product of low rank is multiplied, over the rank; by default the rank,
             for a factor of 1 as in `flax.nnx.LoRA`.
@@ -134,8 +153,6 @@ class QLoRALinear(NF4Linear):
         a_metadata: metadata of A's Variable, such as its sharding.
         b_metadata: metadata of B's Variable.
         rngs: random number generators; A and B are drawn from `params`, after the kernel.
-        **nf4: what else `NF4Linear` takes: block, double_quant, train_bias, and the keywords of
-            `nnx.Linear`.
 
     Attributes:
         lora_a: `nnx.LoRAParam` of shape (in_features, lora_rank).
@@ -153,6 +170,8 @@ class QLoRALinear(NF4Linear):
         (2, 64)
         >>> sorted(nnx.state(layer, nnx.Param))
         ['lora_a', 'lora_b']
+
+    Source: arXiv:2305.14314, and for the low rank arXiv:2106.09685
     """
 
     def __init__(
@@ -160,29 +179,57 @@ class QLoRALinear(NF4Linear):
         in_features: int,
         out_features: int,
         *,
+        use_bias: bool = True,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = default_bias_init,
+        dot_general: Any = lax.dot_general,
+        promote_dtype: Any = dtypes.promote_dtype,
+        preferred_element_type: Dtype | None = None,
+        rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        block: int = 64,
+        double_quant: bool = True,
+        train_bias: bool = False,
         lora_rank: int,
         alpha: float | None = None,
         lora_param_type: type[nnx.Variable] = nnx.LoRAParam,
-        lora_param_dtype: Any = None,
-        a_initializer: nnx.Initializer = default_a_initializer,
-        b_initializer: nnx.Initializer = default_b_initializer,
+        lora_param_dtype: Dtype | None = None,
+        a_initializer: Initializer = default_a_initializer,
+        b_initializer: Initializer = default_b_initializer,
         a_metadata: Mapping[str, Any] = MappingProxyType({}),
         b_metadata: Mapping[str, Any] = MappingProxyType({}),
-        rngs: nnx.Rngs,
-        **nf4: Any,
     ):
-        if not isinstance(lora_rank, int) or lora_rank < 1:
-            raise ValueError(f"QLoRALinear: lora_rank={lora_rank!r} must be a positive integer")
-        super().__init__(in_features, out_features, rngs=rngs, **nf4)
+        check_size("QLoRALinear", "lora_rank", lora_rank)
+        super().__init__(
+            in_features,
+            out_features,
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            dot_general=dot_general,
+            promote_dtype=promote_dtype,
+            preferred_element_type=preferred_element_type,
+            rngs=rngs,
+            kernel_metadata=kernel_metadata,
+            bias_metadata=bias_metadata,
+            block=block,
+            double_quant=double_quant,
+            train_bias=train_bias,
+        )
         self.lora_rank = lora_rank
         self.alpha = float(lora_rank if alpha is None else alpha)
-        dtype = lora_param_dtype or self.param_dtype
-        self.lora_a = lora_param_type(
-            a_initializer(rngs.params(), (in_features, lora_rank), dtype), **a_metadata
-        )
-        self.lora_b = lora_param_type(
-            b_initializer(rngs.params(), (lora_rank, out_features), dtype), **b_metadata
-        )
+        lora_dtype = lora_param_dtype or param_dtype
+        lora_a = a_initializer(rngs.params(), (in_features, lora_rank), lora_dtype)
+        lora_b = b_initializer(rngs.params(), (lora_rank, out_features), lora_dtype)
+        self.lora_a = lora_param_type(lora_a, **a_metadata)
+        self.lora_b = lora_param_type(lora_b, **b_metadata)
 
     @classmethod
     def from_layer(
@@ -222,9 +269,9 @@ class QLoRALinear(NF4Linear):
             Array of shape (..., out_features), in `dtype` or the promoted dtype.
         """
         inputs, params = as_array(inputs), parameters(self, "lora_a", "lora_b", "bias")
-        how = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        config = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         apply = qlora_linear if has_custom_backward(inputs, params) else qlora_linear.fun
-        return apply(params, self._stored, inputs, self._factor, how, self.form)
+        return apply(params, self._stored, inputs, self._factor, config, self.form)
 
     @property
     def _factor(self) -> float:

@@ -10,17 +10,29 @@ from jax import lax
 
 from flax_customgrad.low_bit.int8.int8_conv import Int8Conv
 from flax_customgrad.low_bit.int8.int8_linear import Int8Linear
+from flax_customgrad.low_bit.int8.int8_product import int8_product
 from flax_customgrad.registry.entry import Entry
 from flax_customgrad.registry.examples import made, normal
 
+_GAIN = (
+    "{} in int8, forward and if wanted backward, where it is else composed of the float ones; a "
+    "quarter of the input is kept"
+)
+
 
 def _scale(a: jax.Array, axes: Any) -> jax.Array:
-    return lax.stop_gradient(jnp.abs(a).max(axes, keepdims=True)) / 127
+    """The scale of the largest element; of zeros the smallest normal number."""
+    largest = lax.stop_gradient(jnp.abs(a).max(axes, keepdims=True))
+    return jnp.maximum(largest / 127, jnp.finfo(a.dtype).tiny)
 
 
 def _straight_through(a: jax.Array, scale: jax.Array) -> jax.Array:
     """Multiples of a scale, with the derivative of what is rounded."""
     return a + lax.stop_gradient(jnp.round(a / scale) * scale - a)
+
+
+def _with_a_row_of_zeros() -> jax.Array:
+    return normal(8, 2, 8).at[3, 1].set(0)
 
 
 def _stated(
@@ -33,15 +45,15 @@ def _stated(
     """The gradients of f(kernel, x), whose operands are rounded, and in int8 its cotangent."""
     w = layer.kernel[...]
     channels = tuple(range(w.ndim - 1)), tuple(range(g.ndim - 1))
-    of_w, of_x = _scale(w, channels[0]), _scale(x, row)
-    rounded_w, rounded_x = _straight_through(w, of_w), _straight_through(x, of_x)
+    s_w, s_x = _scale(w, channels[0]), _scale(x, row)
+    w_hat, x_hat = _straight_through(w, s_w), _straight_through(x, s_x)
     if layer.rounding.backward == "float":
-        dw, dx = jax.vjp(f, rounded_w, rounded_x)[1](g)
+        dw, dx = jax.vjp(f, w_hat, x_hat)[1](g)
     else:
-        u, v = g * of_w.reshape(-1), g * of_x
+        u, v = g * s_w.reshape(-1), g * s_x
         u, v = _straight_through(u, _scale(u, row)), _straight_through(v, _scale(v, channels[1]))
-        dx = jax.vjp(f, rounded_w / of_w, x)[1](u)[1]
-        dw = jax.vjp(f, w, rounded_x / of_x)[1](v)[0]
+        dx = jax.vjp(f, w_hat / s_w, x)[1](u)[1]
+        dw = jax.vjp(f, w, x_hat / s_x)[1](v)[0]
     grads = {"kernel": dw}
     if layer.bias is not None:
         grads["bias"] = g.sum(channels[1])
@@ -76,15 +88,16 @@ ENTRIES = (
         None,
         "surrogate",
         keeps="int8 codes of x and their scales",
-        gain="products in int8, forward and if wanted backward; a quarter of the input is kept",
+        gain=_GAIN.format("products"),
         source="arXiv:2105.03536",
         formula=_linear,
         examples={
             "float backward": made(8, 6, inputs=(lambda: normal(8, 8),)),
-            "int8 backward, no bias, two batch axes": made(
-                8, 5, use_bias=False, backward="int8", inputs=(lambda: normal(8, 2, 8),)
+            "int8 backward, two batch axes, bias, a row of zeros": made(
+                8, 5, backward="int8", inputs=(_with_a_row_of_zeros,)
             ),
         },
+        operations={int8_product: "int8 backward, two batch axes, bias, a row of zeros"},
         workloads={"4096x1024 to 1024": made(1024, 1024, inputs=(lambda: normal(4096, 1024),))},
     ),
     Entry(
@@ -94,7 +107,7 @@ ENTRIES = (
         None,
         "surrogate",
         keeps="int8 codes of x and their scales",
-        gain="convolutions in int8, forward and if wanted backward; a quarter of the input is kept",
+        gain=_GAIN.format("convolutions"),
         source="arXiv:2105.03536",
         formula=_conv,
         examples={

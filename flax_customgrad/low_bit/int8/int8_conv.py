@@ -1,17 +1,38 @@
-"""Int8Conv: a convolution that multiplies in int8; the mathematics is in `int8_product`.
+"""Int8Conv: a convolution that multiplies in int8.
 
-A row is an image. Windows overlap, so that a scale for each place in it would stand inside of the
+`.` is the convolution of the layer, `.^T` its transposes, for x and for w:
+
+    forward     y  = (q_x . q_w) s_x s_w + b                  int8, summed in int32
+
+    backward    float         dx = g .^T w_hat                in float
+                              dw = x_hat .^T g
+                int8          dx = (q_u .^T q_w) s_u          u = g s_w, a scale an image
+                              dw = (q_x .^T q_v) s_v          v = g s_x, a scale a channel
+                switchback    dx as in int8, dw = x .^T g
+                              db = sum g                      in each
+
+    kept        q_x and s_x: a byte an element; x with residuals="original", and for switchback
+
+That is the operation `int8_product` of the product below; codes and scales are in `int8_codes`. A
+row is an image. Windows overlap, so that a scale for each place in it would stand inside of the
 sums: a scale is of an image, or of all.
+
+Source: arXiv:2105.03536 (backward="int8"), arXiv:2304.13013 (backward="switchback")
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.nnx.nn.linear import default_bias_init, default_kernel_init
+from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
+from jax import lax
 
 from flax_customgrad.layers.conv.choose_lowering import correlate, correlate_gradients
 from flax_customgrad.layers.conv.conv import Conv
@@ -24,106 +45,126 @@ from flax_customgrad.layers.conv.convolution import ConvConfig, convolution
 from flax_customgrad.layers.conv.geometry import Geometry, mirror_kernel
 from flax_customgrad.layers.conv.lowerings.xla_convolution import xla_correlate
 from flax_customgrad.layers.drop_in import Parameters
-from flax_customgrad.layers.replaced_matmul import adopt, checked, refuse_injected
+from flax_customgrad.layers.replaced_matmul import checked
+from flax_customgrad.low_bit.int8.int8_codes import is_exact_in_float, sum_products
 from flax_customgrad.low_bit.int8.int8_layer import (
     ActivationScale,
     Backward,
-    InInt8,
-    Residuals,
+    Int8Layer,
+    Kept,
     WeightScale,
-    checked_rounding,
 )
 from flax_customgrad.low_bit.int8.int8_product import int8_product
-from flax_customgrad.low_bit.int8.int32_sums import is_exact, summed
 from flax_customgrad.numerics.products import MatmulConfig
 
-_FEW = 4  # features: XLA's convolution of fewer int8 is slower than that of floats
+# XLA's convolution of fewer int8 features is slower than that of floats.
+_FEW_FEATURES = 4
 
 
 @dataclass(frozen=True)
-class Images:
-    """Images by a kernel, a `Map`.
+class ConvolutionOp:
+    """Images convolved with a kernel, a `BilinearOp`.
 
     Attributes:
-        how: where the windows lie, and dtype, precision and sharding.
+        config: where the windows lie, and dtype, precision and sharding.
     """
 
-    how: ConvConfig
+    config: ConvConfig
 
     @property
-    def arithmetic(self) -> MatmulConfig:
+    def matmul(self) -> MatmulConfig:
         """dtype, precision and sharding."""
-        return self.how.matmul
+        return self.config.matmul
 
     def __call__(self, params: Parameters, x: jax.Array) -> jax.Array:
         """The convolution of floats."""
-        return convolution(params, x, self.how)
+        return convolution(params, x, self.config)
 
-    def row(self, ndim: int) -> range:
+    def row_axes(self, ndim: int) -> range:
         """All axes but the first."""
         return range(1, ndim)
 
     def output(self, x: jax.Array, w: jax.Array, wide: Any) -> jax.Array:
         """The convolution."""
-        return _correlate(self._surrounded(x), w, self.how.geometry, wide, self.how.matmul)
+        return _correlate(self._surrounded(x), w, self.config.geometry, wide, self.config.matmul)
 
     def input_gradient(self, x: jax.Array, w: jax.Array, g: jax.Array, wide: Any) -> jax.Array:
         """The convolution of g with the mirrored kernel."""
-        geometry = self.how.geometry
+        geometry = self.config.geometry
         w = mirror_kernel(w, geometry.groups)
-        there = replace(self.how.matmul, out_sharding=None)
-        dx = _correlate(g, w, geometry.transposed, wide, there)
-        around = self.how.boundary
-        return dx if around is None else around.transpose(dx, x.astype(wide))
+        matmul = replace(self.config.matmul, out_sharding=None)
+        dx = _correlate(g, w, geometry.transposed, wide, matmul)
+        boundary = self.config.boundary
+        return dx if boundary is None else boundary.transpose(dx, x.astype(wide))
 
     def kernel_gradient(self, x: jax.Array, w: jax.Array, g: jax.Array, wide: Any) -> jax.Array:
         """The sums over images and places, in float: XLA has no fast convolution of int8 for it."""
         x, w, g = (a.astype(wide) for a in (self._surrounded(x), w, g))
-        return correlate_gradients(x, w, g, self.how.geometry, self.how.matmul.precision)[1]
+        return correlate_gradients(x, w, g, self.config.geometry, self.config.matmul.precision)[1]
 
     def _surrounded(self, x: jax.Array) -> jax.Array:
-        return x if self.how.boundary is None else self.how.boundary.apply(x)
+        return x if self.config.boundary is None else self.config.boundary.apply(x)
 
 
 def _correlate(
-    x: jax.Array, w: jax.Array, geometry: Geometry, wide: Any, how: MatmulConfig
+    x: jax.Array, w: jax.Array, geometry: Geometry, wide: Any, matmul: MatmulConfig
 ) -> jax.Array:
     """A convolution of codes: in int8 where all of several features meet, else in float."""
 
     def multiply(dtype: Any, x: jax.Array, w: jax.Array) -> jax.Array:
         if dtype == jnp.int32:
             return xla_correlate(
-                x, w, geometry, preferred_element_type=dtype, out_sharding=how.out_sharding
+                x, w, geometry, preferred_element_type=dtype, out_sharding=matmul.out_sharding
             )
-        return correlate(x, w, geometry, dtype, how.precision, how.out_sharding)
+        return correlate(x, w, geometry, dtype, matmul.precision, matmul.out_sharding)
 
-    terms = _met(geometry) * geometry.in_features // geometry.groups
+    terms = _places_met(geometry) * geometry.in_features // geometry.groups
     dense = geometry.groups == 1 and all(d == 1 for d in geometry.input_dilation)
-    if is_exact(terms, wide) and not (dense and geometry.in_features >= _FEW):
+    if is_exact_in_float(terms, wide) and not (dense and geometry.in_features >= _FEW_FEATURES):
         return multiply(wide, x.astype(wide), w.astype(wide))
     # XLA has few convolutions of int8 on a GPU, https://github.com/jax-ml/jax/issues/7637.
-    return summed(multiply, x, w, terms=terms, wide=wide, in_float_on=("cuda", "rocm"))
+    return sum_products(multiply, x, w, terms=terms, wide=wide, in_float_on=("cuda", "rocm"))
 
 
-def _met(geometry: Geometry) -> int:
+def _places_met(geometry: Geometry) -> int:
     """How many places of the input a window meets, and not the zeros that spread it out."""
     axes = zip(geometry.window, geometry.kernel_dilation, geometry.input_dilation, strict=True)
     return math.prod(-(-n // (spread // math.gcd(spread, step))) for n, step, spread in axes)
 
 
-class Int8Conv(Conv, InInt8):
+class Int8Conv(Conv, Int8Layer):
     """`Conv` that multiplies in int8 and adds up in int32.
 
-    Parameters, their names and initial values are those of `flax.nnx.Conv`; the kernel that is
-    trained is float. Kernel and images are rounded to int8 in each call: no calibration, no state.
-    Strides, dilations, groups, paddings and masks are those of `Conv`. Grouped and depthwise
-    convolutions, those of fewer than 4 features or of a spread input, the gradients of kernels, and
-    everything on a GPU multiply the codes as floats: that is faster and, up to 1040 products a sum,
-    as exact.
+    Takes what `flax.nnx.Conv` takes, but no `conv_general_dilated` or `promote_dtype` of the user's
+    own, and the arguments below. Parameters, their names and initial values are those of
+    `flax.nnx.Conv`; the kernel that is trained is float. Kernel and images are rounded to int8 in
+    each call: no calibration, no state. Strides, dilations, groups, paddings and masks are those of
+    `Conv`. Grouped and depthwise convolutions, those of fewer than 4 features or of a spread input,
+    the gradients of kernels, and everything on a GPU multiply the codes as floats: that is faster
+    and, up to 1040 products a sum, as exact.
+
+    Args:
+        backward: "float" multiplies gradients as floats. "int8" rounds the cotangent twice and
+            computes the gradients of input and kernel in int8. "switchback" does so for the input
+            alone, and computes the kernel's from the input as it came.
+        residuals: "quantized" keeps int8 codes of the input, and computes gradients with the
+            rounded operands; "original" keeps the input, and computes those of backward="float"
+            with the operands as they came. By default the former, and the latter for
+            backward="switchback", for which there is no other; "int8" has the former only.
+        activation_scale: "per_row": each image has a scale; "per_tensor": they share one.
+        weight_scale: "per_channel": each output feature has a scale; "per_tensor": they share one.
+            By default the former, and the latter for backward="switchback".
+        stochastic_rounding: whether cotangents are rounded up or down at random, so that gradients
+            are right on average, instead of to the nearest; with noise from `rngs`.
+        rng_collection: the stream of `rngs` to draw from for it.
 
     Attributes:
         rounding: what is rounded, and with which scales.
         noise: the stream that stochastic rounding draws from, or None.
+
+    Raises:
+        ValueError: an argument is another word, or does not go with the backward; or an operation
+            is injected.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -131,73 +172,75 @@ class Int8Conv(Conv, InInt8):
         >>> layer = fcg.Int8Conv(4, 8, (3, 3), strides=2, rngs=nnx.Rngs(0))
         >>> layer(jnp.ones((2, 16, 16, 4))).shape
         (2, 8, 8, 8)
+
+    Source: arXiv:2105.03536 (backward="int8"), arXiv:2304.13013 (backward="switchback")
     """
+
+    _reference = nnx.Conv
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
         kernel_size: int | Sequence[int],
-        *args: Any,
+        strides: int | Sequence[int] | None = 1,
+        *,
+        padding: PaddingLike = "SAME",
+        input_dilation: int | Sequence[int] | None = 1,
+        kernel_dilation: int | Sequence[int] | None = 1,
+        feature_group_count: int = 1,
+        use_bias: bool = True,
+        mask: jax.Array | None = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = default_bias_init,
+        conv_general_dilated: Any = lax.conv_general_dilated,
+        promote_dtype: Any = dtypes.promote_dtype,
+        preferred_element_type: Dtype | None = None,
+        rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         backward: Backward = "float",
-        residuals: Residuals | None = None,
+        residuals: Kept | None = None,
         activation_scale: ActivationScale = "per_row",
         weight_scale: WeightScale | None = None,
         stochastic_rounding: bool = False,
         rng_collection: str = "noise",
-        rngs: nnx.Rngs,
-        **conv: Any,
     ):
-        """Makes the layer.
-
-        Args:
-            in_features: number of input features.
-            out_features: number of output features.
-            kernel_size: shape of the window, an int for one axis of space.
-            *args: further arguments of `nnx.Conv`.
-            backward: as for `Int8Linear`.
-            residuals: as for `Int8Linear`.
-            activation_scale: "per_row": each image has a scale; "per_tensor": they share one.
-            weight_scale: as for `Int8Linear`.
-            stochastic_rounding: as for `Int8Linear`.
-            rng_collection: as for `Int8Linear`.
-            rngs: random numbers for the parameters, and for stochastic rounding.
-            **conv: further keywords of `nnx.Conv`, but no `conv_general_dilated` or
-                `promote_dtype`.
-
-        Raises:
-            ValueError: an argument is another word, or does not go with the backward; or an
-                operation is injected.
-        """
-        super().__init__(in_features, out_features, kernel_size, *args, rngs=rngs, **conv)
-        refuse_injected("Int8Conv", self)
-        self.rounding, self.noise = checked_rounding(
-            "Int8Conv",
-            backward=backward,
-            residuals=residuals,
-            activation_scale=activation_scale,
-            weight_scale=weight_scale,
-            stochastic_rounding=stochastic_rounding,
-            rng_collection=rng_collection,
+        super().__init__(
+            in_features,
+            out_features,
+            kernel_size,
+            strides,
+            padding=padding,
+            input_dilation=input_dilation,
+            kernel_dilation=kernel_dilation,
+            feature_group_count=feature_group_count,
+            use_bias=use_bias,
+            mask=mask,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            conv_general_dilated=conv_general_dilated,
+            promote_dtype=promote_dtype,
+            preferred_element_type=preferred_element_type,
             rngs=rngs,
+            kernel_metadata=kernel_metadata,
+            bias_metadata=bias_metadata,
         )
-
-    @classmethod
-    def from_layer(cls, layer: nnx.Conv, **rounding: Any) -> "Int8Conv":
-        """Turns a convolution into one that multiplies in int8, in place.
-
-        Args:
-            layer: an `nnx.Conv` or a subclass.
-            **rounding: `backward` and what comes after it in the constructor; `rngs` for
-                stochastic rounding alone.
-
-        Raises:
-            TypeError: it is another layer.
-            ValueError: an operation is injected, or an argument is as for the constructor.
-        """
-        int8 = adopt(cls, layer, nnx.Conv)
-        int8.rounding, int8.noise = checked_rounding("Int8Conv", **rounding)
-        return int8
+        self._set_rounding(
+            backward,
+            residuals,
+            activation_scale,
+            weight_scale,
+            stochastic_rounding,
+            rng_collection,
+            rngs,
+        )
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer.
@@ -216,11 +259,11 @@ class Int8Conv(Conv, InInt8):
         """
         params, images = checked(self, self._parameters(), inputs)
         check_conv_inputs(self, images, self.in_features)
-        packed, key = self._packed, None if self.noise is None else self.noise()
-        of = Images(self._config(images, out_sharding))
+        packed, key = self._packed, self._key()
+        op = ConvolutionOp(self._config(images, out_sharding))
 
         def run(x: jax.Array) -> jax.Array:
-            return int8_product(params, x, packed, key, of, self.rounding)
+            return int8_product(params, x, packed, key, op, self.rounding)
 
         return with_one_batch_axis(run, images, len(self.kernel_size))
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from flax_customgrad.low_bit.int8.int8_codes import Int8
+from flax_customgrad.low_bit.int8.int8_codes import Int8Array
 from flax_customgrad.low_bit.quant_layers.packed_kernel import Packed, PackedWeights
 
 
@@ -14,6 +14,10 @@ class Int8Kernel(PackedWeights):
     A layer multiplies them as they are. They are computed in the dtype of the layer, or else in
     that of the kernel, so the scales of float32 weights are float32 for a float64 input too.
 
+    Args:
+        kernel: the codes and scales of the kernel.
+        dtype: the dtype of the kernel.
+
     Attributes:
         codes: int8, of the shape of the kernel.
         scale: what a code is a multiple of, float32 or wider.
@@ -22,13 +26,7 @@ class Int8Kernel(PackedWeights):
         bits: 8.
     """
 
-    def __init__(self, kernel: Int8, dtype: Any):
-        """Takes the codes of a kernel.
-
-        Args:
-            kernel: its codes and scales.
-            dtype: its dtype.
-        """
+    def __init__(self, kernel: Int8Array, dtype: Any):
         self.codes = Packed(kernel.codes)
         self.scale = Packed(kernel.scale)
         self.shape = kernel.codes.shape
@@ -36,9 +34,9 @@ class Int8Kernel(PackedWeights):
         self.bits = 8
 
     @property
-    def int8(self) -> Int8:
+    def int8(self) -> Int8Array:
         """The codes and scales, which have no derivative."""
-        return Int8(self.codes[...], self.scale[...], None)
+        return Int8Array(self.codes[...], self.scale[...], None)
 
     def __getitem__(self, key: Any) -> jax.Array:
         """The values, of which a key takes a part."""

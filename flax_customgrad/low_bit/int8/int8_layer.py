@@ -1,92 +1,128 @@
-"""What the int8 layers share: their arguments, and how their kernel is packed."""
+"""`Int8Layer`: what the int8 layers share, their arguments and how their kernel is packed."""
 
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
+import jax
 from flax import nnx
 
 from flax_customgrad.layers.drop_in import Parameters, parameters
-from flax_customgrad.low_bit.int8.int8_codes import Int8
+from flax_customgrad.layers.replaced_matmul import adopt, refuse_injected
+from flax_customgrad.low_bit.int8.int8_codes import Int8Array
 from flax_customgrad.low_bit.int8.int8_kernel import Int8Kernel
-from flax_customgrad.low_bit.int8.int8_product import Rounding, encode_kernel
+from flax_customgrad.low_bit.int8.int8_product import Int8Rounding, encode_kernel
 from flax_customgrad.numerics.argument_checks import check_word
 from flax_customgrad.numerics.noise_stream import fork_stream
 from flax_customgrad.numerics.products import MatmulConfig
 
 Backward = Literal["float", "int8", "switchback"]
-Residuals = Literal["quantized", "original"]
+Kept = Literal["quantized", "original"]
 ActivationScale = Literal["per_row", "per_tensor"]
 WeightScale = Literal["per_channel", "per_tensor"]
 
 
-def checked_rounding(
-    name: str,
-    *,
-    backward: Backward = "float",
-    residuals: Residuals | None = None,
-    activation_scale: ActivationScale = "per_row",
-    weight_scale: WeightScale | None = None,
-    stochastic_rounding: bool = False,
-    rng_collection: str = "noise",
-    rngs: nnx.Rngs | None = None,
-) -> tuple[Rounding, nnx.RngStream | None]:
-    """What a layer rounds, and the stream that it draws noise from, or None.
+class Int8Layer:
+    """Mixed into a layer with a kernel, which, and its input, are multiplied in int8.
 
-    Args:
-        name: the name of the layer, for errors.
-        backward: "float", "int8" or "switchback".
-        residuals: "quantized" or "original"; by default the former, and the latter for switchback.
-        activation_scale: "per_row" or "per_tensor".
-        weight_scale: "per_channel" or "per_tensor"; by default the former, and the latter for
-            switchback.
-        stochastic_rounding: whether gradients are rounded stochastically.
-        rng_collection: the stream of `rngs` to draw noise from.
-        rngs: the streams.
-
-    Raises:
-        ValueError: an argument is another word, or does not go with the backward.
-    """
-    switchback = backward == "switchback"
-    residuals = residuals or ("original" if switchback else "quantized")
-    weight_scale = weight_scale or ("per_tensor" if switchback else "per_channel")
-    for argument, value, words in (
-        ("backward", backward, Backward),
-        ("residuals", residuals, Residuals),
-        ("activation_scale", activation_scale, ActivationScale),
-        ("weight_scale", weight_scale, WeightScale),
-    ):
-        check_word(name, argument, value, get_args(words))
-    if switchback and residuals == "quantized":
-        raise ValueError(
-            f"{name}: backward='switchback' computes the kernel's gradient from the input as it "
-            "came: leave out residuals='quantized'"
-        )
-    if backward == "int8" and residuals == "original":
-        raise ValueError(
-            f"{name}: backward='int8' multiplies the codes of the forward: leave out "
-            "residuals='original'"
-        )
-    if stochastic_rounding and backward == "float":
-        raise ValueError(
-            f"{name}: stochastic_rounding=True rounds gradients, and backward='float' rounds none: "
-            "write backward='int8' or backward='switchback'"
-        )
-    rounding = Rounding(backward, residuals, activation_scale, weight_scale)
-    if not stochastic_rounding:
-        return rounding, None
-    return rounding, fork_stream(f"{name}: stochastic_rounding=True", rng_collection, rngs)
-
-
-class InInt8:
-    """Mixed into a layer that multiplies in int8: its kernel, packed or not.
+    It comes after the layer among the bases: only then can a layer of nnx become one of these.
 
     Attributes:
         rounding: what is rounded, and with which scales.
+        noise: the stream that stochastic rounding draws from, or None.
     """
 
     __slots__ = ()
+    _reference: ClassVar[type[nnx.Module]]
+    """The layer of nnx that it takes the place of."""
     kernel: Any
     dtype: Any
-    rounding: Rounding
+    rounding: Int8Rounding
+    noise: nnx.RngStream | None
+
+    @classmethod
+    def from_layer(
+        cls,
+        layer: nnx.Module,
+        *,
+        backward: Backward = "float",
+        residuals: Kept | None = None,
+        activation_scale: ActivationScale = "per_row",
+        weight_scale: WeightScale | None = None,
+        stochastic_rounding: bool = False,
+        rng_collection: str = "noise",
+        rngs: nnx.Rngs | None = None,
+    ) -> Self:
+        """Turns a layer of nnx, or a drop-in, into one that multiplies in int8, in place.
+
+        Args:
+            layer: of the class of nnx that this one subclasses, `nnx.Linear` for `Int8Linear`.
+            backward: as for the constructor.
+            residuals: as for the constructor.
+            activation_scale: as for the constructor.
+            weight_scale: as for the constructor.
+            stochastic_rounding: as for the constructor.
+            rng_collection: as for the constructor.
+            rngs: random numbers for stochastic rounding alone.
+
+        Returns:
+            The layer.
+
+        Raises:
+            TypeError: it is another layer.
+            ValueError: an operation is injected, or an argument is as for the constructor.
+        """
+        int8: Any = adopt(cls, layer, cls._reference)  # type: ignore[type-var]
+        int8._set_rounding(
+            backward,
+            residuals,
+            activation_scale,
+            weight_scale,
+            stochastic_rounding,
+            rng_collection,
+            rngs,
+        )
+        return int8
+
+    def _set_rounding(
+        self,
+        backward: Backward,
+        residuals: Kept | None,
+        activation_scale: ActivationScale,
+        weight_scale: WeightScale | None,
+        stochastic_rounding: bool,
+        rng_collection: str,
+        rngs: nnx.Rngs | None,
+    ) -> None:
+        """Notes down what the layer rounds, or says what is wrong with an argument."""
+        name = type(self).__name__
+        refuse_injected(name, self)
+        switchback = backward == "switchback"
+        residuals = residuals or ("original" if switchback else "quantized")
+        weight_scale = weight_scale or ("per_tensor" if switchback else "per_channel")
+        for argument, value, words in (
+            ("backward", backward, Backward),
+            ("residuals", residuals, Kept),
+            ("activation_scale", activation_scale, ActivationScale),
+            ("weight_scale", weight_scale, WeightScale),
+        ):
+            check_word(name, argument, value, get_args(words))
+        if switchback and residuals == "quantized":
+            raise ValueError(
+                f"{name}: backward='switchback' computes the kernel's gradient from the input as "
+                "it came: leave out residuals='quantized'"
+            )
+        if backward == "int8" and residuals == "original":
+            raise ValueError(
+                f"{name}: backward='int8' multiplies the codes of the forward: leave out "
+                "residuals='original'"
+            )
+        if stochastic_rounding and backward == "float":
+            raise ValueError(
+                f"{name}: stochastic_rounding=True rounds gradients, and backward='float' rounds "
+                "none: write backward='int8' or backward='switchback'"
+            )
+        drawing = f"{name}: stochastic_rounding=True"
+        self.noise = fork_stream(drawing, rng_collection, rngs) if stochastic_rounding else None
+        self.rounding = Int8Rounding(backward, residuals, activation_scale, weight_scale)
 
     def pack_weights(self) -> bool:
         """Puts the codes of the kernel in its place; see `flax_customgrad.pack`.
@@ -113,8 +149,13 @@ class InInt8:
         return True
 
     @property
-    def _packed(self) -> Int8 | None:
+    def _packed(self) -> Int8Array | None:
+        """The codes of a packed kernel."""
         return self.kernel.int8 if isinstance(self.kernel, Int8Kernel) else None
+
+    def _key(self) -> jax.Array | None:
+        """What a call rounds its cotangents with; None to round to the nearest."""
+        return None if self.noise is None else self.noise()
 
     def _parameters(self) -> Parameters:
         """The parameters of the product."""

@@ -10,6 +10,7 @@ from flax import nnx
 
 from flax_customgrad.low_bit.microscaling.mx_linear import MXLinear
 from flax_customgrad.low_bit.microscaling.nvfp4_linear import NVFP4Linear
+from flax_customgrad.low_bit.microscaling.scaled_linear import scaled_linear
 from flax_customgrad.registry.entry import Entry
 from flax_customgrad.registry.examples import made, normal
 
@@ -22,7 +23,11 @@ _ELEMENTS = {
 }
 _SCALES = np.exp2(np.arange(-127.0, 120.0))
 
-Quantizer = Callable[[jax.Array, Sequence[int]], jax.Array]
+Rounded = Callable[[jax.Array, Sequence[int]], jax.Array]
+
+
+def _with_a_row_of_zeros() -> jax.Array:
+    return normal(8, 3, 10).at[2, 1].set(0)
 
 
 def _largest(x: jax.Array, axes: Sequence[int], size: int) -> jax.Array:
@@ -43,12 +48,12 @@ def _cast(x: jax.Array, element: Any) -> jax.Array:
     return jnp.clip(x, -most, most).astype(element).astype(x.dtype)
 
 
-def _passed(x: jax.Array, quantized: jax.Array) -> jax.Array:
+def _straight_through(x: jax.Array, quantized: jax.Array) -> jax.Array:
     """A quantized array with the derivative of the array."""
     return x + jax.lax.stop_gradient(quantized - x)
 
 
-def _mx(element: Any, size: int, up: bool) -> Quantizer:
+def _mx(element: Any, size: int, up: bool) -> Rounded:
     """Quantizes with the smallest scale that holds a block, or with the scale before."""
     most = float(jnp.finfo(element).max)
 
@@ -59,7 +64,7 @@ def _mx(element: Any, size: int, up: bool) -> Quantizer:
         else:
             which = jnp.sum(_SCALES * 2.0 ** np.floor(np.log2(most)) <= a, -1) - 1
         scale = jnp.asarray(_SCALES, x.dtype)[which]
-        return _passed(x, _cast(x / scale, element) * scale)
+        return _straight_through(x, _cast(x / scale, element) * scale)
 
     return quantize
 
@@ -68,7 +73,7 @@ def _nvfp4(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     a = jnp.max(jnp.abs(x))
     scale = jnp.maximum(_cast(448 * _largest(x, axes, 16) / a, jnp.float8_e4m3fn), 2.0**-9)
     elements = _cast(x * (448 * 6) / (a * scale), jnp.float4_e2m1fn)
-    return _passed(x, elements * scale * a / (448 * 6))
+    return _straight_through(x, elements * scale * a / (448 * 6))
 
 
 def _rotated(x: jax.Array) -> jax.Array:
@@ -82,13 +87,13 @@ def _linear(
     layer: Any,
     x: jax.Array,
     g: jax.Array,
-    forward: Quantizer,
-    backward: Quantizer,
+    forward: Rounded,
+    backward: Rounded,
     square: bool = False,
     rotate: bool = False,
 ) -> tuple[nnx.State, jax.Array]:
-    w, turn = layer.kernel[...], _rotated if rotate else lambda rows: rows
-    rows, g_rows = (turn(a.reshape(-1, a.shape[-1])) for a in (x, g))
+    w, rotated = layer.kernel[...], _rotated if rotate else lambda rows: rows
+    rows, g_rows = (rotated(a.reshape(-1, a.shape[-1])) for a in (x, g))
     grads = {"kernel": forward(rows, (0,)).T @ backward(g_rows, (0,))}
     if layer.bias is not None:
         grads["bias"] = jnp.einsum("...o->o", g)
@@ -120,7 +125,9 @@ ENTRIES = (
         source="arXiv:2310.10537",
         formula=_mx_linear,
         examples={
-            "MXFP8, blocks of 4": made(10, 6, block=4, inputs=(lambda: normal(8, 10),)),
+            "block remainder, two batch axes, bias, a row of zeros": made(
+                10, 6, block=4, inputs=(_with_a_row_of_zeros,)
+            ),
             "MXFP4, two batch axes": made(
                 33,
                 6,
@@ -133,6 +140,7 @@ ENTRIES = (
             ),
         },
         workloads={"4096x1024 to 1024": made(1024, 1024, inputs=(lambda: normal(4096, 1024),))},
+        operations={scaled_linear: "block remainder, two batch axes, bias, a row of zeros"},
     ),
     Entry(
         "NVFP4Linear",

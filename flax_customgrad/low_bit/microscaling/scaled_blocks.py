@@ -1,10 +1,13 @@
-"""Blocks: an axis as which block, and which place in it; and how a format scales them.
+"""Blocks: an axis as which block, and which place in it; how a format scales them, and their codes.
 
     split   x[..., i, ...]  ->  x[..., i // size, i % size, ...],  filled up with zeros
     join    back, without what was filled up
 
 Zeros raise no largest element and add nothing to a product, so that any size of an axis will do.
 Where devices of a mesh with Explicit axes split blocks, each takes the whole axis.
+
+Between the passes a matrix is a `BlockCodes`: a byte or half a byte for each element, and a byte
+for the scale of each block.
 """
 
 import functools
@@ -19,10 +22,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from flax_customgrad.low_bit.microscaling.small_floats import decode_elements, encode_elements
+from flax_customgrad.numerics.packing import pack, packs, unpack
 from flax_customgrad.numerics.sharding import explicit_sharding
 
 
-class Scaled(NamedTuple):
+class ScaledBlocks(NamedTuple):
     """An array in blocks of elements, each block with a scale.
 
     Attributes:
@@ -37,11 +42,11 @@ class Scaled(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Format(ABC):
+class BlockFormat(ABC):
     """How an array is put into elements and scales.
 
     Attributes:
-        element: the format of the elements.
+        element: the format of the elements, a dtype of 4 or 8 bits.
         size: how many elements along an axis share a scale.
     """
 
@@ -49,7 +54,9 @@ class Format(ABC):
     size: int
 
     @abstractmethod
-    def quantize(self, x: jax.Array, axes: Sequence[int], noise: jax.Array | None = None) -> Scaled:
+    def quantize(
+        self, x: jax.Array, axes: Sequence[int], noise: jax.Array | None = None
+    ) -> ScaledBlocks:
         """Scales blocks and rounds them to elements.
 
         Args:
@@ -59,7 +66,7 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def values(self, scaled: Scaled) -> jax.Array:
+    def values(self, scaled: ScaledBlocks) -> jax.Array:
         """What elements and scales stand for, in blocks."""
 
     # Compiled as one, also outside of a trace: op by op it would be 60 small programs.
@@ -68,10 +75,10 @@ class Format(ABC):
         self, x: jax.Array, axes: tuple[int, ...], noise: jax.Array | None = None
     ) -> jax.Array:
         """An array as what its elements and scales stand for; the arguments are `quantize`'s."""
-        return join(self.values(self.quantize(x, axes, noise)), axes, jax.typeof(x))
+        return join_blocks(self.values(self.quantize(x, axes, noise)), axes, jax.typeof(x))
 
 
-def split(x: jax.Array, axes: Sequence[int], size: int) -> jax.Array:
+def split_blocks(x: jax.Array, axes: Sequence[int], size: int) -> jax.Array:
     """Makes two axes of each: which block, and the place in it.
 
     Args:
@@ -84,13 +91,13 @@ def split(x: jax.Array, axes: Sequence[int], size: int) -> jax.Array:
     return x
 
 
-def places(axes: Sequence[int]) -> tuple[int, ...]:
+def axes_in_blocks(axes: Sequence[int]) -> tuple[int, ...]:
     """The axes of a split array that are places in a block."""
     return tuple(axis + k + 1 for k, axis in enumerate(sorted(axes)))
 
 
-def join(blocks: jax.Array, axes: Sequence[int], like: Any) -> jax.Array:
-    """Undoes `split`.
+def join_blocks(blocks: jax.Array, axes: Sequence[int], like: Any) -> jax.Array:
+    """Undoes `split_blocks`.
 
     Args:
         blocks: array in blocks.
@@ -99,7 +106,7 @@ def join(blocks: jax.Array, axes: Sequence[int], like: Any) -> jax.Array:
     """
     shape, sharding = list(blocks.shape), explicit_sharding(jax.typeof(blocks))
     spec = [None] * blocks.ndim if sharding is None else list(sharding.spec)
-    for place in reversed(places(axes)):
+    for place in reversed(axes_in_blocks(axes)):
         shape[place - 1 : place + 1] = [shape[place - 1] * shape[place]]
         del spec[place]
     if sharding is not None:
@@ -140,3 +147,60 @@ def _split(x: jax.Array, axis: int, size: int) -> jax.Array:
         x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
     shape = (*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])
     return lax.reshape(x, shape, out_sharding=sharding)
+
+
+class BlockCodes(NamedTuple):
+    """A matrix in blocks along its rows, as the codes of its elements and scales.
+
+    Attributes:
+        elements: uint8 array, the codes of the elements; those of 4 bits two to a byte, along the
+            last axis, where no mesh splits that.
+        scales: uint8 array, the code of each block's scale.
+        factor: what multiplies all of them, float without axes, or None.
+        width: bits that the code of an element takes.
+        aval: type of the matrix.
+    """
+
+    elements: jax.Array
+    scales: jax.Array
+    factor: jax.Array | None
+    width: int
+    aval: Any
+
+
+def encode_blocks(x: jax.Array, form: BlockFormat) -> BlockCodes:
+    """Quantizes a matrix along its rows.
+
+    Args:
+        x: array of shape (rows, n), float32 or float64.
+        form: the format.
+    """
+    aval = jax.typeof(x)
+    width = jnp.finfo(form.element).bits if packs(aval.shape, aval.sharding) else 8
+    elements, scales, factor = _encode(x, form, width)
+    return BlockCodes(elements, scales, factor, width, aval)
+
+
+def decode_blocks(codes: BlockCodes, form: BlockFormat) -> jax.Array:
+    """What the codes stand for.
+
+    Args:
+        codes: what `encode_blocks` returned.
+        form: the format.
+
+    Returns:
+        Array of shape (rows, n), in the dtype of what was encoded.
+    """
+    elements, scales, factor, width, aval = codes
+    values = decode_elements(form.element, unpack(elements, width, aval.shape[-1]), aval.dtype)
+    blocks = split_blocks(values, (0,), form.size)
+    return join_blocks(form.values(ScaledBlocks(blocks, scales, factor)), (0,), aval)
+
+
+@functools.partial(jax.jit, static_argnames=("form", "width"))
+def _encode(
+    x: jax.Array, form: BlockFormat, width: int
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    elements, scales, factor = form.quantize(x, (0,))
+    codes = join_blocks(encode_elements(form.element, elements), (0,), jax.typeof(x))
+    return pack(codes, width), scales, factor

@@ -1,16 +1,24 @@
 """A linear map whose three products are of elements that share a scale in blocks.
 
-    forward   y  = Q(x) Q(W) + b        blocks along in_features
-    backward  dx = Q(g) Q(W)^T          blocks along out_features
-              dW = Q(x')^T Q(g')        blocks along the rows
+    forward   y  = Q(x) Q(w) + b          blocks along in_features
+    backward  dx = R(g) Q(w)^T            blocks along out_features
+              dw = Q(x')^T R(g')          blocks along the rows
               db = sum g
-    kept      W, and Q(x') as codes and scales: a byte or half a byte an element, and what the
+    kept      w, and Q(x') as codes and scales: a byte or half a byte an element, and what the
               scales take. Or x, with 'original', and the gradients are the same.
 
-A product of elements with shared scales needs blocks along the axis that is summed over, so each
-operand is quantized once for each of its products, both times from the array itself. (Where the
-blocks of W are squares, both products see the same values.) x' and g' are x and g as matrices of
-rows, all leading axes flattened, and rotated (`hadamard`) or not.
+Q and R are what the elements and scales of the operands' and of the gradient's format stand for
+(`BlockFormat.rounded`); R rounds to the nearest or at random. A product of elements with shared
+scales needs blocks along the axis that is summed over, so each operand is quantized once for each
+of its products, both times from the array itself. (Where the blocks of w are squares, both products
+see the same values.) x' and g' are x and g as matrices of rows, all leading axes flattened, and
+rotated or not, by a random 16-point Hadamard transform along the rows:
+
+    x'[16 j + k] = sum_l H[k, l] s[l] x[16 j + l] / 4,   H the Hadamard matrix, s fixed signs
+
+It is orthonormal: two operands that are both transformed have the product that they had. An
+outlier is spread over 16 rows, which lowers the largest element of its block; the signs keep a
+constant from becoming one. The signs are those of NVIDIA's TransformerEngine.
 
 The gradient is a surrogate: what rounds has the derivative of the identity, in second derivatives
 as well. Under vmap each example has blocks of its own, under shard_map each device; on a mesh they
@@ -25,22 +33,32 @@ from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 
-from flax_customgrad.contract import residual_storage as kept
 from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.contract.residual_storage import keep_for_second_order, with_derivative_of
 from flax_customgrad.layers.drop_in import Parameters
-from flax_customgrad.low_bit.microscaling.block_codes import Codes, coded, decoded
-from flax_customgrad.low_bit.microscaling.hadamard import rotated
-from flax_customgrad.low_bit.microscaling.scaled_blocks import Format, as_rows
+from flax_customgrad.low_bit.microscaling.scaled_blocks import (
+    BlockCodes,
+    BlockFormat,
+    as_rows,
+    decode_blocks,
+    encode_blocks,
+    split_blocks,
+)
 from flax_customgrad.numerics.accumulation import accumulator, total
 from flax_customgrad.numerics.products import MatmulConfig, parameter_gradient
 from flax_customgrad.numerics.sharding import explicit_sharding
 
 RESIDUALS = ("quantized", "original")
+
+_HADAMARD_SIZE = 16
+_SIGNS = np.array([1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1])
 
 
 @dataclass(frozen=True)
@@ -48,26 +66,26 @@ class BlockScaledConfig:
     """How the operands of the three products are quantized.
 
     Attributes:
-        operands: the format of x and W.
+        operands: the format of x and w.
         gradient: the format of g.
-        squares: whether a block of W lies along both of its axes.
+        squares: whether a block of w lies along both of its axes.
         rotates: whether the rows of x and g are rotated.
         residuals: what is kept of x.
     """
 
-    operands: Format
-    gradient: Format
+    operands: BlockFormat
+    gradient: BlockFormat
     squares: bool = False
     rotates: bool = False
     residuals: Literal["quantized", "original"] = "quantized"
 
-    def kernel(self, w: jax.Array, axis: int) -> jax.Array:
-        """Q(W), for a product that sums over an axis."""
-        return _quantized(w, self.operands, (0, 1) if self.squares else (axis,))
+    def quantize_kernel(self, w: jax.Array, axis: int) -> jax.Array:
+        """Q(w), for a product that sums over an axis."""
+        return _quantize(w, self.operands, (0, 1) if self.squares else (axis,))
 
     def rows(self, x: jax.Array) -> jax.Array:
         """x', or g'."""
-        return rotated(as_rows(x)) if self.rotates else as_rows(x)
+        return rotate_rows(as_rows(x)) if self.rotates else as_rows(x)
 
 
 class Residuals(NamedTuple):
@@ -76,20 +94,20 @@ class Residuals(NamedTuple):
     Attributes:
         params: the parameters, which the caller holds anyway.
         x: the input; where there are codes only second derivatives read it, and XLA drops it.
-        codes: Q(x'), or None.
+        codes: those of Q(x'), or None.
         key: what gradients are rounded with, or None.
-        recipe: how operands are quantized.
-        how: dtype, precision and sharding.
-        of: type of x.
+        config: how operands are quantized.
+        matmul: dtype, precision and sharding.
+        x_aval: type of x.
     """
 
     params: Parameters
     x: jax.Array | None
-    codes: Codes | None
+    codes: BlockCodes | None
     key: jax.Array | None
-    recipe: BlockScaledConfig
-    how: MatmulConfig
-    of: Any
+    config: BlockScaledConfig
+    matmul: MatmulConfig
+    x_aval: Any
 
 
 @custom_vjp(surrogate=True)
@@ -97,8 +115,8 @@ def scaled_linear(
     params: Parameters,
     x: jax.Array,
     key: jax.Array | None,
-    recipe: BlockScaledConfig,
-    how: MatmulConfig,
+    config: BlockScaledConfig,
+    matmul: MatmulConfig,
 ) -> jax.Array:
     """Applies a linear map over the last axis.
 
@@ -107,98 +125,118 @@ def scaled_linear(
             (out_features,), or no bias.
         x: inputs of shape (..., in_features), float.
         key: of `jax.random`, to round gradients at random; None to round them to the nearest.
-        recipe: how operands are quantized.
-        how: dtype, precision and sharding.
+        config: how operands are quantized.
+        matmul: dtype, precision and sharding.
 
     Returns:
         Outputs of shape (..., out_features), in the dtype of the computation.
     """
     kernel, bias, last = params["kernel"], params.get("bias"), x.ndim - 1
-    x_, w = _wide(x.dtype, x, kernel)
+    x_, w = _widen(x.dtype, x, kernel)
     y = lax.dot_general(
-        _quantized(x_, recipe.operands, (last,)),
-        recipe.kernel(w, 0),
+        _quantize(x_, config.operands, (last,)),
+        config.quantize_kernel(w, 0),
         (((last,), (0,)), ((), ())),
-        precision=how.precision,
-        out_sharding=how.out_sharding,
+        precision=matmul.precision,
+        out_sharding=matmul.out_sharding,
     )
     if bias is not None:
         y += lax.expand_dims(bias.astype(y.dtype), range(last))
-    dtype = dtypes.canonicalize_dtype(x, kernel, bias, dtype=how.dtype)
-    return y.astype(how.preferred_element_type or dtype)
+    dtype = dtypes.canonicalize_dtype(x, kernel, bias, dtype=matmul.dtype)
+    return y.astype(matmul.preferred_element_type or dtype)
 
 
 def _fwd(
     params: Parameters,
     x: jax.Array,
     key: jax.Array | None,
-    recipe: BlockScaledConfig,
-    how: MatmulConfig,
+    config: BlockScaledConfig,
+    matmul: MatmulConfig,
 ) -> tuple[jax.Array, Residuals]:
-    y, codes, held = scaled_linear(params, x, key, recipe, how), None, x
+    y, codes, held = scaled_linear(params, x, key, config, matmul), None, x
     # Outside of a trace there is no XLA to drop the input.
-    if recipe.residuals == "quantized" and is_traced(x):
-        rows = recipe.rows(_wide(params["kernel"].dtype, x)[0])
-        codes = coded(lax.stop_gradient(rows), recipe.operands)
-        held = kept.keep_for_second_order(x)
-    return y, Residuals(params, held, codes, key, recipe, how, jax.typeof(x))
+    if config.residuals == "quantized" and is_traced(x):
+        rows = config.rows(_widen(params["kernel"].dtype, x)[0])
+        codes = encode_blocks(lax.stop_gradient(rows), config.operands)
+        held = keep_for_second_order(x)
+    return y, Residuals(params, held, codes, key, config, matmul, jax.typeof(x))
 
 
-def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
-    params, recipe, p, last = res.params, res.recipe, res.how.precision, g.ndim - 1
-    g_, w = _wide(res.of.dtype, g, params["kernel"])
+def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None, None]:
+    params, config, precision = res.params, res.config, res.matmul.precision
+    kernel, last = params["kernel"], g.ndim - 1
+    dims = chex.Dimensions(I=kernel.shape[0], O=kernel.shape[1])
+    batch = res.x_aval.shape[:-1]
+    chex.assert_shape(g, (*batch, *dims["O"]))
+    g_, w = _widen(res.x_aval.dtype, g, kernel)
+    q_w, r_g = config.quantize_kernel(w, 1), _quantize(g_, config.gradient, (last,), res.key, 0)
     dx = lax.dot_general(
-        _quantized(g_, recipe.gradient, (last,), _noise(res.key, 0, g_)),
-        recipe.kernel(w, 1),
+        r_g,
+        q_w,
         (((last,), (1,)), ((), ())),
-        precision=p,
-        out_sharding=explicit_sharding(res.of),
+        precision=precision,
+        out_sharding=explicit_sharding(res.x_aval),
     )
-    rows = recipe.rows(g_)
-    dkernel = parameter_gradient(
-        _quantized_rows(res),
-        _quantized(rows, recipe.gradient, (0,), _noise(res.key, 1, rows)),
-        (((0,), (0,)), ((), ())),
-        like=params["kernel"],
-        precision=p,
+    q_x_rows = _quantized_rows(res)
+    r_g_rows = _quantize(config.rows(g_), config.gradient, (0,), res.key, 1)
+    chex.assert_equal_shape_prefix([q_x_rows, r_g_rows], 1)
+    dw = parameter_gradient(
+        q_x_rows, r_g_rows, (((0,), (0,)), ((), ())), like=kernel, precision=precision
     )
-    chex.assert_equal_shape([dx, res.of])
-    chex.assert_equal_shape([dkernel, params["kernel"]])
-    grads = {"kernel": dkernel}
+    chex.assert_shape([dx, dw], [(*batch, *dims["I"]), dims["IO"]])
+    grads = {"kernel": dw}
     if "bias" in params:
-        grads["bias"] = total(g, range(last))
-        chex.assert_equal_shape([grads["bias"], params["bias"]])
+        db = grads["bias"] = total(g, range(last))
+        chex.assert_shape([db, params["bias"]], dims["O"])
     return nnx.State(grads), dx, None, None, None
 
 
 scaled_linear.defvjp(_fwd, _bwd)
 
 
-def _quantized(
-    x: jax.Array, by: Format, axes: tuple[int, ...], noise: jax.Array | None = None
+def rotate_rows(x: jax.Array) -> jax.Array:
+    """Transforms the rows of a matrix by the random Hadamard transform.
+
+    Args:
+        x: array of shape (rows, n), float32 or float64.
+
+    Returns:
+        Array of shape (rows', n), rows' the next multiple of 16.
+    """
+    # Loaded where it is used: it takes longer to import than this library.
+    from scipy.linalg import hadamard
+
+    signed = jnp.asarray(hadamard(_HADAMARD_SIZE) * _SIGNS / 4, x.dtype)
+    blocks = split_blocks(x, (0,), _HADAMARD_SIZE)
+    rotated = jnp.einsum("kl,jln->jkn", signed, blocks, precision=lax.Precision.HIGHEST)
+    return as_rows(rotated)
+
+
+def _quantize(
+    x: jax.Array,
+    form: BlockFormat,
+    axes: tuple[int, ...],
+    key: jax.Array | None = None,
+    n: int = 0,
 ) -> jax.Array:
-    """Q(x), with the derivative of x."""
-    return kept.with_derivative_of(by.rounded(lax.stop_gradient(x), axes, noise), x)
+    """Q(x), or with the n-th noise of a key R(x), with the derivative of x."""
+    noise = None
+    if key is not None:
+        noise = jax.random.uniform(jax.random.fold_in(key, n), x.shape, x.dtype)
+    return with_derivative_of(form.rounded(lax.stop_gradient(x), axes, noise), x)
 
 
 def _quantized_rows(res: Residuals) -> jax.Array:
     """Q(x'), with the derivative of x'."""
     if res.codes is not None and res.x is None:
-        return decoded(res.codes, res.recipe.operands)
+        return decode_blocks(res.codes, res.config.operands)
     assert res.x is not None
-    rows = res.recipe.rows(_wide(res.params["kernel"].dtype, res.x)[0])
+    rows = res.config.rows(_widen(res.params["kernel"].dtype, res.x)[0])
     if res.codes is None:
-        return _quantized(rows, res.recipe.operands, (0,))
-    return kept.with_derivative_of(decoded(res.codes, res.recipe.operands), rows)
+        return _quantize(rows, res.config.operands, (0,))
+    return with_derivative_of(decode_blocks(res.codes, res.config.operands), rows)
 
 
-def _wide(dtype: Any, *arrays: jax.Array) -> list[jax.Array]:
+def _widen(dtype: Any, *arrays: jax.Array) -> list[jax.Array]:
     """Arrays in float32, or wider where a dtype or one of them is."""
     return [a.astype(accumulator(dtype, *arrays)) for a in arrays]
-
-
-def _noise(key: jax.Array | None, n: int, x: jax.Array) -> jax.Array | None:
-    """Uniform noise for the n-th array, or none."""
-    if key is None:
-        return None
-    return jax.random.uniform(jax.random.fold_in(key, n), x.shape, x.dtype)

@@ -44,7 +44,7 @@ def round_to(element: Any, v: jax.Array, noise: jax.Array | None = None) -> jax.
     return (below + (noise < steps - below)) * step
 
 
-def encode(element: Any, values: jax.Array) -> jax.Array:
+def encode_elements(element: Any, values: jax.Array) -> jax.Array:
     """The codes of values that elements can have.
 
     Args:
@@ -57,7 +57,7 @@ def encode(element: Any, values: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(values.astype(element), _integer(element)).astype(jnp.uint8)
 
 
-def decode(element: Any, codes: jax.Array, dtype: Any) -> jax.Array:
+def decode_elements(element: Any, codes: jax.Array, dtype: Any) -> jax.Array:
     """The values of codes.
 
     Args:

@@ -243,16 +243,22 @@ def test_it_is_made_without_values():
 def test_arguments_that_cannot_be():
     rngs = nnx.Rngs(0)
     for block in (0, -1, 2.0, None):
-        with pytest.raises(ValueError, match=f"NF4Linear: block={block!r} must be a positive"):
+        with pytest.raises(ValueError, match=f"NF4Linear: block={block!r} must be an integer"):
             fcg.NF4Linear(4, 4, block=block, rngs=rngs)
-    with pytest.raises(ValueError, match="Int4Linear: block=0 must be a positive integer"):
+    with pytest.raises(ValueError, match="Int4Linear: block=0 must be an integer of at least 1"):
         fcg.Int4Linear(4, 4, block=0, rngs=rngs)
-    with pytest.raises(ValueError, match="QLoRALinear: lora_rank=0 must be a positive integer"):
+    with pytest.raises(
+        ValueError, match="QLoRALinear: lora_rank=0 must be an integer of at least 1"
+    ):
         fcg.QLoRALinear(4, 4, lora_rank=0, rngs=rngs)
-    with pytest.raises(ValueError, match="NF4Linear: a dot_general of your own"):
+    with pytest.raises(
+        ValueError, match="NF4Linear computes its product itself and cannot call `dot_general`"
+    ):
         fcg.NF4Linear(4, 4, dot_general=jax.lax.dot, rngs=rngs)
     plain = nnx.Linear(4, 4, promote_dtype=lambda *args, **_: args, rngs=rngs)
-    with pytest.raises(ValueError, match="Int4Linear: a promote_dtype of your own"):
+    with pytest.raises(
+        ValueError, match="Int4Linear computes its product itself and cannot call `promote_dtype`"
+    ):
         fcg.Int4Linear.from_layer(plain)
     plain = nnx.Linear(4, 4, kernel_init=nnx.initializers.constant(jnp.nan), rngs=rngs)
     with pytest.raises(ValueError, match="Int4Linear: 16 of 16 weights are infinite or NaN"):

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import flax_customgrad as fcg
-from flax_customgrad.low_bit.int8.int8_codes import encode
+from flax_customgrad.low_bit.int8.int8_codes import encode_int8
 
 X = jax.random.normal(jax.random.key(0), (3, 4, 6))
 G = jax.random.normal(jax.random.key(1), (3, 4, 5))
@@ -55,20 +55,20 @@ def gradients(layer, x, g):
 
 def test_ties_go_to_the_even_code_and_bounds_are_codes():
     x = jnp.array([-127, -126.5, -2.5, -1.5, -0.5, 0, 0.5, 1.5, 2.5, 63.5, 126.5, 127])
-    a = encode(x, -1)
+    a = encode_int8(x, -1)
     assert a.codes.dtype == jnp.int8
     assert a.scale == 1
     expected = [-127, -126, -2, -2, 0, 0, 0, 2, 2, 64, 126, 127]
     np.testing.assert_array_equal(a.codes, expected)
     for power in (-60, -3, 3, 60):
-        np.testing.assert_array_equal(encode(x * 2.0**power, -1).codes, expected)
+        np.testing.assert_array_equal(encode_int8(x * 2.0**power, -1).codes, expected)
 
 
 def test_the_largest_element_comes_back():
     x = X.reshape(-1, 6) * jnp.logspace(-30, 30, 12)[:, None]
     largest = jnp.argmax(jnp.abs(x), -1, keepdims=True)
     for key in (None, jax.random.key(0)):
-        a = encode(x, -1, key)
+        a = encode_int8(x, -1, key)
         assert (jnp.abs(jnp.take_along_axis(a.codes, largest, -1)) == 127).all()
         back = jnp.take_along_axis(a.values(jnp.float32), largest, -1)
         np.testing.assert_allclose(back, jnp.take_along_axis(x, largest, -1), rtol=3e-7)
@@ -77,7 +77,7 @@ def test_the_largest_element_comes_back():
 def test_stochastic_rounding_is_right_on_average():
     x = jnp.array([0.0, 0.25, -0.25, 3.9, 5.0, 127.0])
     many = jnp.broadcast_to(x, (20000, 6))
-    a = encode(many, -1, jax.random.key(0))
+    a = encode_int8(many, -1, jax.random.key(0))
     assert set(np.unique(a.codes[:, 1])) == {0, 1}
     np.testing.assert_array_equal(a.codes[:, [0, 4, 5]], np.broadcast_to([0, 5, 127], (20000, 3)))
     np.testing.assert_allclose(a.codes.mean(0), x, atol=0.015)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import flax_customgrad as fcg
-from flax_customgrad.low_bit.int8.int8_codes import encode
+from flax_customgrad.low_bit.int8.int8_codes import encode_int8
 
 KINDS = {
     "dense": ((5, 3), (3, 3), {"strides": 2}),
@@ -44,8 +44,8 @@ def all_close(found, expected):
 def test_it_is_the_convolution_of_what_the_codes_stand_for(kind):
     layer, plain, x = pair(kind)
     w = layer.kernel[...]
-    plain.kernel[...] = encode(w, tuple(range(w.ndim - 1))).values(jnp.float32)
-    rounded = encode(x, tuple(range(1, x.ndim))).values(jnp.float32)
+    plain.kernel[...] = encode_int8(w, tuple(range(w.ndim - 1))).values(jnp.float32)
+    rounded = encode_int8(x, tuple(range(1, x.ndim))).values(jnp.float32)
     found = gradients(layer, x, None)
     all_close(found, gradients(plain, rounded, None))
 
@@ -55,14 +55,17 @@ def test_the_backward_in_int8(kind):
     layer, plain, x = pair(kind)
     layer = fcg.Int8Conv.from_layer(layer, backward="int8")
     w, plain.bias = layer.kernel[...], None
-    of_w, of_x = encode(w, tuple(range(w.ndim - 1))), encode(x, tuple(range(1, x.ndim)))
+    int8_w, int8_x = (
+        encode_int8(w, tuple(range(w.ndim - 1))),
+        encode_int8(x, tuple(range(1, x.ndim))),
+    )
     g = jax.random.normal(jax.random.key(2), jax.eval_shape(layer, x).shape)
-    u = encode(g * of_w.scale.reshape(-1), tuple(range(1, g.ndim))).values(jnp.float32)
-    v = encode(g * of_x.scale, tuple(range(g.ndim - 1))).values(jnp.float32)
+    u = encode_int8(g * int8_w.scale.reshape(-1), tuple(range(1, g.ndim))).values(jnp.float32)
+    v = encode_int8(g * int8_x.scale, tuple(range(g.ndim - 1))).values(jnp.float32)
     _, grads, dx = gradients(layer, x, g)
-    plain.kernel[...] = of_w.codes.astype(jnp.float32)
+    plain.kernel[...] = int8_w.codes.astype(jnp.float32)
     all_close(dx, gradients(plain, x, u)[2])
-    multiples = of_x.codes.astype(jnp.float32)
+    multiples = int8_x.codes.astype(jnp.float32)
     all_close(grads["kernel"], gradients(plain, multiples, v)[1]["kernel"])
     all_close(grads["bias"], g.sum(tuple(range(g.ndim - 1))))
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import flax_customgrad as fcg
-from flax_customgrad.low_bit.int8.int8_codes import encode
+from flax_customgrad.low_bit.int8.int8_codes import encode_int8
 
 FROZEN = json.loads((Path(__file__).parents[2] / "oracles" / "int8.json").read_text())["values"]
 
@@ -45,7 +45,7 @@ def conv(**kwargs):
 
 def test_the_codes_of_torchao():
     expected = found("torchao")
-    a = encode(jnp.array(FROZEN["x"]), -1)
+    a = encode_int8(jnp.array(FROZEN["x"]), -1)
     np.testing.assert_array_equal(a.codes.ravel(), expected["codes"])
     np.testing.assert_allclose(a.scale.ravel(), expected["scale"], rtol=1e-7)
 

@@ -10,17 +10,22 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from flax_customgrad.low_bit.microscaling.block_codes import coded, decoded
-from flax_customgrad.low_bit.microscaling.hadamard import rotated
-from flax_customgrad.low_bit.microscaling.mx import MX
-from flax_customgrad.low_bit.microscaling.nvfp4 import NVFP4
-from flax_customgrad.low_bit.microscaling.scaled_blocks import join, places, split
+from flax_customgrad.low_bit.microscaling.mx_linear import MX
+from flax_customgrad.low_bit.microscaling.nvfp4_linear import NVFP4
+from flax_customgrad.low_bit.microscaling.scaled_blocks import (
+    axes_in_blocks,
+    decode_blocks,
+    encode_blocks,
+    join_blocks,
+    split_blocks,
+)
+from flax_customgrad.low_bit.microscaling.scaled_linear import rotate_rows
 from flax_customgrad.low_bit.microscaling.small_floats import (
     E2M1,
     E4M3,
     E5M2,
-    decode,
-    encode,
+    decode_elements,
+    encode_elements,
     round_to,
 )
 
@@ -45,8 +50,8 @@ def every_value(element):
 @ELEMENTS
 def test_every_code_is_a_value(element):
     values, codes = every_value(element)
-    np.testing.assert_array_equal(decode(element, jnp.asarray(codes), jnp.float32), values)
-    np.testing.assert_array_equal(encode(element, jnp.float32(values)), codes)
+    np.testing.assert_array_equal(decode_elements(element, jnp.asarray(codes), jnp.float32), values)
+    np.testing.assert_array_equal(encode_elements(element, jnp.float32(values)), codes)
 
 
 @ELEMENTS
@@ -83,10 +88,10 @@ def test_stochastic_rounding_goes_up_as_often_as_it_should(element):
 @pytest.mark.parametrize(("shape", "axes"), [((5, 7), (0,)), ((5, 7), (1,)), ((8, 7), (0, 1))])
 def test_blocks_are_filled_up_with_zeros(shape, axes):
     x = jnp.arange(1.0, 1 + math.prod(shape)).reshape(shape)
-    blocks = split(x, axes, 4)
-    assert all(blocks.shape[axis] == 4 for axis in places(axes))
+    blocks = split_blocks(x, axes, 4)
+    assert all(blocks.shape[axis] == 4 for axis in axes_in_blocks(axes))
     assert blocks.sum() == x.sum()
-    np.testing.assert_array_equal(join(blocks, axes, jax.typeof(x)), x)
+    np.testing.assert_array_equal(join_blocks(blocks, axes, jax.typeof(x)), x)
 
 
 @pytest.mark.parametrize("up", [True, False])
@@ -143,7 +148,7 @@ def test_nvfp4_is_exact_also_at_ties():
     form = NVFP4(size=4)
     scaled = quantize(form, x)
     scales, elements = exact_nvfp4(x, 4)
-    np.testing.assert_array_equal(decode(E4M3, scaled.scales, jnp.float32).ravel(), scales)
+    np.testing.assert_array_equal(decode_elements(E4M3, scaled.scales, jnp.float32).ravel(), scales)
     np.testing.assert_array_equal(np.abs(scaled.elements.ravel()), np.abs(elements))
     expected = (elements.reshape(-1, 4) * scales[:, None]).ravel() * 24 / 2688
     np.testing.assert_allclose(form.rounded(jnp.asarray(x), (1,)).ravel(), expected, rtol=3e-7)
@@ -169,19 +174,19 @@ def test_the_ends_of_nvfp4():
 def test_the_transform_of_rows_is_orthonormal():
     with jax.enable_x64(True):
         x = jax.random.normal(jax.random.key(1), (20, 3), jnp.float64)
-        turned = rotated(x)
+        turned = rotate_rows(x)
         assert turned.shape == (32, 3)
         np.testing.assert_allclose(turned.T @ turned, x.T @ x, rtol=1e-13)
-    spread = rotated(jnp.zeros((16, 1)).at[5].set(4.0))
+    spread = rotate_rows(jnp.zeros((16, 1)).at[5].set(4.0))
     np.testing.assert_array_equal(np.abs(spread), np.ones((16, 1)))
 
 
 @pytest.mark.parametrize("form", [MX(E4M3, 4), MX(E2M1, 4), NVFP4()], ids=["8 bits", "4", "NVFP4"])
 def test_codes_stand_for_what_was_rounded(form):
     x = jax.random.normal(jax.random.key(2), (6, 5))
-    codes = coded(x, form)
+    codes = encode_blocks(x, form)
     bits = ml_dtypes.finfo(form.element).bits
     assert codes.elements.shape == (6, math.ceil(5 * bits / 8))
     assert codes.elements.dtype == codes.scales.dtype == jnp.uint8
-    values = jax.jit(lambda: decoded(codes, form))()
+    values = jax.jit(lambda: decode_blocks(codes, form))()
     np.testing.assert_array_equal(values, form.rounded(x, (0,)))

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import flax_customgrad as fcg
-from flax_customgrad.low_bit.microscaling.nvfp4 import NVFP4
+from flax_customgrad.low_bit.microscaling.nvfp4_linear import NVFP4
 
 X = jax.random.normal(jax.random.key(0), (8, 20))
 G = jax.random.normal(jax.random.key(1), (8, 6))

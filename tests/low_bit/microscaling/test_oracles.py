@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_customgrad.low_bit.microscaling.mx import MX
-from flax_customgrad.low_bit.microscaling.nvfp4 import NVFP4
-from flax_customgrad.low_bit.microscaling.small_floats import E2M1, E4M3, E5M2, encode
+from flax_customgrad.low_bit.microscaling.mx_linear import MX
+from flax_customgrad.low_bit.microscaling.nvfp4_linear import NVFP4
+from flax_customgrad.low_bit.microscaling.small_floats import E2M1, E4M3, E5M2, encode_elements
 from flax_customgrad.numerics.packing import pack
 
 HERE = Path(__file__).parents[2] / "oracles/microscaling.json"
@@ -25,7 +25,7 @@ def quantize(form, x):
 
 
 def agrees(scaled, element, expected):
-    packed = jax.jit(lambda v: pack(encode(element, v), jnp.finfo(element).bits))(
+    packed = jax.jit(lambda v: pack(encode_elements(element, v), jnp.finfo(element).bits))(
         scaled.elements.ravel()
     )
     np.testing.assert_array_equal(scaled.scales.ravel(), expected["scales"])
