@@ -5,8 +5,7 @@ A drop-in subclasses the layer of nnx and holds nothing more, so that one can be
 and otherwise calls nnx's own.
 """
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,15 +26,3 @@ def parameters(layer: nnx.Module, *names: str) -> Parameters:
 def has_custom_backward(inputs: Any, params: Parameters) -> bool:
     """Whether the hand-written backwards apply to an input and a layer's parameters."""
     return dtypes.takes_custom_backward(dtypes.as_array(inputs), *params.values())
-
-
-def merged_signature(of: Callable[..., None], more: Callable[..., None]) -> inspect.Signature:
-    """The signature of a constructor of nnx, and behind it the keywords that another one adds.
-
-    Args:
-        of: the constructor of nnx.
-        more: a constructor of any arguments and some keywords.
-    """
-    signature = inspect.signature(of)
-    added = [p for p in inspect.signature(more).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    return signature.replace(parameters=[*signature.parameters.values(), *added])

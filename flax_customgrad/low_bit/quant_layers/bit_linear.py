@@ -1,50 +1,58 @@
-"""BitLinear: ternary weights and 8-bit inputs that a norm prepares, BitNet b1.58, arXiv:2402.17764.
+"""BitLinear: ternary weights and 8-bit inputs that a norm prepares, as in BitNet b1.58.
 
-    forward   u  = x / rms(x)
-              X  = round(u / s),  s = max |u| / 127        of each token
-              W^ = clip(round(W / a), -1, 1),  a = mean |W|
-              y  = (X W^) s a + b
-    backward  du = g W^^T a,  dW = (X s)^T g,  db = sum g
-              dx = the backward of the norm, of du
-    kept      X in 8 bits, W^ in 2, s and a; and x and its rms for the norm
+    forward   u   = x / rms(x)
+              u_q = s round(u / s),  s = max |u| / 127        of each token
+              W_q = a clip(round(W / a), -1, 1),  a = mean |W|
+              y   = u_q W_q + b
+    backward  du  = g W_q^T,  dW = u_q^T g,  db = sum(g)
+              dx  = the backward of the norm, of du
+    kept      the codes of u in 8 bits, those of W in 2, s and a; and x and its rms for the norm
 
-Both roundings are straight through, and s and a held for constants: the gradient is that of the
-quantized product, at X s and W^ a. torchao's layer has the same gradient and leaves the norm to the
-user; it bounds s and a from below by 1e-5, where here only zeros get another scale, 1.
+It is composed: of the backwards of `RMSNorm` and of `QuantLinear`. Both roundings are
+straight-through, and s and a held constant. torchao's layer has the same gradient and leaves the
+norm to the user; it bounds s and a from below by 1e-5, where here only zeros get another scale, 1.
+
+Source: arXiv:2402.17764
 """
 
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.nnx.nn.linear import default_kernel_init
+from flax.typing import DotGeneralT, Dtype, Initializer, PrecisionLike, PromoteDtypeFn
+from jax import lax
 
 from flax_customgrad.layers.normalization.rms_norm import RMSNorm
+from flax_customgrad.low_bit.quant_layers.quant_layer import GradientShaper, KeptOperands
 from flax_customgrad.low_bit.quant_layers.quant_linear import QuantLinear
 from flax_customgrad.low_bit.quantizers.fake_quant import FakeQuant
+from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.ternary_weights import AbsMean
 
 
 class BitLinear(QuantLinear):
-    """The linear layer of BitNet b1.58: 1.58-bit weights, 8-bit inputs; arXiv:2402.17764.
+    """The linear layer of BitNet b1.58: 1.58-bit weights, 8-bit inputs.
 
-    Takes what `QuantLinear` takes, and `norm`. Where none is given, `weight` is an `AbsMean()` and
+    Takes what `QuantLinear` takes, and `norm`. Where they are None, `weight` is an `AbsMean()` and
     `activation` a `FakeQuant(8, axis="token")`. The paper's layers have no bias: `use_bias=False`.
 
     Args:
-        in_features: size of the last axis of the inputs.
-        out_features: size of the last axis of the outputs.
         norm: what the input goes through first: True for an `RMSNorm` without a scale, False for
             nothing, or a layer, such as an `RMSNorm` with its scale.
-        rngs: random numbers for the parameters.
-        **kwargs: what else `QuantLinear` takes.
 
     Attributes:
         norm: that layer, or None.
 
     Raises:
-        TypeError: `norm` is no layer, or a quantizer is none.
-        ValueError: `residuals` is another word, or an operation is injected.
+        TypeError: `norm` is neither a layer nor a bool, `weight` or `activation` is no `Quantizer`,
+            or `gradient` cannot be called.
+        ValueError: `residuals` is neither "quantized" nor "original", or an operation is injected.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -52,6 +60,8 @@ class BitLinear(QuantLinear):
         >>> layer = fcg.BitLinear(16, 3, use_bias=False, rngs=nnx.Rngs(0))
         >>> layer(jnp.ones((8, 16))).shape
         (8, 3)
+
+    Source: arXiv:2402.17764
     """
 
     _defaults: ClassVar = {"weight": AbsMean, "activation": partial(FakeQuant, 8, axis="token")}
@@ -61,29 +71,75 @@ class BitLinear(QuantLinear):
         in_features: int,
         out_features: int,
         *,
-        norm: bool | nnx.Module = True,
+        use_bias: bool = True,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = nnx.initializers.zeros,
+        dot_general: DotGeneralT = lax.dot_general,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        preferred_element_type: Dtype | None = None,
         rngs: nnx.Rngs,
-        **kwargs: Any,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        norm: bool | nnx.Module = True,
+        weight: Quantizer | None = None,
+        activation: Quantizer | None = None,
+        gradient: GradientShaper | None = None,
+        residuals: KeptOperands = "quantized",
     ):
-        super().__init__(in_features, out_features, rngs=rngs, **kwargs)
+        super().__init__(
+            in_features,
+            out_features,
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            dot_general=dot_general,
+            promote_dtype=promote_dtype,
+            preferred_element_type=preferred_element_type,
+            rngs=rngs,
+            kernel_metadata=kernel_metadata,
+            bias_metadata=bias_metadata,
+            weight=weight,
+            activation=activation,
+            gradient=gradient,
+            residuals=residuals,
+        )
         self._set_norm(norm)
 
     @classmethod
     def from_layer(
-        cls, layer: nnx.Module, *, norm: bool | nnx.Module = True, **quantizers: Any
+        cls,
+        layer: nnx.Module,
+        *,
+        norm: bool | nnx.Module = True,
+        weight: Quantizer | None = None,
+        activation: Quantizer | None = None,
+        gradient: GradientShaper | None = None,
+        residuals: KeptOperands = "quantized",
     ) -> Self:
         """Turns a linear layer into a `BitLinear`, in place.
 
         Args:
             layer: an `nnx.Linear` or a subclass.
             norm: as for the constructor.
-            **quantizers: `weight`, `activation`, `gradient` and `residuals` of `QuantLinear`.
+            weight: as for the constructor.
+            activation: as for the constructor.
+            gradient: as for the constructor.
+            residuals: as for the constructor.
 
         Raises:
-            TypeError: it is another layer, `norm` is none, or a quantizer is none.
-            ValueError: an operation is injected, or `residuals` is another word.
+            TypeError: `layer` is another layer, or an argument is one that the constructor refuses.
+            ValueError: an operation is injected, or `residuals` is neither "quantized" nor
+                "original".
         """
-        quantized = super().from_layer(layer, **quantizers)
+        quantized = super().from_layer(
+            layer, weight=weight, activation=activation, gradient=gradient, residuals=residuals
+        )
         quantized._set_norm(norm)
         return quantized
 

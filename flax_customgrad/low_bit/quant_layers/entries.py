@@ -1,7 +1,7 @@
 """The catalogue's entries of the quantized layers.
 
-Their formula is stop_gradient's: JAX differentiates the layer of flax.nnx, of operands a + (q - a)
-whose second term is held for a constant.
+Their formula is stop_gradient's: JAX differentiates the layer of flax.nnx, of operands
+`a + (q - a)` whose second term is held constant.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from flax_customgrad.low_bit.quant_layers.quant_einsum import QuantEinsum
 from flax_customgrad.low_bit.quant_layers.quant_embed import QuantEmbed
 from flax_customgrad.low_bit.quant_layers.quant_linear import QuantLinear
 from flax_customgrad.low_bit.quant_layers.quant_linear_general import QuantLinearGeneral
+from flax_customgrad.low_bit.quant_layers.quantized_product import quantized_product
 from flax_customgrad.low_bit.quant_layers.ternary_layers import TernaryConv, TernaryLinear
 from flax_customgrad.low_bit.quantizers.binary import BinaryActivation, BinaryWeight
 from flax_customgrad.low_bit.quantizers.fake_quant import FakeQuant
@@ -30,7 +31,7 @@ from flax_customgrad.registry.examples import made, normal
 
 
 def _within_one(a: jax.Array) -> jax.Array:
-    """The array, with a gradient where |a| <= 1."""
+    """The array, with a gradient where `|a| <= 1`."""
     return jnp.where(jnp.abs(a) <= 1, a, lax.stop_gradient(a))
 
 
@@ -82,7 +83,7 @@ _FORMULAS: dict[type[Quantizer], Callable[..., jax.Array]] = {
 
 
 def _through(quantizer: Quantizer | None, a: jax.Array) -> jax.Array:
-    """What a quantizer makes of an array, computed in float32 or wider and rounded once."""
+    """Quantizes an array with a formula, in float32 or wider, and rounds once to its dtype."""
     if quantizer is None:
         return a
     wide = a.astype(jnp.result_type(a, jnp.float32))
@@ -99,7 +100,7 @@ def _of(
     Args:
         method: of the layer of flax.nnx.
         kernel: the name of its kernel.
-        before: what its input goes through first.
+        before: applied to its input first.
     """
 
     def formula(layer: Any, x: jax.Array, g: jax.Array) -> tuple[Any, ...]:
@@ -161,9 +162,11 @@ def _embed(layer: Any, x: jax.Array, g: jax.Array) -> tuple[Any, ...]:
     return _of(method, "embedding")(layer, x, g)
 
 
-_SMALL = "training in few bits, and few bits kept between the passes"
-_TAKEN = "codes of x and kernel, their scales"
-_BINARY = "a sign and a bit of its mask for each element of x and kernel"
+_GAIN = "training in few bits, and few bits kept between the passes"
+_COMPOSED = "composed: the backwards of {} and of the quantizers, at the decoded codes"
+_KEEPS = "codes of x and kernel, their scales; "
+_BINARY = "a sign and a bit of its mask for each element of x and kernel; "
+_TERNARY = "x, codes of the kernel and their scale; "
 
 ENTRIES = (
     Entry(
@@ -172,15 +175,20 @@ ENTRIES = (
         QuantLinear,
         None,
         "surrogate",
-        keeps=_TAKEN,
-        gain=_SMALL,
+        keeps=_KEEPS + _COMPOSED.format("`linear`"),
+        gain=_GAIN,
         source="arXiv:1308.3432",
         formula=_of(nnx.Linear.__call__),
         examples={
-            "8 bits": _few_bits(8, 6, 4, inputs=(lambda: normal(8, 6),)),
+            "3 bits, a batch axis of size 1, codes that leave a byte half full": _few_bits(
+                3, 5, 4, inputs=(lambda: normal(8, 1, 5),)
+            ),
             "2 bits, no bias, two batch axes": _few_bits(
                 2, 6, 4, use_bias=False, inputs=(lambda: normal(8, 2, 6),)
             ),
+        },
+        operations={
+            quantized_product: "3 bits, a batch axis of size 1, codes that leave a byte half full"
         },
         workloads={
             "W4A4, 4096x1024 to 1024": _few_bits(
@@ -194,8 +202,8 @@ ENTRIES = (
         QuantLinearGeneral,
         None,
         "surrogate",
-        keeps=_TAKEN,
-        gain=_SMALL,
+        keeps=_KEEPS + _COMPOSED.format("`linear_general`"),
+        gain=_GAIN,
         source="arXiv:1308.3432",
         formula=_of(nnx.LinearGeneral.__call__),
         examples={
@@ -215,8 +223,8 @@ ENTRIES = (
         QuantEinsum,
         None,
         "surrogate",
-        keeps=_TAKEN,
-        gain=_SMALL,
+        keeps=_KEEPS + _COMPOSED.format("`einsum`"),
+        gain=_GAIN,
         source="arXiv:1308.3432",
         formula=_of(nnx.Einsum.__call__),
         examples={
@@ -236,7 +244,7 @@ ENTRIES = (
         QuantConv,
         None,
         "surrogate",
-        keeps=_TAKEN,
+        keeps=_KEEPS + _COMPOSED.format("`convolution`"),
         gain="training in few bits, of grouped and depthwise kernels too, and few bits kept",
         source="arXiv:1308.3432",
         formula=_of(nnx.Conv.__call__),
@@ -266,8 +274,8 @@ ENTRIES = (
         QuantConvTranspose,
         None,
         "surrogate",
-        keeps=_TAKEN,
-        gain=_SMALL,
+        keeps=_KEEPS + _COMPOSED.format("`convolution`"),
+        gain=_GAIN,
         source="arXiv:1308.3432",
         formula=_of(nnx.ConvTranspose.__call__),
         examples={
@@ -285,8 +293,9 @@ ENTRIES = (
         QuantEmbed,
         None,
         "surrogate",
-        keeps="ids; attend: codes of query and table, their scales",
-        gain=_SMALL,
+        keeps="ids; attend: codes of query and table, their scales; "
+        + _COMPOSED.format("`lookup` and `attend`"),
+        gain=_GAIN,
         source="arXiv:1308.3432",
         formula=_embed,
         examples={
@@ -307,7 +316,7 @@ ENTRIES = (
         BinaryLinear,
         None,
         "surrogate",
-        keeps=_BINARY,
+        keeps=_BINARY + _COMPOSED.format("`linear`"),
         gain="weights and inputs of one bit, kept in one bit",
         source="arXiv:1603.05279",
         formula=_of(nnx.Linear.__call__),
@@ -320,7 +329,7 @@ ENTRIES = (
         BinaryConv,
         None,
         "surrogate",
-        keeps=_BINARY,
+        keeps=_BINARY + _COMPOSED.format("`convolution`"),
         gain="weights and inputs of one bit, kept in one bit",
         source="arXiv:1603.05279",
         formula=_of(nnx.Conv.__call__),
@@ -335,7 +344,7 @@ ENTRIES = (
         TernaryLinear,
         None,
         "surrogate",
-        keeps="x, codes of the kernel and their scale",
+        keeps=_TERNARY + _COMPOSED.format("`linear`"),
         gain="weights of -1, 0 and 1, kept in two bits",
         source="arXiv:1605.04711",
         formula=_of(nnx.Linear.__call__),
@@ -348,7 +357,7 @@ ENTRIES = (
         TernaryConv,
         None,
         "surrogate",
-        keeps="x, codes of the kernel and their scale",
+        keeps=_TERNARY + _COMPOSED.format("`convolution`"),
         gain="weights of -1, 0 and 1, kept in two bits",
         source="arXiv:1605.04711",
         formula=_of(nnx.Conv.__call__),
@@ -363,7 +372,8 @@ ENTRIES = (
         BitLinear,
         None,
         "surrogate",
-        keeps="x, its rms, codes of both operands, their scales",
+        keeps="x, its rms, codes of both operands, their scales; "
+        + _COMPOSED.format("RMSNorm, `linear`"),
         gain="ternary weights and 8-bit inputs, with the norm of BitNet",
         source="arXiv:2402.17764",
         formula=_bit_linear,

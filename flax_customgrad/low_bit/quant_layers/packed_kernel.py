@@ -14,7 +14,7 @@ from flax_customgrad.numerics.packing import pack, packs, width
 
 
 class Packed(nnx.Variable):
-    """Codes, or what decodes them: weights that no optimizer moves."""
+    """Codes of weights, or what decodes them, such as a scale; no optimizer moves them."""
 
 
 @runtime_checkable
@@ -31,7 +31,7 @@ class Packable(Protocol):
 
 
 class PackedWeights(nnx.Module):
-    """Stands in the place of a layer's kernel, and answers `kernel[...]` with its values.
+    """Takes the place of a layer's kernel; `kernel[...]` gives its values.
 
     Attributes:
         shape: of the kernel.
@@ -45,17 +45,17 @@ class PackedWeights(nnx.Module):
 
     @property
     def saved_nbytes(self) -> int:
-        """How many bytes less it takes than its values would."""
+        """How many bytes it saves: those of its values, less those that it holds."""
         held = sum(a.nbytes for a in jax.tree.leaves(nnx.state(self, Packed)))
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize - held
 
     @abstractmethod
     def __getitem__(self, key: Any) -> jax.Array:
-        """The values, of which a key takes a part."""
+        """The values, indexed by a key."""
 
 
 class PackedKernel(PackedWeights):
-    """What a quantizer made of a kernel, in the place of the kernel.
+    """A quantized kernel as codes, in the place of a layer's kernel.
 
     The values, `kernel[...]`, are those of the quantizer to the bit.
 
@@ -73,7 +73,7 @@ class PackedKernel(PackedWeights):
 
         Args:
             kernel: array of any shape, float.
-            quantizer: quantizes it.
+            quantizer: the quantizer of the kernel.
         """
         values, codes, parameters, scheme = quantizer.quantize(kernel)
         self.bits = width(scheme.bits) if packs(codes.shape) else 8
@@ -85,7 +85,7 @@ class PackedKernel(PackedWeights):
         self._scheme = scheme
 
     def __getitem__(self, key: Any) -> jax.Array:
-        """The values, of which a key takes a part."""
+        """The values, indexed by a key."""
         like = jax.ShapeDtypeStruct(self.shape, self.dtype)
         parameters = tuple(p[...] for p in self.parameters)
         return decode(self.codes[...], parameters, self._scheme, self.bits, like)[key]

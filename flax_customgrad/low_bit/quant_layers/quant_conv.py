@@ -1,21 +1,37 @@
 """QuantConv: a convolution whose kernel, input and gradient go through quantizers.
 
-    forward   y  = conv(q_x(x), q_w(W)) + b
-    backward  dx = dq_x(the gradient of conv for x, at q_w(W))
-              dW = dq_w(the gradient of conv for W, at q_x(x))
-              db = the sum of g over images and space
+    forward   x_q  = q_x(x),  W_q = q_w(W)
+              y    = conv(x_q, W_q) + b
+    backward  dx_q = the gradient of conv for its images, at W_q,  dx = dq_x(dx_q)
+              dW_q = the gradient of conv for its kernel, at x_q,  dW = dq_w(dW_q)
+              db   = the sum of g over images and space
     kept      the codes of W and x, or, with residuals="original", W and x, as in `QuantLinear`
 
-dq is the backward of a quantizer; `convolution` writes conv out. Quantizers see images with the
-batch axes that they came with, and the kernel times its mask. What a mask takes out stays out: a
-binary code is never 0.
+It is composed, as that of `QuantLinear` is: of the backwards `dq_x` and `dq_w` of the quantizers
+and that of `convolution`, which writes conv out. Quantizers see images with the batch axes that
+they came with, and the kernel times its mask. What a mask takes out stays out: a binary code is
+never 0.
 """
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.nnx.nn.linear import default_kernel_init
+from flax.typing import (
+    Array,
+    ConvGeneralDilatedT,
+    Dtype,
+    Initializer,
+    PaddingLike,
+    PrecisionLike,
+    PromoteDtypeFn,
+)
+from jax import lax
 
 from flax_customgrad.layers.conv.conv import Conv
 from flax_customgrad.layers.conv.conv_arguments import (
@@ -25,7 +41,12 @@ from flax_customgrad.layers.conv.conv_arguments import (
 )
 from flax_customgrad.layers.conv.convolution import ConvConfig, convolution
 from flax_customgrad.layers.drop_in import Parameters
-from flax_customgrad.low_bit.quant_layers.quant_layer import QuantLayer, quantizing
+from flax_customgrad.low_bit.quant_layers.quant_layer import (
+    GradientShaper,
+    KeptOperands,
+    QuantLayer,
+)
+from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 
 
 def masked_parameters(layer: Any) -> Parameters:
@@ -63,11 +84,18 @@ class QuantConv(Conv, QuantLayer):
     """`Conv` with quantizers for its kernel, its input and the gradient of its output.
 
     Takes what `flax.nnx.Conv` takes, groups, masks of 0 and 1 and paddings of any kind included,
-    and `weight`, `activation`, `gradient` and `residuals` of `QuantLinear`.
+    but no operation of the user's own, and quantizers.
+
+    Args:
+        weight: a quantizer for the kernel, such as `FakeQuant(4, axis=-1)`; or None.
+        activation: a quantizer for the input, such as `FakeQuant(4)`; or None.
+        gradient: a layer that changes the gradient of the output and nothing else; or None.
+        residuals: what is kept, and what the gradient is that of: "quantized" for the codes and the
+            quantized convolution, "original" for the operands as they came and their convolution.
 
     Raises:
-        TypeError: a quantizer is none.
-        ValueError: `residuals` is another word, or an operation is injected.
+        TypeError: `weight` or `activation` is no `Quantizer`, or `gradient` cannot be called.
+        ValueError: `residuals` is neither "quantized" nor "original", or an operation is injected.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -79,9 +107,59 @@ class QuantConv(Conv, QuantLayer):
         (2, 16, 16, 8)
     """
 
-    @quantizing(nnx.Conv.__init__)
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] | None = 1,
+        *,
+        padding: PaddingLike = "SAME",
+        input_dilation: int | Sequence[int] | None = 1,
+        kernel_dilation: int | Sequence[int] | None = 1,
+        feature_group_count: int = 1,
+        use_bias: bool = True,
+        mask: Array | None = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = nnx.initializers.zeros,
+        conv_general_dilated: ConvGeneralDilatedT = lax.conv_general_dilated,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        preferred_element_type: Dtype | None = None,
+        rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        weight: Quantizer | None = None,
+        activation: Quantizer | None = None,
+        gradient: GradientShaper | None = None,
+        residuals: KeptOperands = "quantized",
+    ):
+        super().__init__(
+            in_features,
+            out_features,
+            kernel_size,
+            strides,
+            padding=padding,
+            input_dilation=input_dilation,
+            kernel_dilation=kernel_dilation,
+            feature_group_count=feature_group_count,
+            use_bias=use_bias,
+            mask=mask,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            conv_general_dilated=conv_general_dilated,
+            promote_dtype=promote_dtype,
+            preferred_element_type=preferred_element_type,
+            rngs=rngs,
+            kernel_metadata=kernel_metadata,
+            bias_metadata=bias_metadata,
+        )
+        self._set_quantizers(weight, activation, gradient, residuals)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer.

@@ -3,28 +3,45 @@
 Forward, backward and what is kept are those of `QuantConv`, with the geometry of `ConvTranspose`.
 """
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.nnx.nn.linear import default_kernel_init
+from flax.typing import Array, Dtype, Initializer, PaddingLike, PrecisionLike, PromoteDtypeFn
 
 from flax_customgrad.layers.conv.conv_arguments import check_conv_inputs
 from flax_customgrad.layers.conv.conv_transpose import ConvTranspose
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.low_bit.quant_layers.quant_conv import masked_convolution, masked_parameters
-from flax_customgrad.low_bit.quant_layers.quant_layer import QuantLayer, quantizing
+from flax_customgrad.low_bit.quant_layers.quant_layer import (
+    GradientShaper,
+    KeptOperands,
+    QuantLayer,
+)
+from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 
 
 class QuantConvTranspose(ConvTranspose, QuantLayer):
     """`ConvTranspose` with quantizers for its kernel, its input and the gradient of its output.
 
-    Takes what `flax.nnx.ConvTranspose` takes, and `weight`, `activation`, `gradient` and
-    `residuals` of `QuantLinear`. With `transpose_kernel` the output channels are the kernel's axis
-    -2.
+    Takes what `flax.nnx.ConvTranspose` takes, and quantizers. With `transpose_kernel` the output
+    channels are the kernel's axis -2.
+
+    Args:
+        weight: a quantizer for the kernel, such as `FakeQuant(4, axis=-1)`; or None.
+        activation: a quantizer for the input, such as `FakeQuant(4)`; or None.
+        gradient: a layer that changes the gradient of the output and nothing else; or None.
+        residuals: what is kept, and what the gradient is that of: "quantized" for the codes and the
+            quantized convolution, "original" for the operands as they came and their convolution.
 
     Raises:
-        TypeError: a quantizer is none.
-        ValueError: `residuals` is another word, or an operation is injected.
+        TypeError: `weight` or `activation` is no `Quantizer`, or `gradient` cannot be called.
+        ValueError: `residuals` is neither "quantized" nor "original", or an operation is injected.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -35,9 +52,55 @@ class QuantConvTranspose(ConvTranspose, QuantLayer):
         (2, 32, 32, 8)
     """
 
-    @quantizing(nnx.ConvTranspose.__init__)
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] | None = None,
+        *,
+        padding: PaddingLike = "SAME",
+        kernel_dilation: int | Sequence[int] | None = None,
+        use_bias: bool = True,
+        mask: Array | None = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike | None = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = nnx.initializers.zeros,
+        transpose_kernel: bool = False,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        preferred_element_type: Dtype | None = None,
+        rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        weight: Quantizer | None = None,
+        activation: Quantizer | None = None,
+        gradient: GradientShaper | None = None,
+        residuals: KeptOperands = "quantized",
+    ):
+        super().__init__(
+            in_features,
+            out_features,
+            kernel_size,
+            strides,
+            padding=padding,
+            kernel_dilation=kernel_dilation,
+            use_bias=use_bias,
+            mask=mask,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            transpose_kernel=transpose_kernel,
+            promote_dtype=promote_dtype,
+            preferred_element_type=preferred_element_type,
+            rngs=rngs,
+            kernel_metadata=kernel_metadata,
+            bias_metadata=bias_metadata,
+        )
+        self._set_quantizers(weight, activation, gradient, residuals)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Applies the layer.

@@ -2,34 +2,53 @@
 
 Written for 'nta,hab->nthb', as in `einsum`; an einsum is linear in each operand:
 
-    forward   y[n,t,h,b] = sum_a q_x(x)[n,t,a] q_w(W)[h,a,b] + c[h,b]
-    backward  dx         = dq_x(sum_hb g[n,t,h,b] q_w(W)[h,a,b])
-              dW         = dq_w(sum_nt q_x(x)[n,t,a] g[n,t,h,b])
-              dc[h,b]    = sum_nt g[n,t,h,b]
+    forward   x_q     = q_x(x),  W_q = q_w(W)
+              y       = sum_a x_q[n,t,a] W_q[h,a,b] + c[h,b]
+    backward  dx_q    = sum_hb g[n,t,h,b] W_q[h,a,b],  dx = dq_x(dx_q)
+              dW_q    = sum_nt x_q[n,t,a] g[n,t,h,b],  dW = dq_w(dW_q)
+              dc[h,b] = sum_nt g[n,t,h,b]
     kept      the codes of W and x, or, with residuals="original", W and x, as in `QuantLinear`
 
-dq is the backward of a quantizer. The sums are those of `einsum`, in float32.
+It is composed, as that of `QuantLinear` is: of the backwards `dq_x` and `dq_w` of the quantizers
+and that of `einsum`.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.nnx.nn.linear import default_kernel_init
+from flax.typing import Dtype, EinsumT, Initializer, PrecisionLike, PromoteDtypeFn, Shape
 
 from flax_customgrad.layers.linear.einsum import Einsum, einsum
-from flax_customgrad.low_bit.quant_layers.quant_layer import QuantLayer, quantizing
+from flax_customgrad.low_bit.quant_layers.quant_layer import (
+    GradientShaper,
+    KeptOperands,
+    QuantLayer,
+)
+from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.numerics.products import MatmulConfig
 
 
 class QuantEinsum(Einsum, QuantLayer):
     """`Einsum` with quantizers for its kernel, its input and the gradient of its output.
 
-    Takes what `flax.nnx.Einsum` takes, and `weight`, `activation`, `gradient` and `residuals` of
-    `QuantLinear`.
+    Takes what `flax.nnx.Einsum` takes, but no operation of the user's own, and quantizers.
+
+    Args:
+        weight: a quantizer for the kernel, such as `FakeQuant(4, axis=-1)`; or None.
+        activation: a quantizer for the input, such as `FakeQuant(4)`; or None.
+        gradient: a layer that changes the gradient of the output and nothing else; or None.
+        residuals: what is kept, and what the gradient is that of: "quantized" for the codes and the
+            quantized einsum, "original" for the operands as they came and their einsum.
 
     Raises:
-        TypeError: a quantizer is none.
-        ValueError: `residuals` is another word, or an operation is injected.
+        TypeError: `weight` or `activation` is no `Quantizer`, or `gradient` cannot be called.
+        ValueError: `residuals` is neither "quantized" nor "original", or an operation is injected.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -41,9 +60,45 @@ class QuantEinsum(Einsum, QuantLayer):
         (16, 11, 8, 4)
     """
 
-    @quantizing(nnx.Einsum.__init__)
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        einsum_str: str,
+        kernel_shape: Shape,
+        bias_shape: Shape | None = None,
+        *,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = nnx.initializers.zeros,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        einsum_op: EinsumT = jnp.einsum,
+        preferred_element_type: Dtype | None = None,
+        rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        weight: Quantizer | None = None,
+        activation: Quantizer | None = None,
+        gradient: GradientShaper | None = None,
+        residuals: KeptOperands = "quantized",
+    ):
+        super().__init__(
+            einsum_str,
+            kernel_shape,
+            bias_shape,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            promote_dtype=promote_dtype,
+            einsum_op=einsum_op,
+            preferred_element_type=preferred_element_type,
+            rngs=rngs,
+            kernel_metadata=kernel_metadata,
+            bias_metadata=bias_metadata,
+        )
+        self._set_quantizers(weight, activation, gradient, residuals)
 
     def __call__(
         self, inputs: jax.Array, einsum_str: str | None = None, out_sharding: Any = None

@@ -1,13 +1,12 @@
-"""What the quantized layers share: their quantizers, and how operands go through them."""
+"""`QuantLayer`: what the quantized layers share, their quantizers and the quantized product."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import jax
 from flax import nnx
 
-from flax_customgrad.layers.drop_in import Parameters, merged_signature, parameters
+from flax_customgrad.layers.drop_in import Parameters, parameters
 from flax_customgrad.layers.replaced_matmul import adopt, checked, refuse_injected
 from flax_customgrad.low_bit.quant_layers.packed_kernel import PackedKernel
 from flax_customgrad.low_bit.quant_layers.quantized_product import (
@@ -17,33 +16,34 @@ from flax_customgrad.low_bit.quant_layers.quantized_product import (
 from flax_customgrad.low_bit.quantizers.codes import Codes
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 
-Keeping = Literal["quantized", "original"]
-Shaper = Callable[[jax.Array], jax.Array]
+KeptOperands = Literal["quantized", "original"]
+"""What is kept of the operands of a product: their codes, or the operands as they came."""
+GradientShaper = Callable[[jax.Array], jax.Array]
 """A layer that changes nothing but the gradient."""
 
 
 class QuantLayer:
-    """Mixed into a layer with a kernel, which, and its input, then go through quantizers.
+    """Mixed into a layer with a kernel: kernel and input go through quantizers.
 
     It comes after the layer among the bases: only then can a layer of nnx become one of these.
 
     Attributes:
         weight: the quantizer of the kernel, or None.
         activation: the quantizer of the input, or None.
-        gradient: the layer that the output goes through for the sake of its gradient, or None.
-        residuals: what is kept between the passes, "quantized" or "original".
+        gradient: the layer that the output goes through and that changes its gradient, or None.
+        residuals: what is kept of the operands, "quantized" or "original".
     """
 
     __slots__ = ()
     weight: Quantizer | None
     activation: Quantizer | None
-    gradient: Shaper | None
-    residuals: Keeping
+    gradient: GradientShaper | None
+    residuals: KeptOperands
 
     _kernel: ClassVar[str] = "kernel"
-    """What the kernel is called."""
+    """The name of the parameter that is the kernel."""
     _defaults: ClassVar[Mapping[str, Callable[[], Quantizer]]] = {}
-    """What makes the quantizers that are not given, by argument."""
+    """By argument, what makes the quantizer that stands for None."""
 
     @classmethod
     def from_layer(
@@ -52,21 +52,23 @@ class QuantLayer:
         *,
         weight: Quantizer | None = None,
         activation: Quantizer | None = None,
-        gradient: Shaper | None = None,
-        residuals: Keeping = "quantized",
+        gradient: GradientShaper | None = None,
+        residuals: KeptOperands = "quantized",
     ) -> Self:
         """Turns a layer of nnx, or a drop-in, into a quantized one, in place.
 
         Args:
-            layer: of the class of nnx that this one subclasses.
+            layer: a layer of the class of nnx that this one subclasses.
             weight: as for the constructor.
             activation: as for the constructor.
             gradient: as for the constructor.
             residuals: as for the constructor.
 
         Raises:
-            TypeError: it is another layer, or a quantizer is none.
-            ValueError: an operation is injected, or `residuals` is another word.
+            TypeError: `layer` is another layer, `weight` or `activation` is no `Quantizer`, or
+                `gradient` cannot be called.
+            ValueError: an operation is injected, or `residuals` is neither "quantized" nor
+                "original".
         """
         quantized: Any = adopt(cls, layer, _of_nnx(cls))  # type: ignore[type-var]
         quantized._set_quantizers(weight, activation, gradient, residuals)
@@ -76,11 +78,18 @@ class QuantLayer:
         self,
         weight: Quantizer | None,
         activation: Quantizer | None,
-        gradient: Shaper | None,
-        residuals: Keeping,
+        gradient: GradientShaper | None,
+        residuals: KeptOperands,
     ) -> None:
-        """Gives the layer its quantizers; that of the weights observes them."""
+        """Gives the layer its quantizers; that of the weights observes them.
+
+        Raises:
+            TypeError: `weight` or `activation` is no `Quantizer`, or `gradient` cannot be called.
+            ValueError: `residuals` is neither "quantized" nor "original", or an operation is
+                injected.
+        """
         name = type(self).__name__
+        refuse_injected(name, self)
         given = {"weight": weight, "activation": activation}
         for argument, quantizer in given.items():
             if quantizer is None and argument in self._defaults:
@@ -102,7 +111,7 @@ class QuantLayer:
             self.weight.observe(self.to_quantize())
 
     def to_quantize(self) -> jax.Array:
-        """What the quantizer of the weights is given: the kernel, times its mask."""
+        """The array that the quantizer of the weights quantizes: the kernel, times its mask."""
         return self._parameters()[self._kernel]
 
     def pack_weights(self) -> bool:
@@ -141,13 +150,13 @@ class QuantLayer:
     def _product(
         self, params: Parameters, x: jax.Array, op: Callable[..., jax.Array], *statics: Any
     ) -> jax.Array:
-        """The output: an operation of quantized operands.
+        """Applies an operation to quantized operands.
 
         Args:
             params: the parameters.
             x: the input.
             op: the operation, called as `op(params, x, *statics)`.
-            *statics: its choices that are not arrays.
+            *statics: its arguments that are not arrays.
         """
         kernel = params[self._kernel]
         quantized = [_quantized(self.weight, kernel), _quantized(self.activation, x)]
@@ -159,42 +168,8 @@ class QuantLayer:
         )
 
     def _shaped(self, y: jax.Array) -> jax.Array:
-        """The output, with a gradient of another shape."""
+        """The output, whose gradient goes through the layer for it."""
         return y if self.gradient is None else self.gradient(y)
-
-
-def quantizing(of: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Puts quantizers beside the arguments of a constructor.
-
-    Args:
-        of: the constructor of nnx, whose signature is shown.
-
-    Returns:
-        A decorator, of a constructor that takes what that of nnx does. It raises a TypeError where
-        a quantizer is none, and a ValueError where `residuals` is another word or an operation is
-        injected.
-    """
-
-    def decorate(init: Callable[..., None]) -> Callable[..., None]:
-        def with_quantizers(
-            self: QuantLayer,
-            *args: Any,
-            weight: Quantizer | None = None,
-            activation: Quantizer | None = None,
-            gradient: Shaper | None = None,
-            residuals: Keeping = "quantized",
-            **kwargs: Any,
-        ) -> None:
-            init(self, *args, **kwargs)
-            refuse_injected(type(self).__name__, self)
-            self._set_quantizers(weight, activation, gradient, residuals)
-
-        signature = merged_signature(of, with_quantizers)
-        functools.update_wrapper(with_quantizers, of)
-        with_quantizers.__signature__ = signature  # type: ignore[attr-defined]
-        return with_quantizers
-
-    return decorate
 
 
 def _of_nnx(cls: type) -> type:

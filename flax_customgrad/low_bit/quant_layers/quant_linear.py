@@ -1,20 +1,36 @@
 """QuantLinear: a linear layer whose kernel, input and gradient go through quantizers.
 
-    forward   y  = q_x(x) q_w(W) + b
-    backward  dx = dq_x(g q_w(W)^T),  dW = dq_w(q_x(x)^T g),  db = sum g
+    forward   x_q  = q_x(x),  W_q = q_w(W)
+              y    = x_q W_q + b
+    backward  dx_q = g W_q^T,    dx = dq_x(dx_q)
+              dW_q = x_q^T g,    dW = dq_w(dW_q)
+              db   = sum(g)
     kept      the codes of W and x, or, with residuals="original", W and x, which then stand in
-              for their quantized values in dx and dW
+              for W_q and x_q in dx_q and dW_q
 
-dq is the backward of a quantizer. The sums are those of `linear`, in float32.
+It is composed: `dq_x` and `dq_w` are the backwards of the quantizers, on pages of their own; y is a
+`quantized_product`, whose backward is that of `linear`, at what is kept, with sums in float32.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.nnx.nn.linear import default_kernel_init
+from flax.typing import DotGeneralT, Dtype, Initializer, PrecisionLike, PromoteDtypeFn
+from jax import lax
 
 from flax_customgrad.layers.linear.linear import Linear, linear
-from flax_customgrad.low_bit.quant_layers.quant_layer import QuantLayer, quantizing
+from flax_customgrad.low_bit.quant_layers.quant_layer import (
+    GradientShaper,
+    KeptOperands,
+    QuantLayer,
+)
+from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.numerics.products import MatmulConfig
 
 
@@ -24,19 +40,18 @@ class QuantLinear(Linear, QuantLayer):
     Parameters, their names and initial values are those of `flax.nnx.Linear`; the kernel that is
     trained is not quantized, and goes through its quantizer in each call.
 
+    Takes what `flax.nnx.Linear` takes, but no operation of the user's own, and quantizers.
+
     Args:
-        *args: what `flax.nnx.Linear` takes, by name or by position.
-        weight: a quantizer for the kernel, such as `FakeQuant(4, axis=-1)`; None for none.
-        activation: a quantizer for the input; None for none.
-        gradient: a layer that changes nothing but the gradient of the output; None for none.
-        residuals: "quantized" keeps the codes of kernel and input, and the gradient is that of
-            the quantized product; "original" keeps both as they came, and computes the gradient of
-            the product with them.
-        **kwargs: what `flax.nnx.Linear` takes, but no operation of the user's own.
+        weight: a quantizer for the kernel, such as `FakeQuant(4, axis=-1)`; or None.
+        activation: a quantizer for the input, such as `FakeQuant(4)`; or None.
+        gradient: a layer that changes the gradient of the output and nothing else; or None.
+        residuals: what is kept, and what the gradient is that of: "quantized" for the codes and the
+            quantized product, "original" for the operands as they came and their product.
 
     Raises:
-        TypeError: a quantizer is none.
-        ValueError: `residuals` is another word, or an operation is injected.
+        TypeError: `weight` or `activation` is no `Quantizer`, or `gradient` cannot be called.
+        ValueError: `residuals` is neither "quantized" nor "original", or an operation is injected.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -50,9 +65,45 @@ class QuantLinear(Linear, QuantLayer):
         (124, 512)
     """
 
-    @quantizing(nnx.Linear.__init__)
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = nnx.initializers.zeros,
+        dot_general: DotGeneralT = lax.dot_general,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        preferred_element_type: Dtype | None = None,
+        rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        weight: Quantizer | None = None,
+        activation: Quantizer | None = None,
+        gradient: GradientShaper | None = None,
+        residuals: KeptOperands = "quantized",
+    ):
+        super().__init__(
+            in_features,
+            out_features,
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            dot_general=dot_general,
+            promote_dtype=promote_dtype,
+            preferred_element_type=preferred_element_type,
+            rngs=rngs,
+            kernel_metadata=kernel_metadata,
+            bias_metadata=bias_metadata,
+        )
+        self._set_quantizers(weight, activation, gradient, residuals)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer.

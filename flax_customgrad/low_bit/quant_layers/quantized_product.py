@@ -1,17 +1,19 @@
-"""Products of quantized operands, which keep the codes of both and no float copy.
+"""`quantized_product`: an operation of quantized operands, which keeps their codes and no floats.
 
-    forward   y  = f(W^, x^) + b      f linear in each: a product, einsum or convolution
-    backward  those of f, at what is kept
-    kept      "quantized": the codes of W^ and x^, decoded again    the derivative of the forward
-              "original":  W and x as they came                     the convention of qwix and AQT
+    forward   y  = f(W_q, x_q) + b       f linear in each operand: a product, einsum or convolution
+    backward  dW_q, db, dx_q = the backward of f, at what is kept; g is its cotangent
+    kept      "quantized": the codes of W_q and x_q, decoded again   the derivative of the forward
+              "original":  W and x as they came                      the convention of qwix and AQT
 
-What else f has for parameters, such as b, is kept as it came.
+The backward is composed: it is JAX's VJP of `f`, an operation of this library with a hand-written
+backward of its own. What else f has for parameters, such as b, is kept as it came.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import chex
 import jax
 from flax import nnx
 
@@ -22,21 +24,20 @@ from flax_customgrad.low_bit.quantizers.codes import Codes, KeptCodes, keep, res
 
 @dataclass(frozen=True)
 class LinearOp:
-    """A map of parameters and an input, with a backward of its own.
+    """An operation of a kernel and an input, linear in each, with a backward of its own.
 
     Attributes:
-        op: an operation, linear in kernel and input, called as `op({"kernel": W, "bias": b}, x,
-            *statics)`.
-        statics: the choices that are not arrays.
-        name: what the kernel is called.
+        op: the operation, called as `op({"kernel": W, "bias": b}, x, *statics)`.
+        statics: its arguments that are not arrays.
+        kernel: the name of the kernel among the parameters.
     """
 
     op: Callable[..., jax.Array]
     statics: tuple[Any, ...]
-    name: str = "kernel"
+    kernel: str = "kernel"
 
     def __call__(self, params: Parameters, x: jax.Array) -> jax.Array:
-        """The output, y."""
+        """Applies the operation."""
         return self.op(params, x, *self.statics)
 
 
@@ -46,7 +47,7 @@ class Residuals(NamedTuple):
     kernel: KeptCodes | jax.Array
     x: KeptCodes | jax.Array
     others: Parameters
-    of: LinearOp
+    f: LinearOp
 
 
 @custom_vjp(surrogate=True)
@@ -55,21 +56,21 @@ def quantized_product(
     x: jax.Array,
     kernel_kept: Codes | jax.Array,
     x_kept: Codes | jax.Array,
-    of: LinearOp,
+    f: LinearOp,
 ) -> jax.Array:
-    """Applies a map to quantized operands.
+    """Applies a linear operation to quantized operands.
 
     Args:
-        params: the kernel, quantized, and others such as `bias`; float.
-        x: the input, quantized; float.
-        kernel_kept: what the backward takes for the kernel: its codes, or an array like it.
-        x_kept: what the backward takes for the input.
-        of: the map.
+        params: the quantized kernel, and others such as `bias`; float, of shapes that `f` takes.
+        x: the quantized input, float, of a shape that `f` takes.
+        kernel_kept: what the backward takes for the kernel, its codes or an array like it.
+        x_kept: what the backward takes for the input, its codes or an array like it.
+        f: the operation.
 
     Returns:
-        What the map makes of kernel and input.
+        The output of `f`.
     """
-    return of(params, x)
+    return f(params, x)
 
 
 def _fwd(
@@ -77,18 +78,22 @@ def _fwd(
     x: jax.Array,
     kernel_kept: Codes | jax.Array,
     x_kept: Codes | jax.Array,
-    of: LinearOp,
+    f: LinearOp,
 ) -> tuple[jax.Array, Residuals]:
-    kernel, x_held = (keep(a) if isinstance(a, Codes) else a for a in (kernel_kept, x_kept))
-    others = nnx.State({name: p for name, p in params.items() if name != of.name})
-    return of(params, x), Residuals(kernel, x_held, others, of)
+    kernel, x_ = (keep(a) if isinstance(a, Codes) else a for a in (kernel_kept, x_kept))
+    others = nnx.State({name: p for name, p in params.items() if name != f.kernel})
+    return f(params, x), Residuals(kernel, x_, others, f)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
     kernel, x = (restore(a) if isinstance(a, KeptCodes) else a for a in (res.kernel, res.x))
-    # Of the forward only its residuals are read, which are these operands: XLA drops the rest.
-    _, pull = jax.vjp(res.of, nnx.State({**res.others, res.of.name: kernel}), x)
-    return *pull(g), None, None, None
+    # Of this forward only its residuals are read, which are these operands: XLA drops the rest.
+    y, pull = jax.vjp(res.f, nnx.State({**res.others, res.f.kernel: kernel}), x)
+    # What is kept has the shapes and dtypes of the operands.
+    chex.assert_shape(g, y.shape)
+    chex.assert_type(g, y.dtype)
+    dparams, dx = pull(g)
+    return dparams, dx, None, None, None
 
 
 quantized_product.defvjp(_fwd, _bwd)

@@ -1,11 +1,14 @@
 """TernaryLinear and TernaryConv: layers whose weights are -1, 0 or 1, times a scale.
 
-    forward   y  = f(x, q_w(W)) + b
-    backward  dx = df/dx at q_w(W),  dW = dq_w(df/dW at x),  db = sum g
+    forward   W_q = q_w(W)
+              y   = f(x, W_q) + b
+    backward  dx  = df/dx at W_q,  dW = dq_w(df/dW_q at x),  db = sum(g)
     kept      x, and 2 bits for each weight
 
-f is a product or a convolution, linear in each of its operands, and dq_w the backward of the
-ternary quantizer. Source: arXiv:1605.04711.
+`f` is a product or a convolution, linear in each operand. It is composed, as that of `QuantLinear`
+is: of the backward `dq_w` of the ternary quantizer and that of `f`.
+
+Source: arXiv:1605.04711
 """
 
 from typing import ClassVar
@@ -16,14 +19,14 @@ from flax_customgrad.low_bit.quantizers.ternary_weights import TWN
 
 
 class TernaryLinear(QuantLinear):
-    """A linear layer of ternary weights, arXiv:1605.04711.
+    """A linear layer of ternary weights.
 
-    Takes what `QuantLinear` takes. Where none is given, `weight` is a `TWN()`; a `TTQ()` learns
+    Takes what `QuantLinear` takes. Where it is None, `weight` is a `TWN()`; a `TTQ()` learns
     its two scales.
 
     Raises:
-        TypeError: a quantizer is none.
-        ValueError: `residuals` is another word, or an operation is injected.
+        TypeError: `weight` or `activation` is no `Quantizer`, or `gradient` cannot be called.
+        ValueError: `residuals` is neither "quantized" nor "original", or an operation is injected.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -31,20 +34,22 @@ class TernaryLinear(QuantLinear):
         >>> layer = fcg.TernaryLinear(16, 3, rngs=nnx.Rngs(0))
         >>> sorted(set(layer.weight.quantize(layer.kernel[...]).codes.ravel().tolist()))
         [0, 1, 2]
+
+    Source: arXiv:1605.04711
     """
 
     _defaults: ClassVar = {"weight": TWN}
 
 
 class TernaryConv(QuantConv):
-    """A convolution of ternary weights, arXiv:1605.04711.
+    """A convolution of ternary weights.
 
-    Takes what `QuantConv` takes. Where none is given, `weight` is a `TWN()`; a `TTQ()` learns its
+    Takes what `QuantConv` takes. Where it is None, `weight` is a `TWN()`; a `TTQ()` learns its
     two scales.
 
     Raises:
-        TypeError: a quantizer is none.
-        ValueError: `residuals` is another word, or an operation is injected.
+        TypeError: `weight` or `activation` is no `Quantizer`, or `gradient` cannot be called.
+        ValueError: `residuals` is neither "quantized" nor "original", or an operation is injected.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -52,6 +57,8 @@ class TernaryConv(QuantConv):
         >>> layer = fcg.TernaryConv(4, 8, (3, 3), rngs=nnx.Rngs(0))
         >>> layer(jnp.ones((2, 16, 16, 4))).shape
         (2, 16, 16, 8)
+
+    Source: arXiv:1605.04711
     """
 
     _defaults: ClassVar = {"weight": TWN}
