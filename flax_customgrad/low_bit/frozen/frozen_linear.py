@@ -207,7 +207,8 @@ class FrozenLinear(nnx.Module):
                 f"{cls.__name__}.from_layer takes an nnx.Linear or a flax_customgrad.Linear, got "
                 f"{type(layer).__module__}.{type(layer).__name__}"
             )
-        return cls(
+        make: Any = cls
+        return make(
             layer.in_features,
             layer.out_features,
             **_arguments(layer, layer.kernel[...]),

@@ -182,7 +182,7 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None
     chex.assert_equal_shape([q_w, w])
     key_u, key_v = (None, None) if res.key is None else jax.random.split(res.key)
 
-    def in_float(x: jax.Array, w: jax.Array, g: jax.Array) -> tuple[nnx.State, jax.Array]:
+    def in_float(x: jax.Array, w: jax.Array, g: jax.Array) -> tuple[Any, jax.Array]:
         _, transposes = jax.vjp(op, nnx.State({**res.params, "kernel": w}), x)
         return transposes(g)
 
@@ -201,14 +201,14 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None
         return in_float(x, w, g)[0], dx, None, None, None, None
 
     assert isinstance(res.x, Int8Array)
-    q_x, s_x, _ = res.x
+    q_x, s_x, _ = int8_x = res.x
     v = g * s_x
     q_v, s_v, _ = int8_v = encode_int8(v, _all_but_last(g.ndim), key_v)
     dw = op.kernel_gradient(q_x, w, q_v, s_v.dtype) * _by_channel(s_v)
     chex.assert_type([q_x, q_w, q_u, q_v], jnp.int8)
     chex.assert_equal_shape([dw, w])
     dw = _with_derivative(
-        dw, lambda: in_float(res.x.multiples(res.dtype), w, int8_v.values(g.dtype))[0]["kernel"]
+        dw, lambda: in_float(int8_x.multiples(res.dtype), w, int8_v.values(g.dtype))[0]["kernel"]
     )
     grads = {"kernel": dw}
     if "bias" in res.params:

@@ -23,11 +23,11 @@ _ELEMENTS = {
 }
 _SCALES = np.exp2(np.arange(-127.0, 120.0))
 
-Rounded = Callable[[jax.Array, Sequence[int]], jax.Array]
+BlockQuantizer = Callable[[jax.Array, Sequence[int]], jax.Array]
 
 
-def _with_a_row_of_zeros() -> jax.Array:
-    return normal(8, 3, 10).at[2, 1].set(0)
+def _with_a_row_of_zeros(n: int) -> jax.Array:
+    return normal(8, 3, n).at[2, 1].set(0)
 
 
 def _largest(x: jax.Array, axes: Sequence[int], size: int) -> jax.Array:
@@ -53,7 +53,7 @@ def _straight_through(x: jax.Array, quantized: jax.Array) -> jax.Array:
     return x + jax.lax.stop_gradient(quantized - x)
 
 
-def _mx(element: Any, size: int, up: bool) -> Rounded:
+def _mx(element: Any, size: int, up: bool) -> BlockQuantizer:
     """Quantizes with the smallest scale that holds a block, or with the scale before."""
     most = float(jnp.finfo(element).max)
 
@@ -87,8 +87,8 @@ def _linear(
     layer: Any,
     x: jax.Array,
     g: jax.Array,
-    forward: Rounded,
-    backward: Rounded,
+    forward: BlockQuantizer,
+    backward: BlockQuantizer,
     square: bool = False,
     rotate: bool = False,
 ) -> tuple[nnx.State, jax.Array]:
@@ -126,7 +126,7 @@ ENTRIES = (
         formula=_mx_linear,
         examples={
             "block remainder, two batch axes, bias, a row of zeros": made(
-                10, 6, block=4, inputs=(_with_a_row_of_zeros,)
+                10, 6, block=4, inputs=(lambda: _with_a_row_of_zeros(10),)
             ),
             "MXFP4, two batch axes": made(
                 33,
@@ -140,7 +140,6 @@ ENTRIES = (
             ),
         },
         workloads={"4096x1024 to 1024": made(1024, 1024, inputs=(lambda: normal(4096, 1024),))},
-        operations={scaled_linear: "block remainder, two batch axes, bias, a row of zeros"},
     ),
     Entry(
         "NVFP4Linear",
@@ -153,8 +152,8 @@ ENTRIES = (
         source="arXiv:2509.25149",
         formula=_nvfp4_linear,
         examples={
-            "to the nearest": made(
-                20, 6, stochastic_rounding=False, inputs=(lambda: normal(8, 20),)
+            "block remainder, rotation, two batch axes, bias, a row of zeros": made(
+                20, 6, stochastic_rounding=False, inputs=(lambda: _with_a_row_of_zeros(20),)
             ),
             "no rotation, two batch axes": made(
                 16,
@@ -164,6 +163,9 @@ ENTRIES = (
                 use_bias=False,
                 inputs=(lambda: normal(8, 3, 16),),
             ),
+        },
+        operations={
+            scaled_linear: "block remainder, rotation, two batch axes, bias, a row of zeros"
         },
         workloads={"4096x1024 to 1024": made(1024, 1024, inputs=(lambda: normal(4096, 1024),))},
     ),
