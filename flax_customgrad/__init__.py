@@ -53,8 +53,11 @@ from flax_customgrad.gradients.shaping.reversal import GradientReversal, gradien
 from flax_customgrad.gradients.shaping.scale import GradientScale, gradient_scale
 from flax_customgrad.gradients.shaping.stop import StopGradient, stop_gradient
 from flax_customgrad.layers.activation.exponential import celu, elu, selu
-from flax_customgrad.layers.activation.gated import geglu, glu, reglu, swiglu
+from flax_customgrad.layers.activation.gated import geglu, reglu, swiglu
 from flax_customgrad.layers.activation.gated_linear import GeGLU, ReGLU, SwiGLU
+from flax_customgrad.layers.activation.glu import glu
+from flax_customgrad.layers.activation.log_softmax import log_softmax
+from flax_customgrad.layers.activation.logsumexp import logsumexp
 from flax_customgrad.layers.activation.piecewise import (
     hard_sigmoid,
     hard_silu,
@@ -76,7 +79,7 @@ from flax_customgrad.layers.activation.smooth import (
     squareplus,
     swish,
 )
-from flax_customgrad.layers.activation.softmax import log_softmax, logsumexp, softmax
+from flax_customgrad.layers.activation.softmax import softmax
 from flax_customgrad.layers.conv.choose_lowering import use_lowering
 from flax_customgrad.layers.conv.conv import Conv
 from flax_customgrad.layers.conv.conv_transpose import ConvTranspose
@@ -91,7 +94,9 @@ from flax_customgrad.layers.normalization.instance_norm import InstanceNorm
 from flax_customgrad.layers.normalization.layer_norm import LayerNorm
 from flax_customgrad.layers.normalization.rms_norm import RMSNorm
 from flax_customgrad.layers.normalization.standardize import standardize
-from flax_customgrad.layers.pooling.pool_functions import avg_pool, max_pool, min_pool, pool
+from flax_customgrad.layers.pooling.avg_pool import avg_pool
+from flax_customgrad.layers.pooling.max_pool import max_pool, min_pool
+from flax_customgrad.layers.pooling.pool import pool
 from flax_customgrad.layers.weight_norms.spectral_norm import SpectralNorm
 from flax_customgrad.layers.weight_norms.weight_norm import WeightNorm
 from flax_customgrad.layers.weight_norms.weight_standardization import WeightStandardization

@@ -1,7 +1,7 @@
 """`Pooling`: the windows of an image, and how the arguments of a pooling become them."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,9 +9,13 @@ import jax
 from jax import lax
 
 from flax_customgrad.layers.pooling.windows import Windows
+from flax_customgrad.numerics.dtypes import takes_custom_backward
 
 # How many slices are written out for each axis: with more of them a program takes long to compile.
-_MOST = 32
+_MAX_SLICES = 32
+
+Padding = str | Sequence[tuple[int, int]]
+"""SAME, SAME_LOWER, VALID, or the elements to add (before, after) each axis."""
 
 
 @dataclass(frozen=True)
@@ -19,29 +23,36 @@ class Pooling:
     """The windows of an image; of each spatial axis one entry.
 
     Attributes:
-        image: the spatial shape of what is pooled.
+        spatial_shape: the spatial shape of what is pooled.
         window_shape: elements of a window.
         strides: how far one window is from the next.
         padding: elements added (before, after); negative ones are taken away.
     """
 
-    image: tuple[int, ...]
+    spatial_shape: tuple[int, ...]
     window_shape: tuple[int, ...]
     strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
 
     @property
-    def is_whole(self) -> bool:
-        """Whether the only window is the image."""
+    def is_global(self) -> bool:
+        """Whether the only window is the whole image."""
         return (
-            bool(self.image) and self.window_shape == self.image and not any(map(any, self.padding))
+            bool(self.spatial_shape)
+            and self.window_shape == self.spatial_shape
+            and not any(map(any, self.padding))
         )
 
     @property
-    def is_sliced(self) -> bool:
+    def fits_slices(self) -> bool:
         """Whether there are windows, of a size to write out as slices."""
-        axes = self.axes(1 + len(self.image))
-        return len(axes) > 0 and all(w.number > 0 and w.size <= _MOST for w in axes)
+        axes = self.axes(1 + len(self.spatial_shape))
+        return len(axes) > 0 and all(w.number > 0 and w.size <= _MAX_SLICES for w in axes)
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        """How many windows lie along each spatial axis."""
+        return tuple(windows.number for windows in self.axes(1 + len(self.spatial_shape)))
 
     def axes(self, ndim: int) -> list[Windows]:
         """The windows along each spatial axis.
@@ -49,8 +60,8 @@ class Pooling:
         Args:
             ndim: how many axes an array (..., *spatial, features) has.
         """
-        front = ndim - 1 - len(self.image)
-        each = zip(self.image, self.window_shape, self.strides, self.padding, strict=True)
+        front = ndim - 1 - len(self.spatial_shape)
+        each = zip(self.spatial_shape, self.window_shape, self.strides, self.padding, strict=True)
         axes = [Windows(front + i, *entries) for i, entries in enumerate(each)]
         # A single window overlaps with none, whatever its stride.
         return [replace(w, stride=max(w.stride, w.size)) if w.number == 1 else w for w in axes]
@@ -65,7 +76,7 @@ class Pooling:
             init: what a reduction begins with.
             reduce_fn: reduces two arrays to one.
         """
-        front = (1,) * (x.ndim - 1 - len(self.image))
+        front = (1,) * (x.ndim - 1 - len(self.spatial_shape))
         none = ((0, 0),)
         return lax.reduce_window(
             x,
@@ -77,7 +88,7 @@ class Pooling:
         )
 
 
-def windows_of(inputs: Any, window_shape: Any, strides: Any, padding: Any) -> Pooling:
+def parse_pooling(inputs: Any, window_shape: Any, strides: Any, padding: Any) -> Pooling:
     """The windows that the arguments of a pooling describe.
 
     Args:
@@ -90,9 +101,9 @@ def windows_of(inputs: Any, window_shape: Any, strides: Any, padding: Any) -> Po
         TypeError: they are not of whole numbers.
         ValueError: they do not fit each other or the inputs.
     """
-    window_shape = _sizes("window_shape", window_shape)
+    window_shape = _parse_sizes("window_shape", window_shape)
     n = len(window_shape)
-    strides = (1,) * n if strides is None else _sizes("strides", strides)
+    strides = (1,) * n if strides is None else _parse_sizes("strides", strides)
     if len(strides) != n:
         raise ValueError(
             f"strides {strides} and window_shape {window_shape} differ in length: write one stride "
@@ -105,10 +116,12 @@ def windows_of(inputs: Any, window_shape: Any, strides: Any, padding: Any) -> Po
             "None] for inputs without an axis of features"
         )
     image = inputs.shape[inputs.ndim - 1 - n : -1]
-    return Pooling(image, window_shape, strides, _pads(padding, image, window_shape, strides))
+    return Pooling(
+        image, window_shape, strides, _parse_padding(padding, image, window_shape, strides)
+    )
 
 
-def _sizes(name: str, sizes: Any) -> tuple[int, ...]:
+def _parse_sizes(name: str, sizes: Any) -> tuple[int, ...]:
     try:
         sizes = tuple(map(operator.index, sizes))
     except TypeError:
@@ -121,7 +134,7 @@ def _sizes(name: str, sizes: Any) -> tuple[int, ...]:
     return sizes
 
 
-def _pads(
+def _parse_padding(
     padding: Any, image: tuple[int, ...], window_shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...]:
     n = len(window_shape)
@@ -144,3 +157,13 @@ def _pads(
             f"pair (before, after) for each, {((1, 1),) * n} say"
         )
     return pads
+
+
+def is_pooled_by_slices(inputs: Any, pooling: Pooling) -> bool:
+    """Whether the hand-written backwards apply: floating images, and windows to write out.
+
+    Args:
+        inputs: array of shape (*batch, *spatial, features).
+        pooling: the windows.
+    """
+    return takes_custom_backward(inputs) and inputs.size > 0 and pooling.fits_slices

@@ -1,17 +1,17 @@
 """Windows along one axis: what they see, and what they send back.
 
-Of elements with `low` elements of padding before them, windows of size k, s apart, see
+Of elements with `low` elements of padding before them, windows of size `k` and stride `s` see
 
     window o at offset t         element o s + t - low,                  t = 0 .. k-1
     element q s + r - low        at offset r + j s of window q - j,      r = 0 .. s-1, j = 0 .. J-1
 
-J, k / s rounded up, is how many windows see an element at most. What an element gets from those
-that see it is combined from windows as well, of size J and 1 apart, each of which yields a block of
-s elements. An image is combined along one axis after the other.
+`J`, which is `k / s` rounded up, is how many windows see an element at most. What an element gets
+from those that see it is combined from windows as well, of size `J` and stride 1, each of which
+yields a block of `s` elements. An image is combined along one axis after the other.
 
 What all windows see at one offset is a slice. XLA on a CPU makes vector code of a few slices and
 their maximum or sum, but one scalar loop of `reduce_window`. Windows that reach into the padding
-are combined apart from the others and put next to them: a padded copy of the image would take
+are combined separately from the others and put next to them: a padded copy of the image would take
 nearly as long to make as all the rest.
 """
 
@@ -26,14 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-Image = tuple[jax.Array, float]
+PaddedArray = tuple[jax.Array, float]
 """An array, and what its padding holds."""
 
-Then = Callable[[jax.Array], jax.Array]
+Continuation = Callable[[jax.Array], jax.Array]
+"""What is done to each part of an array that is combined: the steps along the other axes."""
 
 # Of windows up to this size all elements are read at once. Of larger ones an axis is combined and
 # stored before the next: 5+5 elements are read instead of 25, and XLA has as much less to compile.
-_AT_ONCE = 9
+_MAX_READ_AT_ONCE = 9
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,17 @@ class Windows:
         """How many windows see an element at most."""
         return -(-self.size // self.stride)
 
-    def combine(self, f: Callable[..., jax.Array], *images: Image, apart: bool = True) -> jax.Array:
+    def combine(
+        self, f: Callable[..., jax.Array], *images: PaddedArray, separate_edges: bool = True
+    ) -> jax.Array:
         """Combines what each window sees.
 
         Args:
             f: makes one array of what windows see. It gets a list for each image, of the slices at
                 offset 0, at offset 1, and so on.
             *images: arrays, each with what its padding holds.
-            apart: whether windows that reach into the padding are combined apart, for which XLA
-                compiles f three times; or the images are padded.
+            separate_edges: whether windows that reach into the padding are combined separately, for
+                which XLA compiles f three times; or the images are padded.
 
         Returns:
             What f makes, with the windows in the place of the elements.
@@ -81,7 +84,11 @@ class Windows:
         first = min(self.number, max(0, -(-low // self.stride)))
         last = (self.length + low - self.size) // self.stride + 1
         last = max(first, min(self.number, last))
-        parts = [(0, first), (first, last), (last, self.number)] if apart else [(0, self.number)]
+        parts = (
+            [(0, first), (first, last), (last, self.number)]
+            if separate_edges
+            else [(0, self.number)]
+        )
         made = [
             f(*(self._slices(*image, *part) for image in images))
             for part in parts
@@ -89,8 +96,11 @@ class Windows:
         ]
         return made[0] if len(made) == 1 else lax.concatenate(made, self.axis)
 
-    def spread(
-        self, g: jax.Array, offset: jax.Array | None = None, then: Then = lambda dx: dx
+    def scatter(
+        self,
+        g: jax.Array,
+        offset: jax.Array | None = None,
+        then: Continuation = lambda dx: dx,
     ) -> jax.Array:
         """Adds up what each element gets from the windows that see it.
 
@@ -108,13 +118,18 @@ class Windows:
             self.axis, self.number, self.overlap, 1, (ahead - first, stop - self.number)
         )
         images = [(sent, 0.0) for sent in (g, offset) if sent is not None]
-        apart = offset is None or self.is_small
-        dx = blocks.combine(lambda *sent: then(self._block(*sent)), *images, apart=apart)
+        separate_edges = offset is None or self.separates_edges
+        dx = blocks.combine(
+            lambda *sent: then(self._block(*sent)), *images, separate_edges=separate_edges
+        )
         return self._padded(dx, first * s - low, low + self.length - stop * s, 0)
 
     @property
-    def is_small(self) -> bool:
-        """Whether to combine windows apart that reach into the padding, for more than a sum."""
+    def separates_edges(self) -> bool:
+        """Whether windows that reach into the padding are worth a program of their own.
+
+        For a sum they always are.
+        """
         return self.size <= 3
 
     def _slices(self, image: jax.Array, fill: float, first: int, stop: int) -> list[jax.Array]:
@@ -144,9 +159,9 @@ class Windows:
             elif here.max() >= self.size:
                 g = jnp.where(here < self.size, g, 0)
             parts.append(g)
-        total = functools.reduce(lax.add, parts)
-        shape = (*total.shape[: self.axis + 1], self.stride, *total.shape[self.axis + 2 :])
-        return lax.collapse(jnp.broadcast_to(total, shape), self.axis, self.axis + 2)
+        block = functools.reduce(lax.add, parts)
+        shape = (*block.shape[: self.axis + 1], self.stride, *block.shape[self.axis + 2 :])
+        return lax.collapse(jnp.broadcast_to(block, shape), self.axis, self.axis + 2)
 
     def _padded(self, x: jax.Array, before: int, after: int, fill: float) -> jax.Array:
         if before == after == 0:
@@ -156,8 +171,10 @@ class Windows:
         return lax.pad(x, jnp.asarray(fill, x.dtype), config)
 
 
-def along(
-    axes: Sequence[Windows], step: Callable[[Windows, jax.Array, Then], jax.Array], x: jax.Array
+def apply_along_axes(
+    axes: Sequence[Windows],
+    step: Callable[[Windows, jax.Array, Continuation], jax.Array],
+    x: jax.Array,
 ) -> jax.Array:
     """Takes a step along one axis after the other.
 
@@ -170,7 +187,7 @@ def along(
     if not axes:
         return x
     here, *others = axes
-    then = functools.partial(along, others, step)
-    if math.prod(windows.size for windows in axes) <= _AT_ONCE:
+    then = functools.partial(apply_along_axes, others, step)
+    if math.prod(windows.size for windows in axes) <= _MAX_READ_AT_ONCE:
         return step(here, x, then)
     return then(step(here, x, lambda x: x))
