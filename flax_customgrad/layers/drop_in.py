@@ -1,4 +1,4 @@
-"""What the drop-ins share: layers that take the place of one of flax.nnx.
+"""What drop-ins share, the layers that take the place of one of flax.nnx.
 
 A drop-in subclasses the layer of nnx and holds nothing more, so that one can become the other. Its
 `__call__` hands its parameters to an operation with a hand-written backward, where that applies,
@@ -18,11 +18,26 @@ Parameters = Mapping[str, jax.Array]
 
 
 def parameters(layer: nnx.Module, *names: str) -> Parameters:
-    """The values of a layer's parameters by name; one that the layer does without is left out."""
+    """The values of a layer's parameters.
+
+    Args:
+        layer: the layer.
+        *names: names of the parameters; one that is None in the layer is left out.
+
+    Returns:
+        A State of bare arrays, keyed by name.
+    """
     variables = {name: getattr(layer, name) for name in names}
     return nnx.State({name: v[...] for name, v in variables.items() if v is not None})
 
 
 def has_custom_backward(inputs: Any, params: Parameters) -> bool:
-    """Whether the hand-written backwards apply to an input and a layer's parameters."""
+    """Whether the hand-written backwards apply to an input and a layer's parameters.
+
+    They take real floating arrays of 16 bits or more, and no call inside `use_autodiff`.
+
+    Args:
+        inputs: what the layer was called with; an array of NumPy or a Variable counts as an array.
+        params: the parameters of the layer.
+    """
     return dtypes.takes_custom_backward(dtypes.as_array(inputs), *params.values())

@@ -1,4 +1,4 @@
-"""What layers share whose product is their point: int8, fp8 or quantized, it is not nnx's.
+"""Checks shared by layers that replace nnx's matmul: with an int8, fp8 or quantized product.
 
 Such a layer cannot call an operation of the user's own, takes floating arrays only, and takes the
 place of a layer that holds the same parameters.
@@ -18,40 +18,46 @@ from flax_customgrad.numerics.dtypes import as_array, is_supported_float
 
 L = TypeVar("L", bound=nnx.Module)
 
-_OPERATIONS = {
+_INJECTABLE = {
     "dot_general": (lax.dot_general,),
     "dot_general_cls": (),
     "einsum_op": (jnp.einsum,),
     "conv_general_dilated": (lax.conv_general_dilated,),
     "promote_dtype": (dtypes.promote_dtype,),
 }
-"""What a user may inject into a layer of nnx, and what stands there by default."""
+"""The operations that a user may inject into a layer of nnx, each with nnx's own defaults."""
 
 
 def operands(layer: nnx.Module, x: Any, *names: str) -> tuple[Parameters, jax.Array]:
-    """The parameters of a layer and its input, as they go into an operation.
+    """The parameters of a layer and its input, checked, as they go into an operation.
 
     Args:
         layer: the layer.
-        x: its input; an array of NumPy is taken too.
-        *names: of its parameters.
+        x: the input of the layer, a floating array of JAX or NumPy.
+        *names: names of the parameters; one that the layer does without is left out.
+
+    Returns:
+        The parameters as bare arrays, and x as an array of JAX.
 
     Raises:
-        TypeError: the input or a parameter is no real floating array.
+        TypeError: x or a parameter is not a real floating array of 16 bits or more.
     """
     return checked(layer, parameters(layer, *names), x)
 
 
 def checked(layer: Any, params: Parameters, x: Any) -> tuple[Parameters, jax.Array]:
-    """Operands that can be quantized.
+    """Checks that parameters and input can be quantized.
 
     Args:
-        layer: whose they are, for the error.
-        params: its parameters.
-        x: its input; an array of NumPy is taken too.
+        layer: the layer that they belong to, for the error.
+        params: the parameters of the layer.
+        x: the input of the layer, a floating array of JAX or NumPy.
+
+    Returns:
+        `params`, and x as an array of JAX.
 
     Raises:
-        TypeError: the input or a parameter is no real floating array.
+        TypeError: x or a parameter is not a real floating array of 16 bits or more.
     """
     x = as_array(x)
     for name, array in {**params, "its input": x}.items():
@@ -67,13 +73,17 @@ def adopt(cls: type[L], layer: Any, reference: type) -> L:
     """Turns a layer of nnx, or a drop-in, into one of another class that holds the same, in place.
 
     Args:
-        cls: the class.
+        cls: the class that the layer becomes.
         layer: the layer.
-        reference: the class of nnx that the layer must be one of.
+        reference: the class of nnx that the layer must be an instance of.
+
+    Returns:
+        The layer itself.
 
     Raises:
-        TypeError: the layer is another one, or computes what this class would not.
-        ValueError: it has an operation of the user's own.
+        TypeError: the layer is not an instance of `reference`, or its class has a `__call__` of
+            its own, which `cls` would not call.
+        ValueError: an operation was injected into the layer.
     """
     if not isinstance(layer, reference):
         raise TypeError(
@@ -91,17 +101,17 @@ def adopt(cls: type[L], layer: Any, reference: type) -> L:
 
 
 def refuse_injected(name: str, layer: Any) -> None:
-    """Refuses a layer with an operation of the user's own: the product is this library's.
+    """Refuses a layer with an injected operation, which the product of this library replaces.
 
     Args:
-        name: the class, for the error.
+        name: the name of the class, for the error.
         layer: the layer.
 
     Raises:
-        ValueError: it has one.
+        ValueError: an operation was injected into the layer.
     """
-    for attribute, own in _OPERATIONS.items():
-        if getattr(layer, attribute, None) not in (None, *own):
+    for attribute, defaults in _INJECTABLE.items():
+        if getattr(layer, attribute, None) not in (None, *defaults):
             raise ValueError(
                 f"{name} computes its product itself and cannot call `{attribute}`: leave it out"
             )
