@@ -92,7 +92,7 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None]:
     p = _with_boundary(x, config)  # `correlate` pads it with zeros and dilates it
     chex.assert_shape(
         [p, g],
-        [(len(x), *geometry.size, *dims["C"]), (len(x), *geometry.out, *dims["F"])],
+        [(x.shape[0], *geometry.size, *dims["C"]), (x.shape[0], *geometry.out, *dims["F"])],
     )
     dx, dkernel = correlate_gradients(
         p, _oriented(kernel, config), g, geometry, config.matmul.precision
