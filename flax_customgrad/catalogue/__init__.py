@@ -9,7 +9,7 @@ from typing import Any
 
 from flax import nnx
 
-from flax_customgrad.catalogue.expected import expected
+from flax_customgrad.catalogue.expected_gradient import expected
 from flax_customgrad.estimators.categorical import entries as categorical
 from flax_customgrad.estimators.codebook import entries as codebook
 from flax_customgrad.estimators.rounding import entries as rounding

@@ -33,6 +33,8 @@ class _ConstructorSignature:
     def __get__(self, layer: Any, cls: type) -> inspect.Signature:
         if layer is not None:
             raise AttributeError("a layer has the signature of its __call__")
+        if cls.__init__ is object.__init__:
+            return inspect.Signature(return_annotation=cls)
         signature = inspect.signature(cls.__init__)
         _, *parameters = signature.parameters.values()
         return signature.replace(parameters=parameters, return_annotation=cls)
