@@ -64,7 +64,7 @@ def sum_by_blocks(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
 
     def strided(a: jax.Array, start: list[int], step: list[int]) -> jax.Array:
         stop = [i + (n - 1) * s + 1 for i, n, s in zip(start, counts, step, strict=True)]
-        return lax.slice(a, (0, *start, 0), (len(a), *stop, a.shape[-1]), (1, *step, 1))
+        return lax.slice(a, (0, *start, 0), (a.shape[0], *stop, a.shape[-1]), (1, *step, 1))
 
     def block_sums(x: jax.Array, g: jax.Array) -> tuple[jax.Array, ...]:
         """For each element of the window the sum over each block, (images, *counts, features)."""
@@ -81,14 +81,17 @@ def sum_by_blocks(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
         return tuple(parts)
 
     images = _images_per_iteration(x, g)
-    iterations = len(x) // images
 
     def add_images(i: int, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         some = (lax.dynamic_slice_in_dim(a, i * images, images) for a in (x, g))
         return tuple(map(jnp.add, sums, block_sums(*some)))
 
-    zeros = tuple(jnp.zeros_like(x, shape=(images, *counts, x.shape[-1])) for _ in geometry.taps)
-    parts = block_sums(x, g) if iterations == 1 else lax.fori_loop(0, iterations, add_images, zeros)
+    if images is None:
+        parts = block_sums(x, g)
+    else:
+        shape = (images, *counts, x.shape[-1])
+        zeros = tuple(jnp.zeros_like(x, shape=shape) for _ in geometry.taps)
+        parts = lax.fori_loop(0, x.shape[0] // images, add_images, zeros)
     axes = tuple(range(g.ndim - 1))
     return jnp.stack([lax.reduce_sum(part, axes) for part in parts])
 
@@ -100,7 +103,14 @@ def _block_counts_and_shape(out: tuple[int, ...]) -> tuple[list[int], list[int]]
     return counts, [-(-o // n) for o, n in zip(out, counts, strict=True)]
 
 
-def _images_per_iteration(x: jax.Array, g: jax.Array) -> int:
-    """How many images an iteration takes: as many as the cache holds, without a remainder."""
-    wanted = max(1, _CACHE_BYTES * len(x) // max(1, max(x.nbytes, g.nbytes)))
-    return max(n for n in range(1, len(x) + 1) if len(x) % n == 0 and n <= wanted)
+def _images_per_iteration(x: jax.Array, g: jax.Array) -> int | None:
+    """How many images an iteration takes, without a remainder; None where no loop is needed.
+
+    That is as many as the cache holds. A batch of symbolic size is taken as one.
+    """
+    batch = x.shape[0]
+    if not isinstance(batch, int):
+        return None
+    wanted = max(1, _CACHE_BYTES * batch // max(1, max(x.nbytes, g.nbytes)))
+    images = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= wanted)
+    return None if images == batch else images

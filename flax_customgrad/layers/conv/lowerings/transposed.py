@@ -73,7 +73,7 @@ class TransposedLowering(Lowering):
             low, k = geometry.padding[axis][0], geometry.window[axis]
             meeting = [t for t in range(min(k, s)) if (r + t * d - low) % s == 0]
             if not meeting:
-                shape = (len(x), *counts, geometry.out_features)
+                shape = (x.shape[0], *counts, geometry.out_features)
                 return jnp.zeros_like(x, shape=shape)
             first, step = meeting[0], s // math.gcd(s, d)
             w = lax.slice_in_dim(w, first, k, stride=step, axis=axis)
@@ -99,4 +99,4 @@ def _interleave_phases(phases: list[jax.Array], geometry: Geometry, counts: list
     together = lax.transpose(together, (rank, *order, 2 * rank + 1))
     size = [n * s for n, s in zip(counts, steps, strict=True)]
     y = together.reshape(together.shape[0], *size, together.shape[-1])
-    return lax.slice(y, (0,) * y.ndim, (len(y), *geometry.out, y.shape[-1]))
+    return lax.slice(y, (0,) * y.ndim, (y.shape[0], *geometry.out, y.shape[-1]))
