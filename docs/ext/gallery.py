@@ -15,10 +15,10 @@ from flax_customgrad import catalogue
 
 MARK = "<!-- the catalogue -->"
 _HEAD = (
-    "layer, and what it stands in for",
+    "layer, and what it replaces",
     "gradient",
     "the backward keeps",
-    "what for, and source",
+    "purpose and source",
 )
 _WIDTHS = (26, 14, 25, 35)
 
