@@ -15,17 +15,23 @@ SETTINGS = settings(max_examples=6, deadline=None, derandomize=True)
 
 
 def agree(make, shape):
-    """Value and gradients of a layer of ours and of nnx, in float64."""
+    """Value and gradients of a layer of ours and of nnx, in float64 and in one program."""
     with jax.enable_x64(True):
-        layers = [make(module) for module in (fcg, nnx)]
+        split = [nnx.split(make(module)) for module in (fcg, nnx)]
         x = jax.random.normal(jax.random.key(0), shape, jnp.float64)
 
-        def loss(m, x):
-            y = m(x)
+        def loss(state, x, graphdef):
+            y = nnx.merge(graphdef, state)(x)
             return jnp.sum(jnp.sin(y) * jnp.cos(jnp.arange(y.size)).reshape(y.shape))
 
-        results = [nnx.value_and_grad(loss, argnums=(0, 1))(layer, x) for layer in layers]
-    ours, theirs = (jax.tree.leaves(result) for result in results)
+        @jax.jit
+        def both(states, x):
+            return [
+                jax.value_and_grad(loss, (0, 1))(state, x, graphdef)
+                for (graphdef, _), state in zip(split, states, strict=True)
+            ]
+
+        ours, theirs = map(jax.tree.leaves, both([state for _, state in split], x))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
