@@ -100,3 +100,22 @@ def check_word(layer: str, argument: str, value: Any, words: Iterable[str]) -> N
     words = tuple(words)
     if value not in words:
         raise ValueError(f"{layer}: {argument}={value!r} is none of {', '.join(map(repr, words))}")
+
+
+def check_bits(layer: str, bits: Any, least: int = 2) -> int:
+    """Refuses a number of bits that is no integer, or too small or large for a code in a byte.
+
+    Args:
+        layer: the name of the layer, for the error.
+        bits: the number.
+        least: how few there may be.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: it is no integer from the least to 8.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= 8:
+        raise ValueError(f"{layer}: bits={bits!r} must be an integer from {least} to 8")
+    return bits

@@ -1,4 +1,4 @@
-"""`magnitude`: a power of two to divide by, so that squares neither overflow nor vanish."""
+"""Scales and division by them: a power of two that is exact, a quotient rounded once, a floor."""
 
 from collections.abc import Sequence
 
@@ -26,3 +26,35 @@ def magnitude(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     exponent = jnp.clip(jnp.frexp(largest)[1] - 1, -most, most)
     power = jnp.ldexp(jnp.ones_like(largest), exponent)
     return jnp.where(largest == 0, 1, jnp.where(jnp.isfinite(largest), power, jnp.nan))
+
+
+def quotient(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """The quotient, rounded once, so that ties are where they should be; NaN for a non-finite x.
+
+    XLA on a CPU multiplies by the inverse of what is broadcast, which is rounded twice and in one
+    of four elements another number; it cannot see that each element has the same divisor here.
+
+    Args:
+        x: array of any shape, float.
+        scale: array that broadcasts to it, float.
+    """
+    return x / (scale + 0 * x)
+
+
+def abs_floor(parameter: jax.Array, least: float = 2.0**-126) -> jax.Array:
+    """The magnitude of a learned size, and not less than the least one.
+
+    Args:
+        parameter: array of any shape, float32 or wider.
+        least: the least size, by default the least normal number of float32.
+    """
+    return jnp.maximum(jnp.abs(parameter), least)
+
+
+def abs_floor_slope(parameter: jax.Array) -> jax.Array:
+    """The derivative of `abs_floor`: -1 below 0, else 1.
+
+    Args:
+        parameter: array of any shape, float.
+    """
+    return jnp.where(parameter < 0, -1, 1)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_customgrad.estimators.rounding.sign import within
-from flax_customgrad.estimators.rounding.step import Step, identity, keep_none, masked
+from flax_customgrad.estimators.rounding.step import Step, keep_none, straight_through, where_kept
 from flax_customgrad.numerics.argument_checks import check_clip_value
 
 
@@ -21,8 +21,8 @@ def heaviside(x: jax.Array, *parameters: object) -> jax.Array:
     return jnp.where(x > 0, 1, jnp.where(x <= 0, 0, x))
 
 
-_HEAVISIDE = Step("SteHeaviside", heaviside, masked, within)
-_HEAVISIDE_PASSING = Step("SteHeaviside", heaviside, identity, keep_none)
+_HEAVISIDE = Step("SteHeaviside", heaviside, where_kept, within)
+_HEAVISIDE_PASSING = Step("SteHeaviside", heaviside, straight_through, keep_none)
 
 
 class SteHeaviside(nnx.Module):

@@ -21,13 +21,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from flax_customgrad.estimators.rounding.step import Step, identity, keep_none, masked
+from flax_customgrad.estimators.rounding.step import Step, keep_none, straight_through, where_kept
 from flax_customgrad.numerics.accumulation import accumulator
 
-_ROUND = Step("round_ste", jnp.round, identity, keep_none)
-_FLOOR = Step("floor_ste", jnp.floor, identity, keep_none)
-_CEIL = Step("ceil_ste", jnp.ceil, identity, keep_none)
-_TRUNC = Step("trunc_ste", jnp.trunc, identity, keep_none)
+_ROUND = Step("round_ste", jnp.round, straight_through, keep_none)
+_FLOOR = Step("floor_ste", jnp.floor, straight_through, keep_none)
+_CEIL = Step("ceil_ste", jnp.ceil, straight_through, keep_none)
+_TRUNC = Step("trunc_ste", jnp.trunc, straight_through, keep_none)
 
 
 def round_ste(x: ArrayLike) -> jax.Array:
@@ -96,7 +96,7 @@ def up_where_below(x: jax.Array, noise: jax.Array) -> jax.Array:
     return below + (noise < x - below)
 
 
-_STOCHASTIC = Step("stochastic_round", up_where_below, identity, keep_none)
+_STOCHASTIC = Step("stochastic_round", up_where_below, straight_through, keep_none)
 
 
 def stochastic_round(x: ArrayLike, key: jax.Array) -> jax.Array:
@@ -158,8 +158,8 @@ def _within(x: jax.Array, low: ArrayLike, high: ArrayLike) -> tuple[jax.Array]:
 
 
 _CLIP = {
-    "pass_through": Step("clip_ste", _clip, identity, keep_none),
-    "masked": Step("clip_ste", _clip, masked, _within),
+    "pass_through": Step("clip_ste", _clip, straight_through, keep_none),
+    "masked": Step("clip_ste", _clip, where_kept, _within),
 }
 
 

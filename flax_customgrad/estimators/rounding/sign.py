@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.estimators.rounding.step import Step, identity, keep_none, masked
+from flax_customgrad.estimators.rounding.step import Step, keep_none, straight_through, where_kept
 from flax_customgrad.numerics.argument_checks import check_clip_value, check_positive
 from flax_customgrad.numerics.hyperbolic import sech_squared
 
@@ -37,8 +37,8 @@ def within(x: jax.Array, bound: jax.typing.ArrayLike) -> tuple[jax.Array]:
     return (jnp.abs(x) <= bound,)
 
 
-_SIGN = Step("SteSign", sign_of, masked, within)
-_SIGN_PASSING = Step("SteSign", sign_of, identity, keep_none)
+_SIGN = Step("SteSign", sign_of, where_kept, within)
+_SIGN_PASSING = Step("SteSign", sign_of, straight_through, keep_none)
 
 
 class SteSign(nnx.Module):

@@ -1,26 +1,26 @@
-"""Step: a function of each element of x with a gradient put in the place of its own.
+"""Step: a function of each element of x with a surrogate gradient in the place of its own, zero.
 
     forward   y  = f(x, p...)
     backward  dx = what the step says, a function of g and of what is kept
     kept      x and the parameters, unless a step says otherwise: a mask, or nothing
 
 A step is flat wherever it has a derivative, so the true gradient is zero and nothing below it
-learns (arXiv:1308.3432). The forward is the step itself, to the bit; the usual
+learns (arXiv:1308.3432). The forward is the step itself, to the bit, in the dtype of x; the usual
 `x + stop_gradient(f(x) - x)` is rounded twice, and makes the sign of 1e8 zero. Parameters (a slope,
 a bound, noise) have no gradient. In half precision the backward is computed in float32 and rounded
-once.
+once (`elementwise_surrogate`).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.numerics.broadcasting import broadcasts
-from flax_customgrad.numerics.dtypes import as_array, in_dtype, is_supported_float, widened
+from flax_customgrad.numerics.dtypes import as_array, in_dtype, is_supported_float
+from flax_customgrad.numerics.elementwise import Elementwise, elementwise_surrogate
 
 
 def keep_all(x: jax.Array, *parameters: Any) -> tuple[Any, ...]:
@@ -33,19 +33,19 @@ def keep_none(x: jax.Array, *parameters: Any) -> tuple[Any, ...]:
     return ()
 
 
-def identity(g: jax.Array) -> jax.Array:
-    """The gradient as it came: the straight-through estimator."""
+def straight_through(g: jax.Array) -> jax.Array:
+    """The cotangent as it came: the straight-through estimator."""
     return g
 
 
-def masked(g: jax.Array, mask: jax.Array) -> jax.Array:
-    """The gradient where a mask is true, and 0 elsewhere."""
+def where_kept(g: jax.Array, mask: jax.Array) -> jax.Array:
+    """The cotangent where the kept mask is true, and 0 elsewhere."""
     return jnp.where(mask, g, 0)
 
 
 @dataclass(frozen=True)
-class Step:
-    """A step with the gradient that it pretends to have; called as `f(x, *parameters)`.
+class Step(Elementwise):
+    """A step with its surrogate gradient; called as `f(x, *parameters)`.
 
     Attributes:
         name: how errors call it.
@@ -87,38 +87,16 @@ class Step:
                 f"{self.name} takes float16, bfloat16, float32 and float64, got {x.dtype}: cast it "
                 "with x.astype(...) first"
             )
-        return step(x, parameters, self)
+        return elementwise_surrogate(x, parameters, self)
 
+    def primal(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """The forward, in the dtype of x."""
+        return in_dtype(self.forward(x, *parameters), x.dtype)
 
-class Residuals(NamedTuple):
-    """What the backward of `step` keeps."""
+    def residuals(self, x: jax.Array, y: jax.Array, *parameters: Any) -> tuple[Any, ...]:
+        """What `keep` says."""
+        return self.keep(x, *parameters)
 
-    kept: tuple[Any, ...]
-    of: Step
-
-
-@custom_vjp(surrogate=True)
-def step(x: jax.Array, parameters: tuple[Any, ...], f: Step) -> jax.Array:
-    """Applies a step.
-
-    Args:
-        x: array of any shape, float.
-        parameters: numbers, or arrays that broadcast to the shape of x; without a gradient.
-        f: the step.
-
-    Returns:
-        Array like x.
-    """
-    return in_dtype(f.forward(x, *parameters), x.dtype)
-
-
-def _fwd(x: jax.Array, parameters: tuple[Any, ...], f: Step) -> tuple[jax.Array, Residuals]:
-    return step(x, parameters, f), Residuals(f.keep(x, *parameters), f)
-
-
-def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, None, None]:
-    arrays = [jnp.asarray(kept) for kept in res.kept]
-    return res.of.backward(*widened(g.dtype, g, *arrays)), None, None
-
-
-step.defvjp(_fwd, _bwd)
+    def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[jax.Array]:
+        """The backward of x."""
+        return (self.backward(g, *kept),)

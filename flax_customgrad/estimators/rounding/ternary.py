@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 
 from flax_customgrad.estimators.rounding.sign import sign
-from flax_customgrad.estimators.rounding.step import Step, identity, keep_none, masked
+from flax_customgrad.estimators.rounding.step import Step, keep_none, straight_through, where_kept
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import check_clip_value
 
@@ -30,8 +30,8 @@ def _within(x: jax.Array, threshold: Any, bound: float) -> tuple[jax.Array]:
     return (jnp.abs(x) <= bound,)
 
 
-_TERNARY = Step("SteTern", _ternary, masked, _within)
-_TERNARY_PASSING = Step("SteTern", _ternary, identity, keep_none)
+_TERNARY = Step("SteTern", _ternary, where_kept, _within)
+_TERNARY_PASSING = Step("SteTern", _ternary, straight_through, keep_none)
 
 
 class SteTern(nnx.Module):

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from flax_customgrad.estimators.rounding.heaviside import heaviside
-from flax_customgrad.estimators.rounding.step import Step, masked
+from flax_customgrad.estimators.rounding.step import Step, where_kept
 from flax_customgrad.numerics.argument_checks import check_positive
 from flax_customgrad.numerics.dtypes import widened
 from flax_customgrad.numerics.hyperbolic import sech_squared
@@ -180,7 +180,7 @@ def piecewise_exponential(
 
 
 def _box(g: jax.Array, inside: jax.Array, peak: jax.Array) -> jax.Array:
-    return masked(g * peak, inside)
+    return where_kept(g * peak, inside)
 
 
 def _inside(u: jax.Array, slope: Any, peak: Any) -> tuple[jax.Array, Any]:

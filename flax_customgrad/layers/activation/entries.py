@@ -16,6 +16,9 @@ from flax_customgrad.layers.activation import (
     exponential,
     gated,
     gated_linear,
+    glu,
+    log_softmax,
+    logsumexp,
     piecewise,
     prelu,
     sigmoidal,
@@ -193,14 +196,14 @@ _SOFTMAX = (
         workloads=_ROW_WORKLOADS,
     ),
     _function(
-        softmax.log_softmax,
+        log_softmax.log_softmax,
         "y",
         "an empty or infinite row has its limit, where jax.nn has NaN",
         examples=_ROWS,
         workloads=_ROW_WORKLOADS,
     ),
     _function(
-        softmax.logsumexp,
+        logsumexp.logsumexp,
         "x; the maximum and the sum of each row",
         "no exponentials kept; gradients of empty and infinite rows",
         examples={
@@ -255,7 +258,7 @@ _SWIGLU, _GEGLU, _REGLU = "807 MB -> 231", "1177 MB -> 231", "277 MB -> 231"
 
 _GATED = (
     _function(
-        gated.glu,
+        glu.glu,
         "x",
         "243 MB -> 176",
         "arXiv:1612.08083",

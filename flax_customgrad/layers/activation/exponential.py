@@ -24,7 +24,7 @@ def _elu_backward_alpha(g: jax.Array, x: jax.Array, alpha: ArrayLike) -> jax.Arr
     return g * jnp.expm1(jnp.minimum(x, 0))
 
 
-ELU = Pointwise(jax.nn.elu, _elu, _elu_backward, of_parameters=(_elu_backward_alpha,))
+ELU = Pointwise(jax.nn.elu, _elu, _elu_backward, parameter_backwards=(_elu_backward_alpha,))
 
 
 def elu(x: ArrayLike, alpha: ArrayLike = 1.0) -> jax.Array:
@@ -81,7 +81,7 @@ def _celu_backward_alpha(g: jax.Array, x: jax.Array, alpha: ArrayLike) -> jax.Ar
     return g * (jnp.expm1(t) - t * jnp.exp(t))
 
 
-CELU = Pointwise(jax.nn.celu, _celu, _celu_backward, of_parameters=(_celu_backward_alpha,))
+CELU = Pointwise(jax.nn.celu, _celu, _celu_backward, parameter_backwards=(_celu_backward_alpha,))
 
 
 def celu(x: ArrayLike, alpha: ArrayLike = 1.0) -> jax.Array:

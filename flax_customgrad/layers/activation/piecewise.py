@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from flax_customgrad.layers.activation.pointwise import Pointwise, the_output
+from flax_customgrad.layers.activation.pointwise import Pointwise, keep_output
 from flax_customgrad.numerics.dtypes import is_python_number
 
 
@@ -53,7 +53,7 @@ def _where_positive(g: jax.Array, x_or_y: jax.Array) -> jax.Array:
 RELU = {
     "mask": Pointwise(jax.nn.relu, _relu, _where, _positive),
     "bits": Pointwise(jax.nn.relu, _relu, _where_packed, _packed),
-    "output": Pointwise(jax.nn.relu, _relu, _where_positive, the_output),
+    "output": Pointwise(jax.nn.relu, _relu, _where_positive, keep_output),
 }
 RELU_OF_INPUT = Pointwise(jax.nn.relu, _relu, _where_positive)
 
@@ -207,7 +207,7 @@ LEAKY_RELU_OF_INPUT = Pointwise(
     jax.nn.leaky_relu,
     _leaky_relu,
     _leaky_relu_backward_of_input,
-    of_parameters=(_leaky_relu_backward_slope,),
+    parameter_backwards=(_leaky_relu_backward_slope,),
 )
 
 

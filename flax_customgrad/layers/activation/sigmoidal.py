@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from flax_customgrad.layers.activation.pointwise import Pointwise, the_output
+from flax_customgrad.layers.activation.pointwise import Pointwise, keep_output
 from flax_customgrad.numerics.dtypes import as_array, is_half
 from flax_customgrad.numerics.hyperbolic import sech_squared
 
@@ -27,7 +27,7 @@ def _tanh_backward_of_input(g: jax.Array, x: jax.Array) -> jax.Array:
     return g * sech_squared(x)
 
 
-TANH = Pointwise(jnp.tanh, jnp.tanh, _tanh_backward, the_output)
+TANH = Pointwise(jnp.tanh, jnp.tanh, _tanh_backward, keep_output)
 TANH_OF_INPUT = Pointwise(jnp.tanh, jnp.tanh, _tanh_backward_of_input)
 
 
@@ -52,7 +52,7 @@ def _sigmoid_backward_of_input(g: jax.Array, x: jax.Array) -> jax.Array:
     return g * (sech_squared(x / 2) / 4)
 
 
-SIGMOID = Pointwise(jax.nn.sigmoid, lax.logistic, _sigmoid_backward, the_output)
+SIGMOID = Pointwise(jax.nn.sigmoid, lax.logistic, _sigmoid_backward, keep_output)
 SIGMOID_OF_INPUT = Pointwise(jax.nn.sigmoid, lax.logistic, _sigmoid_backward_of_input)
 
 

@@ -205,7 +205,10 @@ def _squareplus_backward_b(g: jax.Array, x: jax.Array, b: jax.Array) -> jax.Arra
 
 
 SQUAREPLUS = Pointwise(
-    jax.nn.squareplus, _squareplus, _squareplus_backward, of_parameters=(_squareplus_backward_b,)
+    jax.nn.squareplus,
+    _squareplus,
+    _squareplus_backward,
+    parameter_backwards=(_squareplus_backward_b,),
 )
 
 

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_customgrad.contract.residual_storage import keep_for_second_order, with_derivative_of
-from flax_customgrad.low_bit.quantizers.scheme import quotient
 from flax_customgrad.numerics.dtypes import in_dtype, widened
+from flax_customgrad.numerics.scaling import quotient
 
 LARGEST_CODE = 127
 

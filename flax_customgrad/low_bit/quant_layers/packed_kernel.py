@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.low_bit.quantizers.codes import decode
+from flax_customgrad.low_bit.quantizers.codes import decode_packed
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.numerics.packing import pack, packs, width
 
@@ -88,4 +88,4 @@ class PackedKernel(PackedWeights):
         """The values, indexed by a key."""
         like = jax.ShapeDtypeStruct(self.shape, self.dtype)
         parameters = tuple(p[...] for p in self.parameters)
-        return decode(self.codes[...], parameters, self._scheme, self.bits, like)[key]
+        return decode_packed(self.codes[...], parameters, self._scheme, self.bits, like)[key]

@@ -19,7 +19,7 @@ from flax import nnx
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters
-from flax_customgrad.low_bit.quantizers.codes import Codes, KeptCodes, keep, restore
+from flax_customgrad.low_bit.quantizers.codes import Codes, PackedCodes, pack_codes, unpack_codes
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class LinearOp:
 class Residuals(NamedTuple):
     """What the backward keeps; an operand that is an array, the caller holds anyway."""
 
-    kernel: KeptCodes | jax.Array
-    x: KeptCodes | jax.Array
+    kernel: PackedCodes | jax.Array
+    x: PackedCodes | jax.Array
     others: Parameters
     f: LinearOp
 
@@ -80,13 +80,13 @@ def _fwd(
     x_kept: Codes | jax.Array,
     f: LinearOp,
 ) -> tuple[jax.Array, Residuals]:
-    kernel, x_ = (keep(a) if isinstance(a, Codes) else a for a in (kernel_kept, x_kept))
+    kernel, x_ = (pack_codes(a) if isinstance(a, Codes) else a for a in (kernel_kept, x_kept))
     others = nnx.State({name: p for name, p in params.items() if name != f.kernel})
     return f(params, x), Residuals(kernel, x_, others, f)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
-    kernel, x = (restore(a) if isinstance(a, KeptCodes) else a for a in (res.kernel, res.x))
+    kernel, x = (unpack_codes(a) if isinstance(a, PackedCodes) else a for a in (res.kernel, res.x))
     # Of this forward only its residuals are read, which are these operands: XLA drops the rest.
     y, pull = jax.vjp(res.f, nnx.State({**res.others, res.f.kernel: kernel}), x)
     # What is kept has the shapes and dtypes of the operands.

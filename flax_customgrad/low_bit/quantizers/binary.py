@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from flax_customgrad.low_bit.quantizers.calibration import Axis, granularity_of, mean_magnitude
-from flax_customgrad.low_bit.quantizers.codes import Codes, coded
+from flax_customgrad.low_bit.quantizers.codes import Codes, to_codes
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
-from flax_customgrad.low_bit.quantizers.scheme import Bounded
+from flax_customgrad.low_bit.quantizers.scheme import ClippedGradientScheme
 from flax_customgrad.numerics.argument_checks import check_clip_value
 
 
 @dataclass(frozen=True)
-class Sign(Bounded):
+class SignScheme(ClippedGradientScheme):
     """0 for what is negative and 1 for the rest, which stand for -1 and 1."""
 
     def encode(self, x: jax.Array, *scale: jax.Array) -> jax.Array:
@@ -38,7 +38,7 @@ class Sign(Bounded):
 
 
 @dataclass(frozen=True)
-class ScaledSign(Sign):
+class ScaledSignScheme(SignScheme):
     """0 and 1, which stand for -a and a.
 
     Attributes:
@@ -55,10 +55,10 @@ class ScaledSign(Sign):
         """The scale, and which elements lie within the bound."""
         return *scale, *super().keep(x)
 
-    def backward(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
+    def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
         """The gradient within the bound, times a, and the share of the mean."""
         scale, *mask = kept
-        (dw,) = super().backward(scale * g, *mask)
+        (dw,) = super().cotangents(scale * g, *mask)
         return (dw + self.share * g if self.share else dw,)
 
 
@@ -89,7 +89,7 @@ class BinaryActivation(Quantizer):
         Args:
             x: array of any shape, float.
         """
-        return coded(jnp.asarray(x), (), Sign(0, 1, self.clip_value))
+        return to_codes(jnp.asarray(x), (), SignScheme(0, 1, self.clip_value))
 
 
 class BinaryWeight(Quantizer):
@@ -145,7 +145,7 @@ class BinaryWeight(Quantizer):
         """
         x = jnp.asarray(x)
         if not self.scaled:
-            return coded(x, (), Sign(0, 1, self.clip_value))
+            return to_codes(x, (), SignScheme(0, 1, self.clip_value))
         scale = mean_magnitude(x, self.granularity)
         share = scale.size / max(x.size, 1) if self.gradient == "xnor" else 0.0
-        return coded(x, (scale,), ScaledSign(0, 1, self.clip_value, share))
+        return to_codes(x, (scale,), ScaledSignScheme(0, 1, self.clip_value, share))

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flax_customgrad.contract import residual_storage as kept
 from flax_customgrad.contract.compat import is_traced
-from flax_customgrad.low_bit.quantizers.scheme import Scheme, quantize
+from flax_customgrad.contract.residual_storage import keep_for_second_order, with_derivative_of
+from flax_customgrad.low_bit.quantizers.scheme import Scheme
 from flax_customgrad.numerics.dtypes import in_dtype, widened
 from flax_customgrad.numerics.packing import pack, packs, unpack, width
 
@@ -34,7 +34,7 @@ class Codes(NamedTuple):
     scheme: Scheme
 
 
-def coded(x: jax.Array, parameters: tuple[jax.Array, ...], scheme: Scheme) -> Codes:
+def to_codes(x: jax.Array, parameters: tuple[jax.Array, ...], scheme: Scheme) -> Codes:
     """Quantizes an array, with the gradient of the scheme.
 
     Args:
@@ -42,15 +42,15 @@ def coded(x: jax.Array, parameters: tuple[jax.Array, ...], scheme: Scheme) -> Co
         parameters: of the scheme, such as a scale; float, of shapes that fit x.
         scheme: how.
     """
-    values, codes = quantize(x, parameters, scheme)
+    values, codes = scheme(x, *parameters)
     return Codes(values, codes, parameters, scheme)
 
 
-class KeptCodes(NamedTuple):
+class PackedCodes(NamedTuple):
     """What is kept of `Codes`.
 
     Attributes:
-        values: for second derivatives; None while residuals are looked at.
+        values: for second derivatives; None while residuals are inspected.
         packed: the codes, several to a byte; None where the values alone are kept.
         parameters: of the scheme.
         scheme: how values are decoded.
@@ -66,7 +66,7 @@ class KeptCodes(NamedTuple):
     like: Any
 
 
-def keep(codes: Codes) -> KeptCodes:
+def pack_codes(codes: Codes) -> PackedCodes:
     """Packs codes for the backward.
 
     Args:
@@ -76,27 +76,25 @@ def keep(codes: Codes) -> KeptCodes:
     like = jax.ShapeDtypeStruct(values.shape, values.dtype)
     bits = width(scheme.bits) if packs(q.shape, jax.typeof(q).sharding) else 8
     if not is_traced(values):
-        return KeptCodes(values, None, (), scheme, bits, like)
-    return KeptCodes(
-        kept.keep_for_second_order(values), pack(q, bits), parameters, scheme, bits, like
-    )
+        return PackedCodes(values, None, (), scheme, bits, like)
+    return PackedCodes(keep_for_second_order(values), pack(q, bits), parameters, scheme, bits, like)
 
 
-def restore(codes: KeptCodes) -> jax.Array:
+def unpack_codes(codes: PackedCodes) -> jax.Array:
     """The values again.
 
     Args:
-        codes: what `keep` returned.
+        codes: what `pack_codes` returned.
     """
     values, packed, parameters, scheme, bits, like = codes
     if packed is None:
         assert values is not None
         return values
-    decoded = decode(packed, parameters, scheme, bits, like)
-    return decoded if values is None else kept.with_derivative_of(decoded, values)
+    decoded = decode_packed(packed, parameters, scheme, bits, like)
+    return decoded if values is None else with_derivative_of(decoded, values)
 
 
-def decode(
+def decode_packed(
     packed: jax.Array, parameters: tuple[jax.Array, ...], scheme: Scheme, bits: int, like: Any
 ) -> jax.Array:
     """The values that packed codes stand for.

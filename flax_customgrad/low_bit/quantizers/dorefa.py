@@ -18,16 +18,17 @@ import jax
 import jax.numpy as jnp
 
 from flax_customgrad.low_bit.quantizers.calibration import granularity_of, own_range
-from flax_customgrad.low_bit.quantizers.codes import Codes, coded
-from flax_customgrad.low_bit.quantizers.lsq import checked_bits
+from flax_customgrad.low_bit.quantizers.codes import Codes, to_codes
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
-from flax_customgrad.low_bit.quantizers.scheme import Scheme, quotient
+from flax_customgrad.low_bit.quantizers.scheme import Scheme
+from flax_customgrad.numerics.argument_checks import check_bits
 from flax_customgrad.numerics.hyperbolic import sech_squared
 from flax_customgrad.numerics.packing import masked, pack_mask
+from flax_customgrad.numerics.scaling import quotient
 
 
 @dataclass(frozen=True)
-class Squashed(Scheme):
+class DoReFaWeightScheme(Scheme):
     """Integers at equal distances in [-1, 1], of which tanh(w) / M is one; M is the parameter."""
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
@@ -43,14 +44,14 @@ class Squashed(Scheme):
         """W and M."""
         return x, *parameters
 
-    def backward(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
+    def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
         """The gradient of tanh(w) / M."""
         w, most = kept
         return (g * sech_squared(w) / most,)
 
 
 @dataclass(frozen=True)
-class Unit(Scheme):
+class DoReFaActivationScheme(Scheme):
     """Integers at equal distances in [0, 1]."""
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
@@ -65,7 +66,7 @@ class Unit(Scheme):
         """Which elements lie inside."""
         return (pack_mask((x >= 0) & (x <= 1)),)
 
-    def backward(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
+    def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
         """The gradient inside."""
         return (masked(g, *kept),)
 
@@ -86,7 +87,7 @@ class DoReFaWeight(Quantizer):
     """
 
     def __init__(self, bits: int = 8):
-        self.bits = checked_bits("DoReFaWeight", bits)
+        self.bits = check_bits("DoReFaWeight", bits)
 
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes weights, and says which code each value has.
@@ -96,7 +97,9 @@ class DoReFaWeight(Quantizer):
         """
         x = jnp.asarray(x)
         most = jnp.tanh(own_range(x, granularity_of("DoReFaWeight", None), True).high)
-        return coded(x, (jnp.where(most == 0, 1, most),), Squashed(0, 2**self.bits - 1))
+        return to_codes(
+            x, (jnp.where(most == 0, 1, most),), DoReFaWeightScheme(0, 2**self.bits - 1)
+        )
 
 
 class DoReFaActivation(Quantizer):
@@ -118,7 +121,7 @@ class DoReFaActivation(Quantizer):
     """
 
     def __init__(self, bits: int = 8):
-        self.bits = checked_bits("DoReFaActivation", bits, least=1)
+        self.bits = check_bits("DoReFaActivation", bits, least=1)
 
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes activations, and says which code each value has.
@@ -126,4 +129,4 @@ class DoReFaActivation(Quantizer):
         Args:
             x: array of any shape, float.
         """
-        return coded(jnp.asarray(x), (), Unit(0, 2**self.bits - 1))
+        return to_codes(jnp.asarray(x), (), DoReFaActivationScheme(0, 2**self.bits - 1))

@@ -24,19 +24,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_customgrad.low_bit.quantizers.codes import Codes, coded
-from flax_customgrad.low_bit.quantizers.lsq import abs_floor, abs_floor_slope, checked_bits
+from flax_customgrad.low_bit.quantizers.codes import Codes, to_codes
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
-from flax_customgrad.low_bit.quantizers.scheme import Scheme, quotient
+from flax_customgrad.low_bit.quantizers.scheme import Scheme
 from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.argument_checks import check_bits
 from flax_customgrad.numerics.broadcasting import sum_to_shape
-from flax_customgrad.numerics.scaling import magnitude
+from flax_customgrad.numerics.scaling import abs_floor, abs_floor_slope, magnitude, quotient
 
 _NARROWEST = 2.0**-23
 
 
 @dataclass(frozen=True)
-class Interval(Scheme):
+class EWGSScheme(Scheme):
     """Integers from 0 to n in an interval; parameters are its ends and a scale.
 
     Attributes:
@@ -60,7 +60,7 @@ class Interval(Scheme):
         """X and the parameters."""
         return x, *parameters
 
-    def backward(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
+    def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
         """The gradient of x inside, those of both ends, and that of the scale."""
         x, low, high, scale = kept
         width = _width(low, high)
@@ -114,7 +114,7 @@ class EWGS(Quantizer):
     """
 
     def __init__(self, bits: int = 8, *, signed: bool = True, delta: float = 1e-3):
-        self.bits, self.signed = checked_bits("EWGS", bits, least=1), signed
+        self.bits, self.signed = check_bits("EWGS", bits, least=1), signed
         if not 0 <= delta < math.inf:
             raise ValueError(f"EWGS: delta={delta!r} must be a number from 0 on")
         self.delta = delta
@@ -131,8 +131,8 @@ class EWGS(Quantizer):
             x: array of any shape, float.
         """
         parameters = self.low[...], self.high[...], self.scale[...]
-        scheme = Interval(0, 2**self.bits - 1, self.signed, self.delta)
-        return coded(jnp.asarray(x), parameters, scheme)
+        scheme = EWGSScheme(0, 2**self.bits - 1, self.signed, self.delta)
+        return to_codes(jnp.asarray(x), parameters, scheme)
 
     def observe(self, x: jax.Array) -> None:
         """Sets the interval as the paper does, and the scale such that values are close to x.

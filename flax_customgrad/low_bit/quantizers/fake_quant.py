@@ -33,19 +33,21 @@ from flax_customgrad.low_bit.quantizers.calibration import (
     own_range,
     scale_of,
 )
-from flax_customgrad.low_bit.quantizers.codes import Codes, coded
+from flax_customgrad.low_bit.quantizers.codes import Codes, to_codes
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
-from flax_customgrad.low_bit.quantizers.scheme import Scheme, quantize, quotient
+from flax_customgrad.low_bit.quantizers.scheme import Scheme
+from flax_customgrad.numerics.argument_checks import check_bits
 from flax_customgrad.numerics.dtypes import in_dtype, widened
 from flax_customgrad.numerics.noise_stream import fork_stream
 from flax_customgrad.numerics.packing import masked, pack_mask
+from flax_customgrad.numerics.scaling import quotient
 
 Calibration = Literal["absmax", "percentile", "moving_average"]
 Rounding = Literal["nearest", "stochastic"]
 
 
 @dataclass(frozen=True)
-class InRange(Scheme):
+class FakeQuantScheme(Scheme):
     """Integers in a range, of which a scale and perhaps a zero point are the parameters.
 
     Attributes:
@@ -76,7 +78,7 @@ class InRange(Scheme):
         slack = 4 * jnp.finfo(v.dtype).eps * (self.high - self.low)
         return (pack_mask((v >= self.low - slack) & (v <= self.high + slack)),)
 
-    def backward(self, g: jax.Array, *inside: jax.Array) -> tuple[Any, ...]:
+    def cotangents(self, g: jax.Array, *inside: jax.Array) -> tuple[Any, ...]:
         """G where the range holds x."""
         return (masked(g, *inside) if inside else g,)
 
@@ -140,8 +142,6 @@ class FakeQuant(Quantizer):
         rng_collection: str = "noise",
         rngs: nnx.Rngs | None = None,
     ):
-        if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-            raise ValueError(f"FakeQuant: bits={bits!r} must be an integer from 2 to 8")
         if calibration not in ("absmax", "percentile", "moving_average"):
             raise ValueError(
                 f'FakeQuant: calibration={calibration!r} must be "absmax", "percentile" or '
@@ -159,7 +159,7 @@ class FakeQuant(Quantizer):
             )
         if rounding not in ("nearest", "stochastic"):
             raise ValueError(f'FakeQuant: rounding={rounding!r} must be "nearest" or "stochastic"')
-        self.bits = bits
+        self.bits = check_bits("FakeQuant", bits)
         self.symmetric = symmetric
         self.granularity = granularity_of("FakeQuant", axis, block)
         self.calibration = calibration
@@ -201,12 +201,14 @@ class FakeQuant(Quantizer):
         found = lax.stop_gradient(self._range(x))
         # Rounding a zero point can leave the ends of an affine range half a step outside, clipped
         # by no more than rounding does: the gradient passes there.
-        scheme = InRange(low, high, self.granularity, not self.dynamic or self._is_percentile)
+        scheme = FakeQuantScheme(
+            low, high, self.granularity, not self.dynamic or self._is_percentile
+        )
         parameters = scale_of(found, low, high, self.symmetric)
-        nearest = coded(x, parameters, scheme)
+        nearest = to_codes(x, parameters, scheme)
         if self.rngs is None or self.deterministic:
             return nearest
-        values, codes = quantize(self._dithered(x, parameters[0]), parameters, scheme)
+        values, codes = scheme(self._dithered(x, parameters[0]), *parameters)
         values = with_derivative_of(in_dtype(values, x.dtype), nearest.values)
         return nearest._replace(values=values, codes=codes)
 

@@ -30,13 +30,13 @@ from flax_customgrad.low_bit.quantizers.calibration import (
     granularity_of,
     own_range,
 )
-from flax_customgrad.low_bit.quantizers.lsq import checked_bits
 from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.argument_checks import check_bits
 from flax_customgrad.numerics.noise_stream import fork_stream
 
 
 @dataclass(frozen=True)
-class Steps:
+class GradientScheme:
     """How a gradient is quantized, in units of its largest magnitude.
 
     Attributes:
@@ -69,35 +69,37 @@ class Steps:
 
 
 class Residuals(NamedTuple):
-    """What the backward of `requantized` keeps."""
+    """What the backward of `quantize_gradient` keeps."""
 
     key: jax.Array | None
-    steps: Steps
+    scheme: GradientScheme
 
 
 @custom_vjp(surrogate=True)
-def requantized(x: jax.Array, key: jax.Array | None, steps: Steps) -> jax.Array:
+def quantize_gradient(x: jax.Array, key: jax.Array | None, scheme: GradientScheme) -> jax.Array:
     """Returns x.
 
     Args:
         x: array of any shape, float.
         key: of the noise in its gradient, or None.
-        steps: how the gradient is quantized.
+        scheme: how its gradient is quantized.
     """
     return x
 
 
-def _fwd(x: jax.Array, key: jax.Array | None, steps: Steps) -> tuple[jax.Array, Residuals]:
-    return requantized(x, key, steps), Residuals(key, steps)
+def _fwd(
+    x: jax.Array, key: jax.Array | None, scheme: GradientScheme
+) -> tuple[jax.Array, Residuals]:
+    return quantize_gradient(x, key, scheme), Residuals(key, scheme)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, None, None]:
-    dx = res.steps(g.astype(accumulator(g)), res.key)
+    dx = res.scheme(g.astype(accumulator(g)), res.key)
     chex.assert_equal_shape([dx, g])
     return dx, None, None
 
 
-requantized.defvjp(_fwd, _bwd)
+quantize_gradient.defvjp(_fwd, _bwd)
 
 
 class GradientQuant(nnx.Module):
@@ -133,7 +135,7 @@ class GradientQuant(nnx.Module):
         rng_collection: str = "noise",
         rngs: nnx.Rngs | None = None,
     ):
-        self.bits = checked_bits("GradientQuant", bits)
+        self.bits = check_bits("GradientQuant", bits)
         self.granularity = granularity_of("GradientQuant", axis)
         self.rngs = nnx.data(None)
         if stochastic:
@@ -146,7 +148,9 @@ class GradientQuant(nnx.Module):
             x: array of any shape, float.
         """
         key = None if self.rngs is None else self.rngs()
-        return requantized(x, key, Steps(2 ** (self.bits - 1) - 1, True, self.granularity))
+        return quantize_gradient(
+            x, key, GradientScheme(2 ** (self.bits - 1) - 1, True, self.granularity)
+        )
 
 
 class DoReFaGradient(nnx.Module):
@@ -178,7 +182,7 @@ class DoReFaGradient(nnx.Module):
     def __init__(
         self, bits: int = 8, *, axis: Axis = 0, rng_collection: str = "noise", rngs: nnx.Rngs
     ):
-        self.bits = checked_bits("DoReFaGradient", bits, least=1)
+        self.bits = check_bits("DoReFaGradient", bits, least=1)
         self.granularity = granularity_of("DoReFaGradient", axis)
         self.rngs = fork_stream("DoReFaGradient", rng_collection, rngs)
 
@@ -188,4 +192,6 @@ class DoReFaGradient(nnx.Module):
         Args:
             x: array of any shape, float.
         """
-        return requantized(x, self.rngs(), Steps(2**self.bits - 1, False, self.granularity))
+        return quantize_gradient(
+            x, self.rngs(), GradientScheme(2**self.bits - 1, False, self.granularity)
+        )

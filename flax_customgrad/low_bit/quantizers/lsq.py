@@ -25,34 +25,17 @@ from flax import nnx
 from jax import lax
 
 from flax_customgrad.low_bit.quantizers.calibration import Axis, granularity_of, mean_where
-from flax_customgrad.low_bit.quantizers.codes import Codes, coded
+from flax_customgrad.low_bit.quantizers.codes import Codes, to_codes
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
-from flax_customgrad.low_bit.quantizers.scheme import Scheme, quotient
+from flax_customgrad.low_bit.quantizers.scheme import Scheme, integer_range
 from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.argument_checks import check_bits
 from flax_customgrad.numerics.broadcasting import broadcasts, sum_to_shape
-
-
-def abs_floor(parameter: jax.Array, least: float = 2.0**-126) -> jax.Array:
-    """The magnitude of a learned size, and not less than the least one.
-
-    Args:
-        parameter: array of any shape, float32 or wider.
-        least: the least size, by default the least normal number of float32.
-    """
-    return jnp.maximum(jnp.abs(parameter), least)
-
-
-def abs_floor_slope(parameter: jax.Array) -> jax.Array:
-    """The derivative of `abs_floor`: -1 below 0, else 1.
-
-    Args:
-        parameter: array of any shape, float.
-    """
-    return jnp.where(parameter < 0, -1, 1)
+from flax_customgrad.numerics.scaling import abs_floor, abs_floor_slope, quotient
 
 
 @dataclass(frozen=True)
-class LearnedScale(Scheme):
+class LSQScheme(Scheme):
     """Integers in units of a scale, the one parameter.
 
     Attributes:
@@ -83,7 +66,7 @@ class LearnedScale(Scheme):
         """X and the parameters."""
         return x, *parameters
 
-    def backward(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
+    def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
         """The gradient of x inside of the range, and that of the scale."""
         x, p = kept
         v = quotient(x, self.scale(p))
@@ -148,7 +131,7 @@ class LSQ(Quantizer):
         grad_scale: Literal["lsq"] | float = "lsq",
     ):
         name = type(self).__name__
-        self.bits, self.signed = checked_bits(name, bits), signed
+        self.bits, self.signed = check_bits(name, bits), signed
         if axis == "token":
             raise ValueError(f'{name}: axis="token" has no scales to learn: give axes, or None')
         if features is not None and not (isinstance(features, int) and features > 0):
@@ -165,7 +148,7 @@ class LSQ(Quantizer):
     @property
     def integers(self) -> tuple[int, int]:
         """The smallest and the largest integer."""
-        return integers(self.bits, self.signed)
+        return integer_range(self.bits, self.signed)
 
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes an array, and says which code each value has.
@@ -177,7 +160,7 @@ class LSQ(Quantizer):
             ValueError: there are no scales yet, or they do not fit x.
         """
         x = jnp.asarray(x)
-        return coded(x, (learned(self, "scale", x),), self._scheme(LearnedScale))
+        return to_codes(x, (learned(self, "scale", x),), self._scheme(LSQScheme))
 
     def observe(self, x: jax.Array) -> None:
         """Sets the scale to 2 mean |x| / sqrt(high), 1 for zeros; what is not finite is left out.
@@ -190,30 +173,9 @@ class LSQ(Quantizer):
         scale = mean * (2 / math.sqrt(self.integers[1]))
         set_learned(self, "scale", jnp.where(scale > 0, scale, 1))
 
-    def _scheme(self, kind: type[LearnedScale]) -> LearnedScale:
+    def _scheme(self, kind: type[LSQScheme]) -> LSQScheme:
         grad_scale = None if isinstance(self.grad_scale, str) else self.grad_scale
         return kind(*self.integers, grad_scale, self.features)
-
-
-def checked_bits(name: str, bits: int, least: int = 2) -> int:
-    """A number of bits.
-
-    Args:
-        name: the quantizer, for the error.
-        bits: the number.
-        least: how few there may be.
-
-    Raises:
-        ValueError: it is no integer from the least to 8.
-    """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= 8:
-        raise ValueError(f"{name}: bits={bits!r} must be an integer from {least} to 8")
-    return bits
-
-
-def integers(bits: int, signed: bool) -> tuple[int, int]:
-    """The smallest and the largest integer of so many bits, with a sign or without."""
-    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
 def learned(quantizer: LSQ, name: str, x: jax.Array) -> jax.Array:

@@ -18,14 +18,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_customgrad.low_bit.quantizers.codes import Codes, coded
-from flax_customgrad.low_bit.quantizers.lsq import LSQ, LearnedScale, learned, set_learned
+from flax_customgrad.low_bit.quantizers.codes import Codes, to_codes
+from flax_customgrad.low_bit.quantizers.lsq import LSQ, LSQScheme, learned, set_learned
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.broadcasting import sum_to_shape
 
 
 @dataclass(frozen=True)
-class LearnedOffset(LearnedScale):
+class LSQPlusScheme(LSQScheme):
     """Integers in units of a scale from an offset on; parameters are both."""
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
@@ -40,10 +40,10 @@ class LearnedOffset(LearnedScale):
         most = super().decode(jnp.asarray(self.high, q.dtype), p)
         return jnp.minimum(super().decode(q, p), most) + b
 
-    def backward(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
+    def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
         """The gradient of x inside of the range, and those of scale and offset."""
         x, p, b = kept
-        dx, dp = super().backward(g, x - b, p)
+        dx, dp = super().cotangents(g, x - b, p)
         return dx, dp, self.gain(x.shape, b) * sum_to_shape(g - dx, b.shape)
 
 
@@ -82,7 +82,7 @@ class LSQPlus(LSQ):
         """
         x = jnp.asarray(x)
         parameters = learned(self, "scale", x), learned(self, "offset", x)
-        return coded(x, parameters, self._scheme(LearnedOffset))
+        return to_codes(x, parameters, self._scheme(LSQPlusScheme))
 
     def observe(self, x: jax.Array) -> None:
         """Spreads the integers over the values of an array; what is not finite is left out.

@@ -18,17 +18,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_customgrad.low_bit.quantizers.codes import Codes, coded
-from flax_customgrad.low_bit.quantizers.lsq import abs_floor, abs_floor_slope, checked_bits
+from flax_customgrad.low_bit.quantizers.codes import Codes, to_codes
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
-from flax_customgrad.low_bit.quantizers.scheme import Scheme, quotient
+from flax_customgrad.low_bit.quantizers.scheme import Scheme
 from flax_customgrad.numerics.accumulation import accumulator, total
-from flax_customgrad.numerics.argument_checks import check_positive
+from flax_customgrad.numerics.argument_checks import check_bits, check_positive
 from flax_customgrad.numerics.packing import masked, pack_mask
+from flax_customgrad.numerics.scaling import abs_floor, abs_floor_slope, quotient
 
 
 @dataclass(frozen=True)
-class Clipped(Scheme):
+class PACTScheme(Scheme):
     """Integers from 0 to a bound, the one parameter."""
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
@@ -44,7 +44,7 @@ class Clipped(Scheme):
         a = abs_floor(parameters[0])
         return pack_mask((x >= 0) & (x < a)), pack_mask(x >= a), *parameters
 
-    def backward(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
+    def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
         """The gradient inside, and the sum of what is beyond."""
         inside, beyond, p = kept
         return masked(g, inside), abs_floor_slope(p) * total(masked(g, beyond), range(g.ndim))
@@ -81,7 +81,7 @@ class PACT(Quantizer):
     """
 
     def __init__(self, bits: int = 8, *, alpha: float = 10.0):
-        self.bits = checked_bits("PACT", bits, least=1)
+        self.bits = check_bits("PACT", bits, least=1)
         self.alpha = nnx.Param(jnp.full((), check_positive("PACT", "alpha", alpha), jnp.float32))
 
     def quantize(self, x: jax.Array) -> Codes:
@@ -90,7 +90,7 @@ class PACT(Quantizer):
         Args:
             x: array of any shape, float.
         """
-        return coded(jnp.asarray(x), (self.alpha[...],), Clipped(0, 2**self.bits - 1))
+        return to_codes(jnp.asarray(x), (self.alpha[...],), PACTScheme(0, 2**self.bits - 1))
 
     def observe(self, x: jax.Array) -> None:
         """Takes the largest value for the bound, 1 where none is positive; only finite ones count.

@@ -5,32 +5,30 @@
     backward  dx, dp... as the scheme says, functions of g and of what it keeps
     kept      what the scheme says: nothing, a bit an element, or x
 
-A scheme is flat wherever it has a derivative, so each states the gradient that it pretends to
-have: the straight-through estimator (arXiv:1308.3432), masked or not, and for what is learned, a
-scale or a bound, that of its paper. In half precision everything is computed in float32 and
+A scheme is flat wherever it has a derivative, so each states its surrogate gradient: the
+straight-through estimator (arXiv:1308.3432), masked or not, and for what is learned, a scale or a
+bound, that of its paper. In half precision everything is computed in float32 and
 rounded once. An infinity or NaN has no integer and stays what it is.
 
 Values come from codes alone, and the same ones in every program: no decoding adds to a product,
 which XLA rounds once where it fuses the two and twice where it does not.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.numerics.dtypes import in_dtype, widened
+from flax_customgrad.numerics.elementwise import Elementwise, elementwise_surrogate
 from flax_customgrad.numerics.packing import masked, pack_mask
-
-Arrays = tuple[jax.Array, ...]
 
 
 @dataclass(frozen=True)
-class Scheme(ABC):
-    """How an array is quantized, and how the gradient passes; parameters broadcast to x.
+class Scheme(Elementwise):
+    """How an array is quantized, and its surrogate gradient; called as `scheme(x, *parameters)`.
 
     Attributes:
         low: the smallest integer.
@@ -45,6 +43,31 @@ class Scheme(ABC):
         """How many bits a code takes."""
         return max((self.high - self.low).bit_length(), 1)
 
+    def __call__(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Quantizes an array.
+
+        Args:
+            x: array of any shape, float.
+            *parameters: such as a scale; float arrays of shapes that fit x.
+
+        Returns:
+            The values, like x, and their codes, the integers less the lowest: uint8 of the shape
+            of x.
+        """
+        return elementwise_surrogate(x, parameters, self)
+
+    def primal(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Values and codes; computed in float32 or wider."""
+        wide, *p = widened(x.dtype, x, *parameters)
+        q = self.encode(wide, *p)
+        y = jnp.where(jnp.isfinite(wide), self.decode(q, *p), wide)
+        return in_dtype(y, x.dtype), (q - self.low).astype(jnp.uint8)
+
+    def residuals(self, x: jax.Array, y: Any, *parameters: jax.Array) -> tuple[jax.Array, ...]:
+        """What `keep` says, and x itself in its own dtype."""
+        wide, *p = widened(x.dtype, x, *parameters)
+        return tuple(x if a is wide else a for a in self.keep(wide, *p))
+
     @abstractmethod
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The integers, as floats of float32 or wider; anything where x is not finite."""
@@ -54,16 +77,12 @@ class Scheme(ABC):
         """The values that integers stand for."""
 
     @abstractmethod
-    def keep(self, x: jax.Array, *parameters: jax.Array) -> Arrays:
-        """What is kept for the backward; x itself is kept in its own dtype."""
-
-    @abstractmethod
-    def backward(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
-        """The gradient of x, and where parameters have any theirs, of g in float32 or wider."""
+    def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
+        """What is kept for `cotangents`, of x and the parameters in float32 or wider."""
 
 
 @dataclass(frozen=True)
-class Bounded(Scheme):
+class ClippedGradientScheme(Scheme):
     """A scheme whose gradient passes near 0, or everywhere; parameters have none.
 
     Attributes:
@@ -72,65 +91,15 @@ class Bounded(Scheme):
 
     clip_value: float | None
 
-    def keep(self, x: jax.Array, *parameters: jax.Array) -> Arrays:
+    def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
         """Which elements lie within the bound."""
         return () if self.clip_value is None else (pack_mask(jnp.abs(x) <= self.clip_value),)
 
-    def backward(self, g: jax.Array, *mask: jax.Array) -> tuple[Any, ...]:
-        """The gradient within the bound."""
+    def cotangents(self, g: jax.Array, *mask: jax.Array) -> tuple[Any, ...]:
+        """G within the bound."""
         return (masked(g, *mask) if mask else g,)
 
 
-def quotient(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """The quotient, rounded once, so that ties are where they should be; NaN for a non-finite x.
-
-    XLA on a CPU multiplies by the inverse of what is broadcast, which is rounded twice and in one
-    of four elements another number; it cannot see that each element has the same divisor here.
-
-    Args:
-        x: array of any shape, float.
-        scale: array that broadcasts to it, float.
-    """
-    return x / (scale + 0 * x)
-
-
-class Residuals(NamedTuple):
-    """What the backward of `quantize` keeps."""
-
-    kept: Arrays
-    scheme: Scheme
-
-
-@custom_vjp(surrogate=True)
-def quantize(x: jax.Array, parameters: Arrays, scheme: Scheme) -> tuple[jax.Array, jax.Array]:
-    """Quantizes an array.
-
-    Args:
-        x: array of any shape, float.
-        parameters: of the scheme, such as a scale; float, of shapes that fit x.
-        scheme: how.
-
-    Returns:
-        The values, like x, and their codes, the integers less the scheme's lowest: uint8 of the
-        shape of x.
-    """
-    wide, *p = widened(x.dtype, x, *parameters)
-    q = scheme.encode(wide, *p)
-    y = jnp.where(jnp.isfinite(wide), scheme.decode(q, *p), wide)
-    return in_dtype(y, x.dtype), (q - scheme.low).astype(jnp.uint8)
-
-
-def _fwd(
-    x: jax.Array, parameters: Arrays, scheme: Scheme
-) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
-    wide, *p = widened(x.dtype, x, *parameters)
-    kept = tuple(x if a is wide else a for a in scheme.keep(wide, *p))
-    return quantize(x, parameters, scheme), Residuals(kept, scheme)
-
-
-def _bwd(res: Residuals, g: tuple[jax.Array, Any]) -> tuple[Any, Any, None]:
-    dx, *dparameters = res.scheme.backward(*widened(g[0].dtype, g[0], *res.kept))
-    return dx, tuple(dparameters) or None, None
-
-
-quantize.defvjp(_fwd, _bwd)
+def integer_range(bits: int, signed: bool) -> tuple[int, int]:
+    """The smallest and the largest integer of so many bits, with a sign or without."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)

@@ -24,15 +24,16 @@ from flax_customgrad.low_bit.quantizers.calibration import (
     mean_magnitude,
     mean_where,
 )
-from flax_customgrad.low_bit.quantizers.codes import Codes, coded
+from flax_customgrad.low_bit.quantizers.codes import Codes, to_codes
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
-from flax_customgrad.low_bit.quantizers.scheme import Bounded, quotient
+from flax_customgrad.low_bit.quantizers.scheme import ClippedGradientScheme
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import check_clip_value, check_positive
+from flax_customgrad.numerics.scaling import quotient
 
 
 @dataclass(frozen=True)
-class Ternary(Bounded):
+class TWNScheme(ClippedGradientScheme):
     """-1, 0 and 1 times a scale, which is the first parameter; the second is a threshold."""
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
@@ -45,7 +46,7 @@ class Ternary(Bounded):
 
 
 @dataclass(frozen=True)
-class Rounded(Ternary):
+class AbsMeanScheme(TWNScheme):
     """-1, 0 and 1 times a scale, whichever is nearest."""
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
@@ -89,7 +90,7 @@ class TWN(Quantizer):
         threshold = self.threshold * mean_magnitude(x, self.granularity)
         # NaN is beyond no threshold, and must not leave the scale finite.
         scale = mean_where(size, ~(size <= threshold), self.granularity)
-        return coded(x, (scale, threshold), Ternary(-1, 1, self.clip_value))
+        return to_codes(x, (scale, threshold), TWNScheme(-1, 1, self.clip_value))
 
 
 class AbsMean(Quantizer):
@@ -123,4 +124,4 @@ class AbsMean(Quantizer):
         x = jnp.asarray(x)
         scale = mean_magnitude(x, self.granularity)
         scale = jnp.where(scale == 0, 1, scale)
-        return coded(x, (scale,), Rounded(-1, 1, self.clip_value))
+        return to_codes(x, (scale,), AbsMeanScheme(-1, 1, self.clip_value))

@@ -18,14 +18,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_customgrad.low_bit.quantizers.codes import Codes, coded
-from flax_customgrad.low_bit.quantizers.lsq import LearnedScale, checked_bits, integers
+from flax_customgrad.low_bit.quantizers.codes import Codes, to_codes
+from flax_customgrad.low_bit.quantizers.lsq import LSQScheme
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
+from flax_customgrad.low_bit.quantizers.scheme import integer_range
 from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.argument_checks import check_bits
 
 
 @dataclass(frozen=True)
-class PowerOfTwo(LearnedScale):
+class TQTScheme(LSQScheme):
     """Integers in units of a power of two, whose exponent is the parameter."""
 
     def scale(self, parameter: jax.Array) -> jax.Array:
@@ -64,13 +66,13 @@ class TQT(Quantizer):
     """
 
     def __init__(self, bits: int = 8, *, signed: bool = True):
-        self.bits, self.signed = checked_bits("TQT", bits), signed
+        self.bits, self.signed = check_bits("TQT", bits), signed
         self.log2_t = nnx.Param(jnp.zeros(()))
 
     @property
     def integers(self) -> tuple[int, int]:
         """The smallest and the largest integer."""
-        return integers(self.bits, self.signed)
+        return integer_range(self.bits, self.signed)
 
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes an array, and says which code each value has.
@@ -78,8 +80,8 @@ class TQT(Quantizer):
         Args:
             x: array of any shape, float.
         """
-        scheme = PowerOfTwo(*self.integers, grad_scale=1.0, features=None)
-        return coded(jnp.asarray(x), (self.log2_t[...],), scheme)
+        scheme = TQTScheme(*self.integers, grad_scale=1.0, features=None)
+        return to_codes(jnp.asarray(x), (self.log2_t[...],), scheme)
 
     def observe(self, x: jax.Array) -> None:
         """Takes the largest magnitude for the threshold, 1 for zeros; only what is finite counts.

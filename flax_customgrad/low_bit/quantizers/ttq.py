@@ -22,7 +22,7 @@ from flax_customgrad.low_bit.quantizers.calibration import (
     mean_where,
     own_range,
 )
-from flax_customgrad.low_bit.quantizers.codes import Codes, coded
+from flax_customgrad.low_bit.quantizers.codes import Codes, to_codes
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Scheme
 from flax_customgrad.numerics.accumulation import accumulator
@@ -31,7 +31,7 @@ from flax_customgrad.numerics.packing import pack, packs, unpack
 
 
 @dataclass(frozen=True)
-class Trained(Scheme):
+class TTQScheme(Scheme):
     """-1, 0 and 1, which stand for -n, 0 and p; parameters are p, n and the threshold."""
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
@@ -50,7 +50,7 @@ class Trained(Scheme):
         bits = 2 if packs(sides.shape, jax.typeof(sides).sharding) else 8
         return pack(sides, bits), p, n
 
-    def backward(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
+    def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
         """The gradient times the size on each side, and its sum over each."""
         sides, p, n = kept
         if sides.shape != g.shape:
@@ -101,7 +101,7 @@ class TTQ(Quantizer):
         """
         x = jnp.asarray(x)
         parameters = self.positive[...], self.negative[...], self._threshold_of(x)
-        return coded(x, parameters, Trained(-1, 1))
+        return to_codes(x, parameters, TTQScheme(-1, 1))
 
     def observe(self, x: jax.Array) -> None:
         """Sets both sizes to the mean magnitude of the weights on their side of the threshold.

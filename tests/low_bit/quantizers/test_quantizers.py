@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import flax_customgrad as fcg
-from flax_customgrad.low_bit.quantizers.codes import decode
+from flax_customgrad.low_bit.quantizers.codes import decode_packed
 
 NAN, INF = float("nan"), float("inf")
 
@@ -117,14 +117,14 @@ def test_codes_stand_for_the_values_in_every_program(quantizer):
     @jax.jit
     def compiled(x):
         codes = quantizer.quantize(x)
-        return *codes[:3], decode(codes.codes, codes.parameters, codes.scheme, 8, x)
+        return *codes[:3], decode_packed(codes.codes, codes.parameters, codes.scheme, 8, x)
 
     values, codes, parameters, decoded = compiled(x)
     assert values.dtype == x.dtype
     np.testing.assert_array_equal(codes, eager.codes)
     np.testing.assert_array_equal(values, eager.values)
     np.testing.assert_array_equal(decoded, values)
-    np.testing.assert_array_equal(decode(codes, parameters, eager.scheme, 8, x), values)
+    np.testing.assert_array_equal(decode_packed(codes, parameters, eager.scheme, 8, x), values)
 
 
 @pytest.mark.parametrize("quantizer", EACH, ids=lambda q: type(q).__name__)

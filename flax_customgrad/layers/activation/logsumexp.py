@@ -1,0 +1,111 @@
+"""logsumexp along any axes, with limits in rows that are infinite or masked throughout.
+
+    forward   y  = m + log(s),  m = max x,  s = sum exp(x - m)     over each row
+    backward  dx = g exp(x - m) / s
+    kept      x, and of each row m and s
+
+What happens in a row with an infinite m is said in `softmax_rows`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.layers.activation.softmax_rows import (
+    ReductionAxes,
+    minus_max,
+    nonzero,
+    only_where,
+    reduction_axes,
+    row_max,
+)
+from flax_customgrad.numerics.dtypes import as_array, in_dtype, takes_custom_backward, widened
+from flax_customgrad.numerics.inline_jit import inline_jit
+
+
+class Residuals(NamedTuple):
+    """What the backward of `logsumexp_of_rows` keeps."""
+
+    x: jax.Array
+    m: jax.Array
+    s: jax.Array
+
+
+@custom_vjp
+def logsumexp_of_rows(x: jax.Array, axis: ReductionAxes) -> jax.Array:
+    """The logarithm of the sum of the exponentials of each row.
+
+    Args:
+        x: array of any shape, float.
+        axis: the axes of a row.
+
+    Returns:
+        Array of x's shape, the axes of a row of size 1.
+    """
+    return _logsumexp(axis, x)[0]
+
+
+def _fwd(x: jax.Array, axis: ReductionAxes) -> tuple[jax.Array, Residuals]:
+    y, m, s = _logsumexp(axis, x)
+    return y, Residuals(x, m, s)
+
+
+def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, None]:
+    chex.assert_equal_shape([g, res.m, res.s])
+    dx = _cotangent(*res, g)
+    chex.assert_equal_shape([dx, res.x])
+    return dx, None
+
+
+logsumexp_of_rows.defvjp(_fwd, _bwd)
+
+
+@inline_jit(static_argnums=0)
+def _logsumexp(axis: ReductionAxes, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    (wide,) = widened(x.dtype, x)
+    m = row_max(wide, axis)
+    s = jnp.sum(jnp.exp(minus_max(wide, m)), axis, keepdims=True)
+    return in_dtype(m + jnp.log(s), x.dtype), m, s
+
+
+@inline_jit(static_argnums=())
+def _cotangent(x: jax.Array, m: jax.Array, s: jax.Array, g: jax.Array) -> jax.Array:
+    x, g = widened(g.dtype, x, g)
+    return jnp.exp(minus_max(x, m)) * (g / nonzero(s))
+
+
+def logsumexp(
+    a: ArrayLike,
+    axis: int | Sequence[int] | None = None,
+    b: ArrayLike | None = None,
+    keepdims: bool = False,
+    return_sign: bool = False,
+    where: ArrayLike | None = None,
+) -> Any:
+    """The logarithm of a sum of exponentials.
+
+    With factors `b`, with `return_sign`, and for complex numbers it is `jax.nn.logsumexp`, which
+    JAX differentiates.
+
+    Args:
+        a: array of any shape.
+        axis: the axis or axes of the sum, None for all.
+        b: factors of the exponentials, or None.
+        keepdims: whether the axes of the sum stay, with size 1.
+        return_sign: whether to return the sign of the sum beside the logarithm of its size.
+        where: a mask that broadcasts against a: which elements count.
+
+    Returns:
+        Array of a's shape without the axes of the sum; minus infinity where nothing is summed. With
+        `return_sign` a pair of arrays.
+    """
+    a, axis = as_array(a), reduction_axes(axis)
+    if b is not None or return_sign or not takes_custom_backward(a):
+        return jax.nn.logsumexp(a, axis, b, keepdims, return_sign, where)
+    y = logsumexp_of_rows(only_where(a, where), axis)
+    return y if keepdims else jnp.squeeze(y, axis)

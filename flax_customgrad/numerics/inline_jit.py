@@ -1,0 +1,23 @@
+"""`inline_jit`: one compiled call where nobody compiles, and nothing at all inside of a jit."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def inline_jit(*, static_argnums: int | tuple[int, ...] = 0) -> Callable[[F], F]:
+    """Compiles a function for calls outside of any jit, so that no array in between is stored.
+
+    Inside of a jit its operations become those of the caller, as if it were not decorated.
+
+    Args:
+        static_argnums: which arguments are hashable constants.
+
+    Returns:
+        A decorator.
+    """
+    return functools.partial(jax.jit, static_argnums=static_argnums, inline=True)
