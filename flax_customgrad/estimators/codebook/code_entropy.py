@@ -1,22 +1,27 @@
 """How sure vectors are of their codes, each for itself and all together, in nats.
 
-Codes are words of bits. Bit i of vector n is 1 with probability p = sigmoid(l), l = sharpness
-z[n, i], independently of the others, which makes P[n, c] the probability of code c. Wanted are
+A code is a word of bits. Bit i of vector n is 1 with the log odds `odds = sharpness z[n, i]`, so
+with the probability `p = sigmoid(odds)`, independently of the others; P[n, c] is the probability
+of code c that follows. The two results are
 
-    each      = mean_n H(P[n, :]) = sum h(l) / N          h(l) = log(1 + e^-|l|) + |l| sigmoid(-|l|)
-    together  = H(M) = -sum_c M[c] log M[c]               M = mean_n P[n, :]
+    each      = mean_n H(P[n, :]) = sum h(odds) / N
+                h(odds) = log(1 + e^-|odds|) + |odds| sigmoid(-|odds|)
+    together  = H(mean) = -sum_c mean[c] log mean[c],  mean = mean_n P[n, :]
 
-P is never made. The bits are split in two halves, whose words a and b have A[n, a] and B[n, b]:
+P is never made. The bits are split into two halves, left and right; a[n, i] and b[n, j] are the
+probabilities of the words of each, and a code is a pair of words:
 
-    forward   M[a, b] = sum_n A[n, a] B[n, b] / N
-    backward  dM = -dtogether log M,  0 where M is
-              dA = B dM^T / N,  dB = A dM / N
-              dl = sum_a dA A (bit_i(a) - p) - deach l p (1 - p) / N       for a bit i of a, as of b
-              dz = sharpness dl
-    kept      z, which the caller holds, and M
+    forward   mean[i, j] = sum_n a[n, i] b[n, j] / N
+    backward  dmean = -dtogether log mean,  0 where mean is
+              da    = b dmean^T / N,  db = a dmean / N
+              dodds = sum_i da a (bits[i] - p)  for the left half, and likewise for the right one
+                      - deach odds p (1 - p) / N
+              dz    = sharpness dodds
+    kept      z, which the caller holds, and mean
 
-The derivative of -M log M is -(log M + 1), of which the 1 has no effect: M sums to 1 whatever z is.
-For 18 bits a vector costs two rows of 512 numbers rather than one of 262144.
+The derivative of `-mean log mean` is `-(log mean + 1)`, of which the 1 has no effect: the sum of
+`mean` is 1 whatever `z` is. For 18 bits a vector costs two rows of 512 numbers rather than one of
+262144.
 """
 
 from typing import NamedTuple
@@ -32,7 +37,7 @@ from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.numerics.dtypes import widened
 from flax_customgrad.numerics.sharding import with_auto_axes
 
-_SURE = 1e3
+_LARGEST_ODDS = 1e3
 """Log odds at which a probability is 1 in float64 as well."""
 
 
@@ -66,16 +71,22 @@ def _fwd(z: jax.Array, sharpness: float) -> tuple[tuple[jax.Array, jax.Array], R
 
 
 def _bwd(res: Residuals, cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-    deach, dtogether = cotangents
-    odds, mean, n = _odds(res.z, res.sharpness), res.mean, _vectors(res.z)
-    dmean = -dtogether * _log(mean)
+    z, mean, (deach, dtogether) = res.z, res.mean, cotangents
+    chex.assert_rank([deach, dtogether], 0)
+    odds, n = _odds(z, res.sharpness), _num_vectors(z)
     left, right = _halves(odds)
-    a, b = _words(left), _words(right)
+    a, b = _word_probabilities(left), _word_probabilities(right)
+    dims = chex.Dimensions(I=2 ** left.shape[-1], J=2 ** right.shape[-1])
+    dmean = -dtogether * _log(mean)
+    chex.assert_shape([mean, dmean], dims["IJ"])
     da, db = _product(b, dmean.T) / n, _product(a, dmean) / n
-    dtogether = jnp.concatenate([_of_bits(da * a, left), _of_bits(db * b, right)], -1)
-    deach = deach * odds * jax.nn.sigmoid(odds) * jax.nn.sigmoid(-odds) / n
-    chex.assert_equal_shape([dtogether, deach, res.z])
-    return res.sharpness * (dtogether - deach), None
+    chex.assert_shape([a, da], (*z.shape[:-1], *dims["I"]))
+    chex.assert_shape([b, db], (*z.shape[:-1], *dims["J"]))
+    of_left, of_right = _through_words(da * a, left), _through_words(db * b, right)
+    of_together = jnp.concatenate([of_left, of_right], -1)
+    of_each = deach * odds * jax.nn.sigmoid(odds) * jax.nn.sigmoid(-odds) / n
+    chex.assert_equal_shape([of_together, of_each, z])
+    return res.sharpness * (of_together - of_each), None
 
 
 code_entropy.defvjp(_fwd, _bwd)
@@ -83,28 +94,28 @@ code_entropy.defvjp(_fwd, _bwd)
 
 def _odds(z: jax.Array, sharpness: float) -> jax.Array:
     (z,) = widened(z.dtype, z)
-    return jnp.clip(sharpness * z, -_SURE, _SURE)
+    return jnp.clip(sharpness * z, -_LARGEST_ODDS, _LARGEST_ODDS)
 
 
 def _entropies(odds: jax.Array, mean: jax.Array) -> tuple[jax.Array, jax.Array]:
-    distance = jnp.abs(odds)
-    each = jnp.log1p(jnp.exp(-distance)) + distance * jax.nn.sigmoid(-distance)
-    return jnp.sum(each) / _vectors(odds), -jnp.sum(mean * _log(mean))
+    size = jnp.abs(odds)
+    h = jnp.log1p(jnp.exp(-size)) + size * jax.nn.sigmoid(-size)
+    return jnp.sum(h) / _num_vectors(odds), -jnp.sum(mean * _log(mean))
 
 
 def _log(mean: jax.Array) -> jax.Array:
-    """Log M, 0 where M is."""
+    """`log mean`, 0 where `mean` is, and so with a derivative there, unlike that of `entr`."""
     return jnp.log(jnp.where(mean > 0, mean, 1))
 
 
 def _mean(odds: jax.Array) -> jax.Array:
-    """M, of shape (words of the left half, words of the right half)."""
+    """`mean`, of shape (words of the left half, words of the right half)."""
 
     def mean(odds: jax.Array) -> jax.Array:
-        a, b = map(_words, _halves(odds))
+        a, b = map(_word_probabilities, _halves(odds))
         leading = tuple(range(odds.ndim - 1))
         numbers = ((leading, leading), ((), ()))
-        return lax.dot_general(a, b, numbers, precision=lax.Precision.HIGHEST) / _vectors(odds)
+        return lax.dot_general(a, b, numbers, precision=lax.Precision.HIGHEST) / _num_vectors(odds)
 
     return with_auto_axes(mean, PartitionSpec(None, None), odds)
 
@@ -114,17 +125,17 @@ def _halves(odds: jax.Array) -> tuple[jax.Array, jax.Array]:
     return odds[..., :half], odds[..., half:]
 
 
-def _words(odds: jax.Array) -> jax.Array:
+def _word_probabilities(odds: jax.Array) -> jax.Array:
     """The probability of each word of some bits: of shape (..., 2^bits)."""
     bits = _bits(odds.shape[-1], odds.dtype).T
     ones, zeros = jax.nn.log_sigmoid(odds), jax.nn.log_sigmoid(-odds)
     return jnp.exp(_product(ones, bits) + _product(zeros, 1 - bits))
 
 
-def _of_bits(dwords: jax.Array, odds: jax.Array) -> jax.Array:
+def _through_words(dlog: jax.Array, odds: jax.Array) -> jax.Array:
     """The gradient of the log odds, given that of the logarithm of each word's probability."""
-    of_ones = _product(dwords, _bits(odds.shape[-1], odds.dtype))
-    return of_ones - jax.nn.sigmoid(odds) * jnp.sum(dwords, -1, keepdims=True)
+    of_ones = _product(dlog, _bits(odds.shape[-1], odds.dtype))
+    return of_ones - jax.nn.sigmoid(odds) * jnp.sum(dlog, -1, keepdims=True)
 
 
 def _bits(n: int, dtype: jnp.dtype) -> np.ndarray:
@@ -136,5 +147,5 @@ def _product(rows: jax.Array, matrix: jax.Array | np.ndarray) -> jax.Array:
     return jnp.matmul(rows, matrix, precision=lax.Precision.HIGHEST)
 
 
-def _vectors(z: jax.Array) -> int:
+def _num_vectors(z: jax.Array) -> int:
     return max(1, z.size // z.shape[-1])

@@ -1,4 +1,4 @@
-"""The arguments of quantizers: what is wrong with one, and what to write instead."""
+"""The argument of vector quantizers: what is wrong with it, and what to write instead."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax_customgrad.numerics.dtypes import as_array
 
 
-def vectors(layer: str, z: Any, features: int) -> jax.Array:
+def check_vectors(layer: str, z: Any, features: int) -> jax.Array:
     """The vectors as an array of JAX, if they are floats with as many features as they should have.
 
     Raises:

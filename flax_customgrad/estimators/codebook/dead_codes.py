@@ -1,24 +1,26 @@
-"""Codes that hardly any vector has, put where there are vectors, arXiv:2005.00341 (section 3.1).
+"""Dead codes: those that hardly any vector has, put where there are vectors (section 3.1).
 
-A code whose N is below a threshold becomes a vector of the batch, drawn at random; N becomes the
-threshold and m with it, N e, so that it is dead again unless the next batch has vectors for it. No
-vector is drawn twice, as the nearest code to a vector is one of its copies alone: with more dead
-codes than vectors, the rest wait for the next batch.
+A code whose count is below a threshold becomes a vector of the batch, drawn at random; its count
+becomes the threshold and its sum that times the code, so that it is dead again unless the next
+batch has vectors for it. No vector is drawn twice, as the nearest code to a vector is one of its
+copies alone: with more dead codes than vectors, the rest wait for the next batch.
+
+Source: arXiv:2005.00341
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_customgrad.estimators.codebook.moving_average import MovingAverage, specs
+from flax_customgrad.estimators.codebook.moving_average import MovingAverage, partition_specs
 from flax_customgrad.estimators.codebook.usage import AxisName
 from flax_customgrad.numerics.sharding import with_auto_axes
 
 
-def revived(
+def replace_dead_codes(
     state: MovingAverage,
     z: jax.Array,
-    below: float,
+    threshold: float,
     key: jax.Array,
     axis_name: AxisName,
 ) -> MovingAverage:
@@ -27,33 +29,33 @@ def revived(
     Args:
         state: the codebook.
         z: array of shape (..., features), float: the batch; at least one vector.
-        below: the N below which a code is dead.
+        threshold: the count below which a code is dead.
         key: random key, the same on all devices.
         axis_name: axis of a `shard_map` or `pmap`, whose devices contribute vectors in turn.
     """
 
-    def revive(state: MovingAverage, z: jax.Array, key: jax.Array) -> MovingAverage:
-        vectors, is_drawn = _drawn(state.counts < below, z, key, axis_name)
+    def replace(state: MovingAverage, z: jax.Array, key: jax.Array) -> MovingAverage:
+        vectors, is_drawn = _draw_vectors(state.counts < threshold, z, key, axis_name)
         codes = jnp.where(is_drawn[:, None], vectors, state.codes)
-        counts = jnp.where(is_drawn, below, state.counts)
-        sums = jnp.where(is_drawn[:, None], below * codes, state.sums)
+        counts = jnp.where(is_drawn, threshold, state.counts)
+        sums = jnp.where(is_drawn[:, None], threshold * codes, state.sums)
         return MovingAverage(codes, counts, sums)
 
-    return with_auto_axes(revive, specs(state), state, z.astype(state.codes.dtype), key)
+    return with_auto_axes(replace, partition_specs(state), state, z.astype(state.codes.dtype), key)
 
 
-def _drawn(
-    dead: jax.Array, z: jax.Array, key: jax.Array, axis_name: AxisName
+def _draw_vectors(
+    is_dead: jax.Array, z: jax.Array, key: jax.Array, axis_name: AxisName
 ) -> tuple[jax.Array, jax.Array]:
     """A vector for each dead code, and the codes for which there is one, finite."""
     z = z.reshape(-1, z.shape[-1])
     order = jax.random.permutation(key, len(z))
-    turn = jnp.cumsum(dead) - 1  # of the dead codes
+    rank = jnp.cumsum(is_dead) - 1  # among the dead codes
     devices, device = 1, 0
     if axis_name is not None:
         devices, device = lax.axis_size(axis_name), lax.axis_index(axis_name)
-    vectors = z[order[jnp.minimum(turn // devices, len(z) - 1)]]
+    vectors = z[order[jnp.minimum(rank // devices, len(z) - 1)]]
     if axis_name is not None:
-        vectors = lax.psum(jnp.where((turn % devices == device)[:, None], vectors, 0), axis_name)
-    found = (turn < len(z) * devices) & jnp.all(jnp.isfinite(vectors), -1)
-    return vectors, dead & found
+        vectors = lax.psum(jnp.where((rank % devices == device)[:, None], vectors, 0), axis_name)
+    found = (rank < len(z) * devices) & jnp.all(jnp.isfinite(vectors), -1)
+    return vectors, is_dead & found

@@ -9,9 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.scipy.special import entr
 
-from flax_customgrad.estimators.codebook.fsq import FSQ
-from flax_customgrad.estimators.codebook.lfq import LFQ
+from flax_customgrad.estimators.codebook.code_entropy import code_entropy
+from flax_customgrad.estimators.codebook.fsq import FSQ, round_to_levels
+from flax_customgrad.estimators.codebook.lfq import LFQ, sign_codes
+from flax_customgrad.estimators.codebook.quantize_vectors import quantize_vectors
 from flax_customgrad.estimators.codebook.residual_vq import ResidualVQ
 from flax_customgrad.estimators.codebook.rotation_trick import rotation_trick
 from flax_customgrad.estimators.codebook.sim_vq import SimVQ
@@ -26,23 +29,31 @@ from flax_customgrad.registry.examples import applied, made, normal
 Gradients = tuple[nnx.State | None, jax.Array]
 
 
-def _through(z: jax.Array, q: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
+def _straight_through(z: jax.Array, q: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
     return g, None
 
 
 def _rotated(z: jax.Array, q: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
-    """What arXiv:2410.06424 says, for vectors that are neither 0 nor opposite."""
+    """The formula of arXiv:2410.06424, and what it leaves open: vectors that are 0 or opposite."""
 
     def dot(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.sum(a * b, -1, keepdims=True)
 
-    norm_z, norm_q = jnp.sqrt(dot(z, z)), jnp.sqrt(dot(q, q))
-    u, v = z / norm_z, q / norm_q
-    r = (u + v) / jnp.sqrt(dot(u + v, u + v))
-    return norm_q / norm_z * (g - 2 * r * dot(r, g) + 2 * u * dot(v, g)), None
+    def length(x: jax.Array) -> jax.Array:
+        squares = dot(x, x)
+        return jnp.sqrt(jnp.where(squares == 0, 1, squares))
+
+    z_is_zero, q_is_zero = dot(z, z) == 0, dot(q, q) == 0
+    u, v = z / length(z), q / length(q)
+    r = (u + v) / length(u + v)
+    rotated = g - 2 * r * dot(r, g) + 2 * u * dot(v, g)
+    reflected = g - 2 * u * dot(u, g)
+    is_opposite = dot(u + v, u + v) < 1e-30
+    stretch = jnp.where(q_is_zero, 0, length(q) / length(z))
+    return jnp.where(z_is_zero, g, stretch * jnp.where(is_opposite, reflected, rotated)), None
 
 
-_ESTIMATORS = {"straight_through": _through, "rotation": _rotated}
+_ESTIMATORS = {"straight_through": _straight_through, "rotation": _rotated}
 
 
 def _nearest(z: jax.Array, codes: jax.Array) -> jax.Array:
@@ -54,8 +65,8 @@ def _of_the_loss(
     z: jax.Array, chosen: jax.Array, codes: jax.Array, commitment: float, dloss: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients of beta mean((z - sg q)^2) + mean((sg z - q)^2) for z and for the codes."""
-    apart = 2 * dloss * (z - chosen @ codes) / z.size
-    return commitment * apart, -jnp.einsum("...k,...f->kf", chosen, apart)
+    of_difference = 2 * dloss * (z - chosen @ codes) / z.size
+    return commitment * of_difference, -jnp.einsum("...k,...f->kf", chosen, of_difference)
 
 
 def _vector_quantizer(layer: VectorQuantizer, z: jax.Array, g: Quantized) -> Gradients:
@@ -82,12 +93,12 @@ def _residual_vq(layer: ResidualVQ, z: jax.Array, g: Quantized) -> Gradients:
 
 
 def _sim_vq(layer: SimVQ, z: jax.Array, g: Quantized) -> Gradients:
-    fixed = layer.codebook[...]
-    codes = fixed @ layer.kernel[...]
+    codebook = layer.codebook[...]
+    codes = codebook @ layer.kernel[...]
     chosen = _nearest(z, codes)
     dz, _ = _ESTIMATORS[layer.gradient](z, chosen @ codes, g.values)
     dz_of_loss, dcodes = _of_the_loss(z, chosen, codes, layer.commitment, g.loss)
-    return nnx.State({"kernel": fixed.T @ dcodes}), dz + dz_of_loss
+    return nnx.State({"kernel": codebook.T @ dcodes}), dz + dz_of_loss
 
 
 def _fsq(layer: FSQ, z: jax.Array, g: Quantized) -> Gradients:
@@ -103,7 +114,7 @@ def _lfq(layer: LFQ, z: jax.Array, g: Quantized) -> Gradients:
     signs = jnp.where(z >= 0, layer.scale, -layer.scale).astype(z.dtype)
 
     def entropy(p: jax.Array) -> jax.Array:
-        return -jnp.sum(p * jnp.log(p), -1)
+        return jnp.sum(entr(p), -1)
 
     def loss(z: jax.Array) -> jax.Array:
         distances = jnp.sum((z[..., None, :] - codes) ** 2, -1)
@@ -123,8 +134,32 @@ def _few() -> jax.Array:
     return normal(8, 3, 4)
 
 
-def _near() -> jax.Array:
-    return normal(8, 3, 4)[::-1]
+def _four_axes() -> jax.Array:
+    return normal(8, 1, 3, 4)
+
+
+def _four_axes_too() -> jax.Array:
+    return normal(8, 1, 3, 4)[::-1]
+
+
+def _singular_z() -> jax.Array:
+    return _four_axes().at[0].set(0)
+
+
+def _singular_q() -> jax.Array:
+    """Beside vectors of `_singular_z` that are zero, and beside others: 0, opposite and equal."""
+    z = _singular_z()
+    q = _four_axes_too().at[0, 0, 0].set(0).at[1, 0, 0].set(0)
+    return q.at[2].set(-2 * z[2]).at[3].set(z[3])
+
+
+def _on_the_step() -> jax.Array:
+    """Features of which some are exactly where the sign changes, or -0."""
+    return normal(8, 1, 3, 5).at[::2, 0, 1, 2].set(0).at[::3, 0, 0, 0].set(-0.0)
+
+
+def _far_out() -> jax.Array:
+    return 4 * _four_axes()
 
 
 def _many() -> jax.Array:
@@ -165,9 +200,10 @@ ENTRIES = (
         keeps="nothing",
         gain="the value is q to the bit",
         source="arXiv:1308.3432",
-        formula=_through,
+        formula=_straight_through,
         curves={"": _to_numbers(straight_through_estimator)},
-        examples={"alone": applied(_few, _near)},
+        examples={"4-D, an axis of size 1": applied(_four_axes, _four_axes_too)},
+        operations={straight_through_estimator: "4-D, an axis of size 1"},
         workloads={"16384x64": applied(_many, lambda: _many()[::-1])},
     ),
     Entry(
@@ -181,7 +217,8 @@ ENTRIES = (
         source="arXiv:2410.06424",
         formula=_rotated,
         curves={"": _to_numbers(rotation_trick, low=0.1)},
-        examples={"alone": applied(_few, _near)},
+        examples={"4-D, zero, opposite and equal vectors": applied(_singular_z, _singular_q)},
+        operations={rotation_trick: "4-D, zero, opposite and equal vectors"},
         workloads={"16384x64": applied(_many, lambda: _many()[::-1])},
     ),
     Entry(
@@ -213,9 +250,12 @@ ENTRIES = (
         source="arXiv:2107.03312",
         formula=_residual_vq,
         examples={
-            "loss": made(3, 16, 4, **_INPUTS),
-            "rotation, ema": made(2, 16, 4, gradient="rotation", learning="ema", **_SETTLED),
+            "rotation, loss, two codebooks, 4-D": made(
+                2, 16, 4, gradient="rotation", commitment=0.5, inputs=(_four_axes,)
+            ),
+            "straight through, ema": made(2, 16, 4, learning="ema", **_SETTLED),
         },
+        operations={quantize_vectors: "rotation, loss, two codebooks, 4-D"},
         workloads={"4 x 1024 codes, 16384x64": _of_values(4, 1024, 64)},
     ),
     Entry(
@@ -225,7 +265,7 @@ ENTRIES = (
         None,
         "surrogate",
         keeps="z, the codes before and after the map; 4 bytes a vector",
-        gain="every vector moves all codes",
+        gain="composed: every vector moves all codes",
         source="arXiv:2411.02038",
         formula=_sim_vq,
         examples={
@@ -247,7 +287,8 @@ ENTRIES = (
             "5 levels": Curve(lambda x: FSQ((5,))(x[..., None]).values[..., 0]),
             "4 levels": Curve(lambda x: FSQ((4,))(x[..., None]).values[..., 0]),
         },
-        examples={"odd and even": _without_rngs((5, 4, 3, 2), inputs=_few)},
+        examples={"odd and even, 4-D, far out": _without_rngs((5, 4, 3, 2), inputs=_far_out)},
+        operations={round_to_levels: "odd and even, 4-D, far out"},
         workloads={
             "8 levels, 16384x6": lambda cls: (_values, cls((8, 8, 8, 5, 5, 5)), _many()[:, :6])
         },
@@ -264,7 +305,13 @@ ENTRIES = (
         formula=_lfq,
         curves={"scale 1": Curve(lambda x: LFQ(1)(x[..., None]).values[..., 0])},
         examples={
-            "4 bits": _without_rngs(4, temperature=1.0, diversity=0.7, inputs=_few),
+            "5 bits, 4-D, on the step": _without_rngs(
+                5, scale=0.8, temperature=1.0, diversity=0.7, inputs=_on_the_step
+            ),
+        },
+        operations={
+            sign_codes: "5 bits, 4-D, on the step",
+            code_entropy: "5 bits, 4-D, on the step",
         },
         workloads={"14 bits, 16384": lambda cls: (_values, cls(14), _many()[:, :14])},
     ),

@@ -1,22 +1,27 @@
-"""FSQ, finite scalar quantization: each feature rounded to one of a few levels, arXiv:2309.15505.
+"""FSQ, finite scalar quantization: each feature rounded to one of a few levels.
 
-    forward   y  = round(b) / floor(L / 2),   b = h tanh(z + shift) - offset
-    backward  dz = g h (1 - tanh^2(z + shift)) / floor(L / 2)         round has the derivative 1
+    forward   y  = round(h tanh(z + shift) - offset) / half
+    backward  dz = g h sech^2(z + shift) / half              round has the derivative 1
     kept      z
 
-L is the number of levels of the feature, h = (L - 1) (1 + epsilon) / 2, offset = 1/2 for even L
-and 0 for odd, and shift = arctanh(offset / h), so that b is 0 where z is. round is half to even,
-and y is from -1 to 1; for even L, -1 is a level and 1 is not.
+    half   = floor(levels / 2)
+    h      = (levels - 1) (1 + epsilon) / 2
+    offset = 1/2 for an even number of levels, 0 for an odd one
+    shift  = arctanh(offset / h), so that 0 is rounded to 0
 
-epsilon is 1e-3 as in the paper for up to 501 levels, and less for more, of which the outermost
-would otherwise be rounded to one too many. The derivative is accurate far out, where 1 - tanh^2 is
-rounding. Half precision is computed in float32.
+`round` is half to even, and `y` is from -1 to 1; for an even number of levels, -1 is a level and 1
+is not. `epsilon` is 1e-3 as in the paper for up to 501 levels, and less for more, of which the
+outermost would otherwise be rounded to one too many. `sech^2 = 1 - tanh^2` is accurate far out,
+where that difference is rounding. Half precision is computed in float32.
+
+Source: arXiv:2309.15505
 """
 
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,8 +29,8 @@ from flax import nnx
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.estimators.codebook import codebook_arguments as check
-from flax_customgrad.estimators.codebook.usage import Quantized, use
+from flax_customgrad.estimators.codebook.codebook_arguments import check_vectors
+from flax_customgrad.estimators.codebook.usage import Quantized, measure_usage
 from flax_customgrad.numerics.dtypes import widened
 from flax_customgrad.numerics.hyperbolic import sech_squared
 
@@ -33,14 +38,14 @@ Levels = tuple[int, ...]
 
 
 class Residuals(NamedTuple):
-    """What the backward of `finite_scalar` keeps: only what the caller holds anyway."""
+    """What the backward of `round_to_levels` keeps: only what the caller holds anyway."""
 
     z: jax.Array
     levels: Levels
 
 
 @custom_vjp(surrogate=True)
-def finite_scalar(z: jax.Array, levels: Levels) -> jax.Array:
+def round_to_levels(z: jax.Array, levels: Levels) -> jax.Array:
     """Rounds each feature to one of its levels.
 
     Args:
@@ -54,26 +59,33 @@ def finite_scalar(z: jax.Array, levels: Levels) -> jax.Array:
 
 
 def _fwd(z: jax.Array, levels: Levels) -> tuple[jax.Array, Residuals]:
-    return finite_scalar(z, levels), Residuals(z, levels)
+    return round_to_levels(z, levels), Residuals(z, levels)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, None]:
     g, z = widened(jnp.result_type(g, res.z), g, res.z)
     h, _, shift = _bounds(res.levels, z.dtype)
-    return g * h * sech_squared(z + shift) / _half(res.levels), None
+    half = _half(res.levels)
+    dims = chex.Dimensions(F=len(res.levels))
+    chex.assert_shape([g, z], (*z.shape[:-1], *dims["F"]))
+    chex.assert_shape([h, shift, half], dims["F"])
+    dz = g * h * sech_squared(z + shift) / half
+    chex.assert_equal_shape([dz, g])
+    return dz, None
 
 
-finite_scalar.defvjp(_fwd, _bwd)
+round_to_levels.defvjp(_fwd, _bwd)
 
 
 def _rounded(z: jax.Array, levels: Levels) -> jax.Array:
-    """The level of each feature, from -floor(L / 2) on, in float32 or wider."""
+    """The level of each feature, from -half on, in float32 or wider."""
     (z,) = widened(z.dtype, z)
     h, offset, shift = _bounds(levels, z.dtype)
     return jnp.round(h * jnp.tanh(z + shift) - offset)
 
 
 def _bounds(levels: Levels, dtype: jnp.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`h`, `offset` and `shift` of each feature."""
     n = np.array(levels, np.float64)
     epsilon = np.minimum(1e-3, 0.5 / (n - 1))
     h = (n - 1) * (1 + epsilon) / 2
@@ -101,6 +113,8 @@ class FSQ(nnx.Module):
                [ 1., -1.]], dtype=float32)
         >>> out.indices
         Array([12,  4], dtype=int32)
+
+    Source: arXiv:2309.15505
     """
 
     def __init__(self, levels: Sequence[int]):
@@ -140,14 +154,14 @@ class FSQ(nnx.Module):
             TypeError: z is no floating array.
             ValueError: z has another number of features.
         """
-        z = check.vectors("FSQ", z, len(self.levels))
+        z = check_vectors("FSQ", z, len(self.levels))
         levels = _rounded(lax.stop_gradient(z), self.levels)
         numbers = levels.astype(jnp.int32) + _half(self.levels)
-        indices = jnp.sum(numbers * self._steps(), -1, dtype=jnp.int32)
+        indices = jnp.sum(numbers * self._strides(), -1, dtype=jnp.int32)
         indices = jnp.where(jnp.any(jnp.isnan(levels), -1), self.num_codes, indices)
-        values = finite_scalar(z, self.levels)
+        values = round_to_levels(z, self.levels)
         loss = jnp.zeros((), jnp.float32)
-        return Quantized(values, indices, loss, *use(indices, self.num_codes))
+        return Quantized(values, indices, loss, *measure_usage(indices, self.num_codes))
 
     def indices_to_codes(self, indices: jax.Array) -> jax.Array:
         """The codes that have certain numbers.
@@ -158,9 +172,9 @@ class FSQ(nnx.Module):
         Returns:
             Array of shape (*indices.shape, len(levels)), float32.
         """
-        numbers = indices[..., None] // self._steps() % np.array(self.levels, np.int32)
+        numbers = indices[..., None] // self._strides() % np.array(self.levels, np.int32)
         return (numbers - _half(self.levels)) / _half(self.levels).astype(np.float32)
 
-    def _steps(self) -> np.ndarray:
+    def _strides(self) -> np.ndarray:
         """What one level of each feature adds to the number of a code."""
         return np.cumprod((1, *self.levels[:-1]), dtype=np.int32)

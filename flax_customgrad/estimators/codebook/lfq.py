@@ -1,35 +1,38 @@
-"""LFQ, lookup-free quantization: the sign of each feature, arXiv:2310.05737.
+"""LFQ, lookup-free quantization: the sign of each feature.
 
     forward   y    = scale where z >= 0, -scale elsewhere
-              loss = beta mean((z - y)^2)
-    backward  dz   = g + 2 beta dloss (z - y) / N           N: how many numbers z has
+              loss = commitment sum (z - y)^2 / N                  N: how many numbers z has
+    backward  dz   = g + 2 commitment dloss (z - y) / N
     kept      z
 
-2^features codes are the corners of a cube, and nothing is looked up. What keeps them in use is a
-loss on the probabilities of codes, p(c | z) = softmax over c of -|z - c|^2 / temperature:
+The 2^features codes are the corners of a cube, and nothing is looked up. What keeps them in use is
+a loss on the probabilities of codes, `p(c | z)`, the softmax over c of `-|z - c|^2 / temperature`:
 
     entropy_weight (mean of H(p(. | z)) - diversity H(mean of p(. | z)))
 
-which wants to be sure of each vector, and undecided about all of them together; `code_entropy`
-computes both.
+It is least where each vector is sure of its code, and all codes are as likely; `code_entropy`
+computes both entropies.
+
+Source: arXiv:2310.05737
 """
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.estimators.codebook import codebook_arguments as check
 from flax_customgrad.estimators.codebook.code_entropy import code_entropy
-from flax_customgrad.estimators.codebook.usage import Quantized, use
+from flax_customgrad.estimators.codebook.codebook_arguments import check_vectors
+from flax_customgrad.estimators.codebook.usage import Quantized, measure_usage
 from flax_customgrad.numerics.argument_checks import check_nonnegative, check_size
 from flax_customgrad.numerics.dtypes import widened
 
 
 class Residuals(NamedTuple):
-    """What the backward of `signs` keeps: only what the caller holds anyway."""
+    """What the backward of `sign_codes` keeps: only what the caller holds anyway."""
 
     z: jax.Array
     scale: float
@@ -37,41 +40,44 @@ class Residuals(NamedTuple):
 
 
 @custom_vjp(surrogate=True)
-def signs(z: jax.Array, scale: float, commitment: float) -> tuple[jax.Array, jax.Array]:
-    """The sign of each number.
+def sign_codes(z: jax.Array, scale: float, commitment: float) -> tuple[jax.Array, jax.Array]:
+    """The sign of each number, times a scale, and the commitment loss.
 
     Args:
         z: array of any shape, float.
         scale: what the signs are multiplied by; it gets no gradient.
-        commitment: weight of the commitment loss, beta; it gets no gradient.
+        commitment: weight of the commitment loss; it gets no gradient.
 
     Returns:
         Array of z's shape and dtype, NaN where z is; and the loss, a number in float32 or wider, 0
         where z is empty.
     """
-    loss = commitment * jnp.sum(jnp.square(_apart(z, scale))) / max(1, z.size)
+    loss = commitment * jnp.sum(jnp.square(_difference(z, scale))) / max(1, z.size)
     return _signs(z, scale).astype(z.dtype), loss
 
 
 def _fwd(z: jax.Array, scale: float, commitment: float) -> tuple[tuple[jax.Array, ...], Residuals]:
-    return signs(z, scale, commitment), Residuals(z, scale, commitment)
+    return sign_codes(z, scale, commitment), Residuals(z, scale, commitment)
 
 
 def _bwd(res: Residuals, cotangents: tuple[jax.Array, ...]) -> tuple[jax.Array, None, None]:
-    g, dloss = cotangents
-    dloss = 2 * res.commitment / max(1, res.z.size) * dloss
-    return g + dloss * _apart(res.z, res.scale), None, None
+    z, (g, dloss) = res.z, cotangents
+    chex.assert_equal_shape([g, z])
+    chex.assert_rank(dloss, 0)
+    dz = g + 2 * res.commitment / max(1, z.size) * dloss * _difference(z, res.scale)
+    chex.assert_equal_shape([dz, z])
+    return dz, None, None
 
 
-signs.defvjp(_fwd, _bwd)
+sign_codes.defvjp(_fwd, _bwd)
 
 
 def _signs(z: jax.Array, scale: float) -> jax.Array:
     return jnp.where(jnp.isnan(z), z, jnp.where(z >= 0, scale, -scale))
 
 
-def _apart(z: jax.Array, scale: float) -> jax.Array:
-    """Z - y, in float32 or wider."""
+def _difference(z: jax.Array, scale: float) -> jax.Array:
+    """`z - y`, in float32 or wider."""
     (z,) = widened(z.dtype, z)
     return z - _signs(z, scale)
 
@@ -88,6 +94,8 @@ class LFQ(nnx.Module):
         >>> out = fcg.LFQ(3)(jnp.array([[0.3, -2.0, 0.0]]))
         >>> out.values, out.indices
         (Array([[ 1., -1.,  1.]], dtype=float32), Array([5], dtype=int32))
+
+    Source: arXiv:2310.05737
     """
 
     def __init__(
@@ -150,16 +158,16 @@ class LFQ(nnx.Module):
             TypeError: z is no floating array.
             ValueError: z has another number of features.
         """
-        z = check.vectors("LFQ", z, self.features)
+        z = check_vectors("LFQ", z, self.features)
         bits = (z >= 0) * 2 ** jnp.arange(self.features, dtype=jnp.int32)
         undefined = jnp.any(jnp.isnan(z), -1)
         indices = jnp.where(undefined, self.num_codes, jnp.sum(bits, -1, dtype=jnp.int32))
-        values, loss = signs(z, self.scale, self.commitment)
+        values, loss = sign_codes(z, self.scale, self.commitment)
         if self.entropy_weight:
-            # -|z - c|^2 is 2 z.c, but for what does not depend on c.
+            # -|z - c|^2 is 2 z.c, but for terms that do not depend on c.
             each, together = code_entropy(z, 4 * self.scale / self.temperature)
             loss += self.entropy_weight * (each - self.diversity * together)
-        return Quantized(values, indices, loss, *use(indices, self.num_codes))
+        return Quantized(values, indices, loss, *measure_usage(indices, self.num_codes))
 
     def indices_to_codes(self, indices: jax.Array) -> jax.Array:
         """The codes that have certain numbers.

@@ -1,12 +1,16 @@
-"""A codebook that follows the vectors of its codes, arXiv:1711.00937 (appendix A.1).
+"""A codebook that follows the vectors of its codes (appendix A.1 of the paper).
 
-    N[k] <- decay N[k] + (1 - decay) n[k]       n[k]: how many vectors have code k
-    m[k] <- decay m[k] + (1 - decay) s[k]       s[k]: their sum
-    e[k] <- m[k] / N~[k]                        where n[k] > 0; elsewhere e[k] stays, to the bit
-    N~[k] = (N[k] + epsilon) / (sum N + num_codes epsilon) sum N
+    counts[k] <- decay counts[k] + (1 - decay) n[k]       n[k]: how many vectors have code k
+    sums[k]   <- decay sums[k] + (1 - decay) s[k]         s[k]: their sum
+    codes[k]  <- sums[k] / smoothed[k]                    where n[k] > 0; elsewhere it stays as it
+                                                          is, to the bit
+    smoothed[k] = (counts[k] + epsilon) / (total + num_codes epsilon) total,  total = sum counts
 
-N starts at 1 and m at e, so that m / N is e from the start. N~ is N with Laplace smoothing, which
-would shrink codes that nobody uses towards 0 as their N vanishes; they are left alone.
+`counts` starts at 1 and `sums` at `codes`, so that their quotient is `codes` from the start.
+`smoothed` is `counts` with Laplace smoothing, which would shrink codes that nobody uses towards 0
+as their counts vanish; they are left alone.
+
+Source: arXiv:1711.00937
 """
 
 from typing import Any, NamedTuple
@@ -15,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_customgrad.estimators.codebook.by_code import counts, sums
-from flax_customgrad.estimators.codebook.usage import AxisName
+from flax_customgrad.estimators.codebook.quantize_vectors import sum_by_code
+from flax_customgrad.estimators.codebook.usage import AxisName, count_by_code
 from flax_customgrad.numerics.sharding import explicit_spec, with_auto_axes
 
 
@@ -24,9 +28,9 @@ class MovingAverage(NamedTuple):
     """A codebook and its statistics, in float32 or wider.
 
     Attributes:
-        codes: array of shape (num_codes, features), e.
-        counts: array of shape (num_codes,), N.
-        sums: array of shape (num_codes, features), m.
+        codes: array of shape (num_codes, features).
+        counts: array of shape (num_codes,), the average number of vectors of each code.
+        sums: array of shape (num_codes, features), the average sum of them.
     """
 
     codes: jax.Array
@@ -34,7 +38,7 @@ class MovingAverage(NamedTuple):
     sums: jax.Array
 
 
-def followed(
+def update_moving_average(
     state: MovingAverage,
     z: jax.Array,
     indices: jax.Array,
@@ -52,21 +56,22 @@ def followed(
         epsilon: of Laplace smoothing, positive.
         axis_name: axis of a `shard_map` or `pmap` over whose devices the statistics are summed.
     """
-    n, s = counts(indices, len(state.counts)), sums(z, indices, state.sums)
+    n = count_by_code(indices, len(state.counts))
+    s = sum_by_code(z, indices, state.sums)
     if axis_name is not None:
         n, s = lax.psum((n, s), axis_name)
 
-    def mix(state: MovingAverage, n: jax.Array, s: jax.Array) -> MovingAverage:
-        new_counts = decay * state.counts + (1 - decay) * n
-        new_sums = decay * state.sums + (1 - decay) * s
-        total = jnp.sum(new_counts)
-        smoothed = (new_counts + epsilon) / (total + len(n) * epsilon) * total
-        codes = jnp.where(n[:, None] > 0, new_sums / smoothed[:, None], state.codes)
-        return MovingAverage(codes, new_counts, new_sums)
+    def update(state: MovingAverage, n: jax.Array, s: jax.Array) -> MovingAverage:
+        counts = decay * state.counts + (1 - decay) * n
+        sums = decay * state.sums + (1 - decay) * s
+        total = jnp.sum(counts)
+        smoothed = (counts + epsilon) / (total + len(n) * epsilon) * total
+        codes = jnp.where(n[:, None] > 0, sums / smoothed[:, None], state.codes)
+        return MovingAverage(codes, counts, sums)
 
-    return with_auto_axes(mix, specs(state), state, n, s)
+    return with_auto_axes(update, partition_specs(state), state, n, s)
 
 
-def specs(state: MovingAverage) -> Any:
+def partition_specs(state: MovingAverage) -> Any:
     """Where each array of a state lies on a mesh with Explicit axes."""
     return jax.tree.map(explicit_spec, state)

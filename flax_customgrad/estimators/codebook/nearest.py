@@ -1,9 +1,9 @@
 """The nearest code of each vector, without an array of all distances.
 
-    |x - e|^2 = |e|^2 - 2 x.e + |x|^2
+    |x - code|^2 = |code|^2 - 2 x.code + |x|^2
 
-The last term is the same for every code, and the first rides along in the product: the least
-element of [-2 x, 1] [e, |e|^2]^T is that of the distances. The product is taken for a block of
+The last term is the same for every code, and the first is part of the product: the least element of
+`[-2 x, 1] [code, |code|^2]^T` is that of the distances. The product is taken for a block of
 codes at a time, beside a running minimum: 65536 codes and 16384 vectors need a block of 17 MB
 rather than 4.3 GB of distances. Blocks are of codes and not of vectors, so that vectors that a mesh
 has spread stay where they are. The last block overlaps the one before, so that any number of codes
@@ -30,7 +30,7 @@ from flax_customgrad.numerics.sharding import explicit_spec, with_auto_axes
 
 _PRODUCTS = 2**22
 """About as many products as there are at a time: 17 MB of float32."""
-_LEAST, _MOST = 64, 4096
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 64, 4096
 
 
 def nearest(x: jax.Array, codes: jax.Array, block: int | None = None) -> jax.Array:
@@ -63,35 +63,35 @@ def nearest(x: jax.Array, codes: jax.Array, block: int | None = None) -> jax.Arr
     if block is not None and block < 1:
         raise ValueError(f"nearest: block={block!r} must be a positive number of codes, or None")
     vectors = max(1, x.size // x.shape[-1])
-    block = block or min(_MOST, max(_LEAST, _PRODUCTS // vectors))
-    search = functools.partial(_nearest, block=min(block, codes.shape[0]))
+    block = block or min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, _PRODUCTS // vectors))
+    search = functools.partial(_search, block=min(block, codes.shape[0]))
     x, codes = (lax.stop_gradient(a) for a in widened(jnp.result_type(x, codes), x, codes))
     return with_auto_axes(search, PartitionSpec(*explicit_spec(x)[: x.ndim - 1]), x, codes)
 
 
 @functools.partial(jax.jit, static_argnames="block")
-def _nearest(x: jax.Array, codes: jax.Array, block: int) -> jax.Array:
+def _search(x: jax.Array, codes: jax.Array, block: int) -> jax.Array:
     num_codes = codes.shape[0]
-    of_codes = magnitude(codes, (0, 1))[0]
-    of_x = jnp.maximum(magnitude(x, (-1,)), of_codes)
-    codes /= of_codes
-    points = jnp.concatenate([-2 * (x / of_x), of_codes / of_x], -1)
-    table = jnp.concatenate([codes, jnp.sum(codes**2, -1, keepdims=True)], -1)
+    code_power = magnitude(codes, (0, 1))[0]
+    x_power = jnp.maximum(magnitude(x, (-1,)), code_power)
+    codes /= code_power
+    rows = jnp.concatenate([-2 * (x / x_power), code_power / x_power], -1)
+    columns = jnp.concatenate([codes, jnp.sum(codes**2, -1, keepdims=True)], -1)
 
-    def look(k: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    def search_block(k: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         first = jnp.minimum(k * block, num_codes - block)
-        some = lax.dynamic_slice_in_dim(table, first, block)
+        in_block = lax.dynamic_slice_in_dim(columns, first, block)
         products = lax.dot_general(
-            points, some, (((x.ndim - 1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST
+            rows, in_block, (((x.ndim - 1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST
         )
         least = jnp.min(products, -1, keepdims=True)
-        number = lax.broadcasted_iota(jnp.int32, products.shape, x.ndim - 1)
-        found = jnp.min(jnp.where(products == least, number, block), -1)
-        return least[..., 0], first + found
+        position = lax.broadcasted_iota(jnp.int32, products.shape, x.ndim - 1)
+        place = jnp.min(jnp.where(products == least, position, block), -1)
+        return least[..., 0], first + place
 
     def step(k: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        (least, where), (new, there) = best, look(k)
-        return jnp.minimum(least, new), jnp.where(new < least, there, where)
+        (least, index), (new_least, new_index) = best, search_block(k)
+        return jnp.minimum(least, new_least), jnp.where(new_least < least, new_index, index)
 
-    least, where = lax.fori_loop(1, -(-num_codes // block), step, look(0))
-    return jnp.where(jnp.isnan(least), num_codes, where).astype(jnp.int32)
+    least, index = lax.fori_loop(1, -(-num_codes // block), step, search_block(0))
+    return jnp.where(jnp.isnan(least), num_codes, index).astype(jnp.int32)

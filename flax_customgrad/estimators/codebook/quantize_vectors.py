@@ -1,21 +1,29 @@
-"""Vectors replaced by codes, and the loss that pulls the two together, arXiv:1711.00937.
+"""Vectors replaced by codes, and the loss that pulls the two together.
 
-One codebook after the other takes its code q[i] from what the last one has left of z:
+One codebook after the other takes a code `q[i]` from what the last one has left of `z`:
 
-    forward   r[0]  = z,  r[i] = r[i-1] - q[i],  q[i] = e[i][k[i]]       k: the numbers of the codes
-              q     = q[1] + ... + q[n]
-              loss  = (beta + 1) (mean(r[1]^2) + ... + mean(r[n]^2))     beta if codes do not learn
-    backward  dz    = E(dq) + 2 beta dloss (r[1] + ... + r[n]) / N       N: how many numbers z has
-              de[i][j] = -2 dloss / N times the sum of r[i] where k[i] = j
-    kept      z and the codes, which the caller holds, and k: 4 bytes a vector and codebook
+    forward   r[0] = z
+              q[i] = codebooks[i][indices[i]],  r[i] = r[i-1] - q[i]
+              q    = q[1] + ... + q[n]
+              loss = (commitment + 1) (sum r[1]^2 + ... + sum r[n]^2) / N      N: numbers in z
+                     (commitment alone if codes do not learn by it)
+    backward  dz   = E(dq) + 2 commitment dloss (r[1] + ... + r[n]) / N
+              dcodebooks[i][j] = -2 dloss / N times the sum of r[i] where indices[i] = j
+    kept      z and the codebooks, which the caller holds, and indices: 4 bytes a vector and
+              codebook
 
-beta of the loss is the commitment loss, which moves z only: to each codebook, what the others took
-is a constant. The rest is the codebook loss, which moves the codes only. E passes the gradient of q
-on to z: as it is for straight-through, and `turned_back` for `rotation`. It does so once, whatever
-the number of codebooks. Both losses are of z as it came: of the estimator's output, which has the
-value of the codes and the gradient of z, they would be 0, and so would their gradient.
+The loss with the weight `commitment` is the commitment loss, which moves `z` only: to each
+codebook, what the others took is a constant. The rest is the codebook loss, which moves the codes
+only. `E` is the gradient estimator, which passes the gradient of `q` on to `z`: as it is for
+"straight_through", and by `rotate_back` for "rotation". It does so once, whatever the number of
+codebooks. Both losses are of `z` as it came: of the estimator's output, which has the value of the
+codes and the gradient of `z`, they would be 0, and so would their gradient.
 
-Codes are looked up anew in the backward. Losses, residuals and sums are in float32 or wider.
+Codes are looked up anew in the backward. Losses, residuals and sums are in float32 or wider. On a
+mesh with Explicit axes JAX asks where the results of a lookup and of its transpose lie:
+`with_auto_axes` says that, and leaves it to the compiler how to get there.
+
+Source: arXiv:1711.00937
 """
 
 from collections.abc import Iterator
@@ -26,34 +34,35 @@ import jax
 import jax.numpy as jnp
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.estimators.codebook.by_code import rows, sums
-from flax_customgrad.estimators.codebook.rotation_trick import turned_back
+from flax_customgrad.estimators.codebook.rotation_trick import rotate_back
+from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.dtypes import widened
+from flax_customgrad.numerics.sharding import explicit_spec, with_auto_axes
 
-Gradient = Literal["straight_through", "rotation"]
+GradientEstimator = Literal["straight_through", "rotation"]
 Codebooks = tuple[jax.Array, ...]
 Indices = tuple[jax.Array, ...]
 
 
 class Residuals(NamedTuple):
-    """What the backward of `quantize` keeps."""
+    """What the backward of `quantize_vectors` keeps."""
 
     codebooks: Codebooks
     z: jax.Array
     indices: Indices
     commitment: float
-    learns: bool
-    gradient: Gradient
+    codes_learn: bool
+    gradient: GradientEstimator
 
 
 @custom_vjp(surrogate=True)
-def quantize(
+def quantize_vectors(
     codebooks: Codebooks,
     z: jax.Array,
     indices: Indices,
     commitment: float,
-    learns: bool,
-    gradient: Gradient,
+    codes_learn: bool,
+    gradient: GradientEstimator,
 ) -> tuple[jax.Array, jax.Array]:
     """Replaces vectors by codes.
 
@@ -61,64 +70,118 @@ def quantize(
         codebooks: arrays of shape (num_codes, features), float.
         z: array of shape (..., features), float.
         indices: for each codebook an int32 array of shape (...): the number of each vector's code.
-        commitment: weight of the commitment loss, beta; it gets no gradient.
-        learns: whether there is a codebook loss.
-        gradient: how the gradient of q gets to z.
+        commitment: weight of the commitment loss; it gets no gradient.
+        codes_learn: whether there is a codebook loss.
+        gradient: how the gradient of `q` gets to `z`.
 
     Returns:
-        The sum of the codes in the dtype of z, NaN where no code has the number; and the loss, a
-        number in float32 or wider, 0 where there are no vectors.
+        `q` in the dtype of `z`, NaN where no code has the number; and the loss, a number in float32
+        or wider, 0 where there are no vectors.
     """
-    losses = [jnp.sum(jnp.square(left)) for left in _left(z, codebooks, indices)]
-    loss = (commitment + learns) / max(1, z.size) * sum(losses[1:], losses[0])
-    return _taken(z, codebooks, indices), loss
+    squares = [jnp.sum(jnp.square(r)) for r in _remainders(z, codebooks, indices)]
+    loss = (commitment + codes_learn) / max(1, z.size) * sum(squares[1:], squares[0])
+    return _sum_of_codes(z, codebooks, indices), loss
 
 
-def _fwd(codebooks, z, indices, commitment, learns, gradient):
-    out = quantize(codebooks, z, indices, commitment, learns, gradient)
-    return out, Residuals(codebooks, z, indices, commitment, learns, gradient)
+def _fwd(
+    codebooks: Codebooks,
+    z: jax.Array,
+    indices: Indices,
+    commitment: float,
+    codes_learn: bool,
+    gradient: GradientEstimator,
+) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
+    out = quantize_vectors(codebooks, z, indices, commitment, codes_learn, gradient)
+    return out, Residuals(codebooks, z, indices, commitment, codes_learn, gradient)
 
 
 def _bwd(
     res: Residuals, cotangents: tuple[jax.Array, jax.Array]
-) -> tuple[tuple[jax.Array, ...] | None, jax.Array, None, None, None, None]:
+) -> tuple[tuple[jax.Array | None, ...], jax.Array, None, None, None, None]:
     codebooks, z, indices = res.codebooks, res.z, res.indices
-    g, dloss = cotangents
-    scale = 2 * dloss / max(1, z.size)
+    dq, dloss = cotangents
+    chex.assert_equal_shape([dq, z])
+    chex.assert_rank(dloss, 0)
+    chex.assert_shape(indices, z.shape[:-1])
+    chex.assert_type(indices, int)
+    chex.assert_shape(codebooks, (None, z.shape[-1]))
+    dz = dq
     if res.gradient == "rotation":
-        g = turned_back(g, z, _taken(z, codebooks, indices))
-    dz, dcodebooks = g, []
-    for left, codes, numbers in zip(_left(z, codebooks, indices), codebooks, indices, strict=True):
-        dz += res.commitment * scale * left
-        dcodebooks.append(sums(-scale * left, numbers, codes) if res.learns else None)
+        dz = rotate_back(dq, z, _sum_of_codes(z, codebooks, indices))
+    scale = 2 * dloss / max(1, z.size)
+    dcodebooks = []
+    for r, codes, numbers in zip(
+        _remainders(z, codebooks, indices), codebooks, indices, strict=True
+    ):
+        dz += res.commitment * scale * r
+        dcodebooks.append(sum_by_code(-scale * r, numbers, codes) if res.codes_learn else None)
     chex.assert_equal_shape([dz, z])
+    if res.codes_learn:
+        chex.assert_trees_all_equal_shapes(dcodebooks, list(codebooks))
     return tuple(dcodebooks), dz, None, None, None, None
 
 
-quantize.defvjp(_fwd, _bwd)
+quantize_vectors.defvjp(_fwd, _bwd)
 
 
-def left_over(z: jax.Array, codes: jax.Array, indices: jax.Array) -> jax.Array:
-    """What a codebook leaves of vectors: z - q, in float32 or wider.
+def remainder(z: jax.Array, codes: jax.Array, indices: jax.Array) -> jax.Array:
+    """`r[1]`: what a codebook leaves of vectors, in float32 or wider.
 
     Args:
         z: array of shape (..., features), float.
         codes: array of shape (num_codes, features), float.
         indices: int32 array of shape (...).
     """
-    z, q = widened(jnp.result_type(z, codes), z, rows(codes, indices, z))
+    z, q = widened(jnp.result_type(z, codes), z, gather_codes(codes, indices, z))
     return z - q
 
 
-def _left(z: jax.Array, codebooks: Codebooks, indices: Indices) -> Iterator[jax.Array]:
-    """r[1], r[2] and so on."""
+def _remainders(z: jax.Array, codebooks: Codebooks, indices: Indices) -> Iterator[jax.Array]:
+    """`r[1]`, `r[2]` and so on."""
     for codes, numbers in zip(codebooks, indices, strict=True):
-        z = left_over(z, codes, numbers)
+        z = remainder(z, codes, numbers)
         yield z
 
 
-def _taken(z: jax.Array, codebooks: Codebooks, indices: Indices) -> jax.Array:
-    """The sum of the codes, in the dtype of z."""
-    codes = (rows(c, k, z) for c, k in zip(codebooks, indices, strict=True))
+def _sum_of_codes(z: jax.Array, codebooks: Codebooks, indices: Indices) -> jax.Array:
+    """`q`, in the dtype of `z`."""
+    codes = (gather_codes(c, k, z) for c, k in zip(codebooks, indices, strict=True))
     first, *others = widened(jnp.result_type(z, *codebooks), *codes)
     return sum(others, first).astype(z.dtype)
+
+
+def gather_codes(codes: jax.Array, indices: jax.Array, like: jax.Array) -> jax.Array:
+    """The codes that have certain numbers.
+
+    Args:
+        codes: array of shape (num_codes, features), float.
+        indices: int32 array of any shape; a number that no code has gives NaN.
+        like: array of shape (*indices.shape, features) whose sharding the result has.
+
+    Returns:
+        Array of shape (*indices.shape, features), in the dtype of codes.
+    """
+
+    def take(codes: jax.Array, indices: jax.Array) -> jax.Array:
+        return jnp.take(codes, indices, axis=0, mode="fill", fill_value=jnp.nan)
+
+    return with_auto_axes(take, explicit_spec(like), codes, indices)
+
+
+def sum_by_code(values: jax.Array, indices: jax.Array, like: jax.Array) -> jax.Array:
+    """The sum of the vectors of each code, the transpose of `gather_codes`.
+
+    Args:
+        values: array of shape (*indices.shape, features), float.
+        indices: int32 array of any shape; a vector of a number that no code has is left out.
+        like: array of shape (num_codes, features) whose sharding the result has.
+
+    Returns:
+        Array of shape (num_codes, features), float32 or wider.
+    """
+    dtype = accumulator(values)
+
+    def scatter(values: jax.Array, indices: jax.Array) -> jax.Array:
+        return jnp.zeros(like.shape, dtype).at[indices].add(values.astype(dtype), mode="drop")
+
+    return with_auto_axes(scatter, explicit_spec(like), values, indices)

@@ -1,19 +1,31 @@
-"""ResidualVQ: codebooks one after the other, each for what the last has left, arXiv:2107.03312.
+"""ResidualVQ: codebooks one after the other, each for what the last has left.
 
-Gradient and loss are those of `quantize`. The estimator is applied once, to z and the sum of the
-codes. With one for each codebook, whose outputs are added up, a straight-through gradient would
-arrive as many times as there are codebooks.
+Gradient and loss are those of `quantize_vectors`. The estimator is applied once, to `z` and the sum
+of the codes. With one for each codebook, whose outputs are added up, a straight-through gradient
+would arrive as many times as there are codebooks.
+
+Source: arXiv:2107.03312
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.estimators.codebook import codebook_arguments as check
-from flax_customgrad.estimators.codebook.quantize_vectors import left_over, quantize
-from flax_customgrad.estimators.codebook.usage import Quantized, use
-from flax_customgrad.estimators.codebook.vector_quantizer import VectorQuantizer
+from flax_customgrad.estimators.codebook.codebook_arguments import check_vectors
+from flax_customgrad.estimators.codebook.quantize_vectors import (
+    GradientEstimator,
+    quantize_vectors,
+    remainder,
+)
+from flax_customgrad.estimators.codebook.usage import AxisName, Quantized, measure_usage
+from flax_customgrad.estimators.codebook.vector_quantizer import (
+    Learning,
+    VectorQuantizer,
+    default_codebook_init,
+)
 from flax_customgrad.numerics.argument_checks import check_size
 from flax_customgrad.numerics.dtypes import widened
 
@@ -31,6 +43,8 @@ class ResidualVQ(nnx.Module):
         >>> out = layer(jnp.ones((8, 4)))
         >>> out.values.shape, out.indices.shape, out.usage.shape
         ((8, 4), (8, 3), (3,))
+
+    Source: arXiv:2107.03312
     """
 
     def __init__(
@@ -39,17 +53,36 @@ class ResidualVQ(nnx.Module):
         num_codes: int,
         features: int,
         *,
+        gradient: GradientEstimator = "straight_through",
+        learning: Learning = "loss",
+        commitment: float = 0.25,
+        decay: float = 0.99,
+        epsilon: float = 1e-5,
+        dead_below: float | None = None,
+        use_running_average: bool = False,
+        axis_name: AxisName = None,
+        param_dtype: Any = jnp.float32,
+        codebook_init: Callable[..., jax.Array] = default_codebook_init,
         rngs: nnx.Rngs,
-        **kwargs: Any,
     ):
-        """Makes the codebooks.
+        """Makes the codebooks; all but the first argument is as for `VectorQuantizer`.
 
         Args:
             num_quantizers: how many codebooks.
             num_codes: how many codes each has.
             features: how many numbers a code has.
-            rngs: as for `VectorQuantizer`.
-            **kwargs: what else `VectorQuantizer` takes, the same for each.
+            gradient: "straight_through" or "rotation".
+            learning: "loss" or "ema".
+            commitment: weight of the commitment loss.
+            decay: with "ema": how much of the statistics a call leaves, from 0 to below 1.
+            epsilon: with "ema": of Laplace smoothing of the counts, positive.
+            dead_below: with "ema": a code whose average number of vectors per batch is below this
+                is replaced by what is left of a random vector of the batch; None for never.
+            use_running_average: with "ema": use the codebooks and leave them as they are.
+            axis_name: axis of a `shard_map` or `pmap` over which to add up statistics.
+            param_dtype: dtype of the codebooks; with "ema" it is at least float32.
+            codebook_init: initializer of each codebook.
+            rngs: `params` for the initializer, and with `dead_below` `codebook` for the draws.
 
         Raises:
             ValueError: as for `VectorQuantizer`.
@@ -58,7 +91,21 @@ class ResidualVQ(nnx.Module):
         self.features = features
         self.stages = nnx.List(
             [
-                VectorQuantizer(num_codes, features, rngs=rngs, **kwargs)
+                VectorQuantizer(
+                    num_codes,
+                    features,
+                    gradient=gradient,
+                    learning=learning,
+                    commitment=commitment,
+                    decay=decay,
+                    epsilon=epsilon,
+                    dead_below=dead_below,
+                    use_running_average=use_running_average,
+                    axis_name=axis_name,
+                    param_dtype=param_dtype,
+                    codebook_init=codebook_init,
+                    rngs=rngs,
+                )
                 for _ in range(num_quantizers)
             ]
         )
@@ -78,19 +125,23 @@ class ResidualVQ(nnx.Module):
             TypeError: z is no floating array.
             ValueError: z has another number of features.
         """
-        z = check.vectors(type(self).__name__, z, self.features)
-        (residual,) = widened(z.dtype, z)
+        z = check_vectors(type(self).__name__, z, self.features)
+        (r,) = widened(z.dtype, z)
         codebooks, indices = [], []
         for stage in self.stages:
-            codes, numbers = stage.encode(residual, use_running_average)
-            residual = left_over(residual, codes, numbers)
+            codes, numbers = stage.encode(r, use_running_average)
+            r = remainder(r, codes, numbers)
             codebooks.append(codes)
             indices.append(numbers)
         first = self.stages[0]
-        learns = first.learning == "loss"
-        values, loss = quantize(
-            tuple(codebooks), z, tuple(indices), first.commitment, learns, first.gradient
+        values, loss = quantize_vectors(
+            tuple(codebooks),
+            z,
+            tuple(indices),
+            first.commitment,
+            first.learning == "loss",
+            first.gradient,
         )
-        uses = [use(numbers, first.num_codes, first.axis_name) for numbers in indices]
-        perplexity, usage = (None if None in u else jnp.stack(u) for u in zip(*uses, strict=True))
+        usages = [measure_usage(k, first.num_codes, first.axis_name) for k in indices]
+        perplexity, usage = (None if None in u else jnp.stack(u) for u in zip(*usages, strict=True))
         return Quantized(values, jnp.stack(indices, -1), loss, perplexity, usage)

@@ -1,28 +1,31 @@
-"""The rotation trick: the gradient turned and stretched as q is against z, arXiv:2410.06424.
+"""The rotation trick: the gradient is rotated and stretched as `q` is against `z`.
 
     forward   y  = q
-    backward  dz = lambda R^T g,  dq = 0
-              lambda = |q| / |z|,  u = z / |z|,  v = q / |q|,  r = (u + v) / |u + v|
+    backward  dz = stretch R^T g,  dq = 0
+              stretch = |q| / |z|,  u = z / |z|,  v = q / |q|,  r = (u + v) / |u + v|
               R^T g = g - 2 r (r.g) + 2 u (v.g)
     kept      z and q
 
-R turns u into v and is a constant to the gradient, so y = lambda R z. It is made of two
-reflections, R^T = (I - 2 u u^T) (I - 2 r r^T), and computed as such: |R^T g| = |g| whatever the
-rounding of r. With the formula as it stands, r of nearly opposite vectors is rounding, and the
+R rotates `u` into `v` and is a constant to the gradient, so `y = stretch R z`. It is made of two
+reflections, `R^T = (I - 2 u u^T) (I - 2 r r^T)`, and computed as such: `|R^T g| = |g|` whatever the
+rounding of `r`. With the formula as it stands, `r` of nearly opposite vectors is rounding, and the
 gradient up to three times too long.
 
     z = 0     no direction: straight through, dz = g
-    q = 0     lambda = 0: dz = 0
-    v = -u    no plane to turn in: u is reflected instead, R^T g = g - 2 u (u.g), which takes it to
-              v as well. This applies up to |u + v| of 8 roundings.
+    q = 0     stretch = 0: dz = 0
+    v = -u    no plane to rotate in: u is reflected instead, R^T g = g - 2 u (u.g), which takes it
+              to v as well: r = 0. This applies up to |u + v| of 8 roundings.
 
 Norms are taken in float32 or wider after division by a power of two, so that they are right as long
-as the elements are normal numbers; lambda is at most the largest number there is.
+as the elements are normal numbers; `stretch` is at most the largest number there is.
+
+Source: arXiv:2410.06424
 """
 
 import functools
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -40,7 +43,7 @@ class Residuals(NamedTuple):
 
 @custom_vjp(surrogate=True)
 def rotation_trick(z: jax.Array, q: jax.Array) -> jax.Array:
-    """Takes the value of q and passes its gradient to z, turned and stretched from q to z.
+    """Takes the value of `q` and passes its gradient to `z`, rotated and stretched from q to z.
 
     Args:
         z: array of shape (..., features), float: what was quantized.
@@ -57,6 +60,8 @@ def rotation_trick(z: jax.Array, q: jax.Array) -> jax.Array:
         >>> z, q = jnp.array([2.0, 0.0]), jnp.array([0.0, 1.0])
         >>> jax.grad(lambda z: fcg.rotation_trick(z, q)[1])(z).round(3)
         Array([0.5, 0. ], dtype=float32)
+
+    Source: arXiv:2410.06424
     """
     if z.shape != q.shape or not z.ndim:
         raise ValueError(
@@ -70,15 +75,18 @@ def _fwd(z: jax.Array, q: jax.Array) -> tuple[jax.Array, Residuals]:
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, None]:
-    return turned_back(g, res.z, res.q), None
+    chex.assert_equal_shape([g, res.z, res.q])
+    dz = rotate_back(g, res.z, res.q)
+    chex.assert_equal_shape([dz, g])
+    return dz, None
 
 
 rotation_trick.defvjp(_fwd, _bwd)
 
 
 @functools.partial(jax.jit, inline=True)
-def turned_back(g: jax.Array, z: jax.Array, q: jax.Array) -> jax.Array:
-    """The gradient of z: lambda R^T g.
+def rotate_back(g: jax.Array, z: jax.Array, q: jax.Array) -> jax.Array:
+    """`dz = stretch R^T g`, the gradient rotated from the direction of `q` to that of `z`.
 
     Args:
         g: array of shape (..., features), float.
@@ -89,23 +97,25 @@ def turned_back(g: jax.Array, z: jax.Array, q: jax.Array) -> jax.Array:
         Array of that shape, float32 or wider.
     """
     g, z, q = widened(jnp.result_type(g, z, q), g, z, q)
-    of_z, of_q = _taken_apart(z), _taken_apart(q)
-    stretch = of_q.norm / of_z.norm * (of_q.power / of_z.power)
-    stretch = jnp.where(of_q.is_zero, 0, jnp.minimum(stretch, jnp.finfo(stretch.dtype).max))
-    turned = _reflected(_reflected(g, _half_way(of_z.unit, of_q.unit)), of_z.unit)
-    return jnp.where(of_z.is_zero, g, stretch * turned)
+    polar_z, polar_q = _polar(z), _polar(q)
+    u, v = polar_z.direction, polar_q.direction
+    r = _half_way(u, v)
+    stretch = polar_q.norm / polar_z.norm * (polar_q.power / polar_z.power)
+    stretch = jnp.where(polar_q.is_zero, 0, jnp.minimum(stretch, jnp.finfo(stretch.dtype).max))
+    rotated = _reflect(_reflect(g, r), u)
+    return jnp.where(polar_z.is_zero, g, stretch * rotated)
 
 
 class _Polar(NamedTuple):
-    """A vector x as power norm unit; where it is zero, unit is 0 and norm 1."""
+    """A vector as `power norm direction`; where it is 0, the direction is 0 and the norm 1."""
 
-    unit: jax.Array
+    direction: jax.Array
     norm: jax.Array
     power: jax.Array
     is_zero: jax.Array
 
 
-def _taken_apart(x: jax.Array) -> _Polar:
+def _polar(x: jax.Array) -> _Polar:
     power = magnitude(x, (-1,))
     x = x / power
     squares = _dot(x, x)
@@ -115,18 +125,19 @@ def _taken_apart(x: jax.Array) -> _Polar:
 
 
 def _half_way(u: jax.Array, v: jax.Array) -> jax.Array:
-    """The unit vector half way from u to v; 0 between opposite ones."""
-    apart, between = u - v, u + v
-    # The two are at right angles but for rounding, which is all there is between opposite vectors.
-    length = _dot(apart, apart)
-    between -= apart * _dot(apart, between) / jnp.where(length == 0, 1, length)
-    squares = _dot(between, between)
+    """`r`, the unit vector half way from `u` to `v`; 0 between opposite ones."""
+    difference, total = u - v, u + v
+    # The two are at right angles but for rounding; the sum of opposite vectors is nothing else.
+    squares = _dot(difference, difference)
+    total -= difference * _dot(difference, total) / jnp.where(squares == 0, 1, squares)
+    squares = _dot(total, total)
     opposite = squares <= (8 * jnp.finfo(u.dtype).eps) ** 2
-    return jnp.where(opposite, 0, between / jnp.sqrt(jnp.where(opposite, 1, squares)))
+    return jnp.where(opposite, 0, total / jnp.sqrt(jnp.where(opposite, 1, squares)))
 
 
-def _reflected(g: jax.Array, by: jax.Array) -> jax.Array:
-    return g - 2 * by * _dot(by, g)
+def _reflect(g: jax.Array, normal: jax.Array) -> jax.Array:
+    """`g` reflected in the plane at right angles to a unit vector; as it is where that is 0."""
+    return g - 2 * normal * _dot(normal, g)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -1,11 +1,14 @@
-"""SimVQ: a random codebook that stays as it is, behind a linear map that learns, arXiv:2411.02038.
+"""SimVQ: a random codebook that stays as it is, behind a linear map that learns.
 
-    codes = C W       C: random and fixed, W: the kernel
+    codes = codebook kernel       codebook: random and fixed, kernel: learned
 
 A code that no vector is near gets no gradient, and in a codebook that learns by itself it stays
-where it is. Here every vector moves W, and W moves all codes.
+where it is. Here every vector moves the kernel, and the kernel moves all codes.
 
-Gradient and loss are those of `quantize`, whose codebook loss reaches W through the product.
+The backward is composed: gradient and loss are those of `quantize_vectors`, whose codebook loss
+reaches the kernel through JAX's VJP of the product.
+
+Source: arXiv:2411.02038
 """
 
 from collections.abc import Callable
@@ -16,10 +19,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_customgrad.estimators.codebook import codebook_arguments as check
+from flax_customgrad.estimators.codebook.codebook_arguments import check_vectors
 from flax_customgrad.estimators.codebook.nearest import nearest
-from flax_customgrad.estimators.codebook.quantize_vectors import Gradient, quantize
-from flax_customgrad.estimators.codebook.usage import Quantized, use
+from flax_customgrad.estimators.codebook.quantize_vectors import GradientEstimator, quantize_vectors
+from flax_customgrad.estimators.codebook.usage import Quantized, measure_usage
 from flax_customgrad.estimators.codebook.vector_quantizer import Codebook, default_codebook_init
 from flax_customgrad.numerics.argument_checks import check_nonnegative, check_size, check_word
 from flax_customgrad.numerics.dtypes import widened
@@ -36,6 +39,8 @@ class SimVQ(nnx.Module):
         >>> layer = fcg.SimVQ(16, 4, rngs=nnx.Rngs(0))
         >>> layer(jnp.ones((8, 4))).values.shape
         (8, 4)
+
+    Source: arXiv:2411.02038
     """
 
     def __init__(
@@ -43,7 +48,7 @@ class SimVQ(nnx.Module):
         num_codes: int,
         features: int,
         *,
-        gradient: Gradient = "rotation",
+        gradient: GradientEstimator = "rotation",
         commitment: float = 0.25,
         param_dtype: Any = jnp.float32,
         codebook_init: Callable[..., jax.Array] = default_codebook_init,
@@ -68,20 +73,20 @@ class SimVQ(nnx.Module):
         name = type(self).__name__
         check_size(name, "num_codes", num_codes)
         check_size(name, "features", features)
-        check_word(name, "gradient", gradient, get_args(Gradient))
+        check_word(name, "gradient", gradient, get_args(GradientEstimator))
         check_nonnegative(name, "commitment", commitment)
         self.num_codes = num_codes
         self.features = features
-        self.gradient: Gradient = gradient
+        self.gradient: GradientEstimator = gradient
         self.commitment = commitment
         self.codebook = Codebook(codebook_init(rngs.params(), (num_codes, features), param_dtype))
         self.kernel = nnx.Param(kernel_init(rngs.params(), (features, features), param_dtype))
 
     def codes(self) -> jax.Array:
         """The codes as they are now: array of shape (num_codes, features), float32 or wider."""
-        fixed, kernel = lax.stop_gradient(self.codebook[...]), self.kernel[...]
-        fixed, kernel = widened(jnp.result_type(fixed, kernel), fixed, kernel)
-        return jnp.matmul(fixed, kernel, precision=lax.Precision.HIGHEST)
+        codebook, kernel = lax.stop_gradient(self.codebook[...]), self.kernel[...]
+        codebook, kernel = widened(jnp.result_type(codebook, kernel), codebook, kernel)
+        return jnp.matmul(codebook, kernel, precision=lax.Precision.HIGHEST)
 
     def __call__(self, z: jax.Array) -> Quantized:
         """Quantizes vectors.
@@ -97,8 +102,10 @@ class SimVQ(nnx.Module):
             TypeError: z is no floating array.
             ValueError: z has another number of features.
         """
-        z = check.vectors(type(self).__name__, z, self.features)
+        z = check_vectors(type(self).__name__, z, self.features)
         codes = self.codes()
         indices = nearest(z, codes)
-        values, loss = quantize((codes,), z, (indices,), self.commitment, True, self.gradient)
-        return Quantized(values, indices, loss, *use(indices, self.num_codes))
+        values, loss = quantize_vectors(
+            (codes,), z, (indices,), self.commitment, True, self.gradient
+        )
+        return Quantized(values, indices, loss, *measure_usage(indices, self.num_codes))

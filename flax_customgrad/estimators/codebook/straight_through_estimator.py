@@ -4,12 +4,14 @@
     backward  dz = g,  dq = 0
     kept      nothing
 
-y is q to the bit; z + stop_gradient(q - z), as it is often written, is off by rounding. Its source
-is arXiv:1308.3432.
+`y` is `q` to the bit; `z + stop_gradient(q - z)`, as it is often written, is off by rounding.
+
+Source: arXiv:1308.3432
 """
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -17,12 +19,14 @@ from flax_customgrad.contract.custom_vjp import custom_vjp
 
 
 class Residuals(NamedTuple):
-    """What the backward of `straight_through_estimator` keeps: nothing."""
+    """What the backward of `straight_through_estimator` keeps: no array."""
+
+    shape: tuple[int, ...]
 
 
 @custom_vjp(surrogate=True)
 def straight_through_estimator(z: jax.Array, q: jax.Array) -> jax.Array:
-    """Takes the value of q and passes its gradient to z.
+    """Takes the value of `q` and passes its gradient to `z`.
 
     Args:
         z: array of any shape, float: what was quantized. It gets the gradient of the output.
@@ -39,6 +43,8 @@ def straight_through_estimator(z: jax.Array, q: jax.Array) -> jax.Array:
         >>> z = jnp.array([0.2, 1.7])
         >>> jax.grad(lambda z: (fcg.straight_through_estimator(z, jnp.round(z)) ** 2).sum())(z)
         Array([0., 4.], dtype=float32)
+
+    Source: arXiv:1308.3432
     """
     if z.shape != q.shape:
         raise ValueError(
@@ -48,10 +54,11 @@ def straight_through_estimator(z: jax.Array, q: jax.Array) -> jax.Array:
 
 
 def _fwd(z: jax.Array, q: jax.Array) -> tuple[jax.Array, Residuals]:
-    return straight_through_estimator(z, q), Residuals()
+    return straight_through_estimator(z, q), Residuals(z.shape)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, None]:
+    chex.assert_shape(g, res.shape)
     return g, None
 
 

@@ -1,16 +1,18 @@
-"""What a quantizer returns, and how much of a codebook it uses."""
+"""What a vector quantizer returns, and how much of a codebook it uses."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.scipy.special import entr
+from jax.sharding import PartitionSpec
 
-from flax_customgrad.estimators.codebook.by_code import counts
+from flax_customgrad.numerics.sharding import with_auto_axes
 
 AxisName = str | tuple[str, ...] | None
 
-_MOST = 2**24
+_MOST_COUNTED = 2**24
 """The largest number of codes that are counted: 67 MB of int32."""
 
 
@@ -37,14 +39,14 @@ class Quantized(NamedTuple):
     usage: jax.Array | None
 
 
-class Use(NamedTuple):
+class Usage(NamedTuple):
     """The `perplexity` and `usage` of a `Quantized`."""
 
     perplexity: jax.Array | None
     usage: jax.Array | None
 
 
-def use(indices: jax.Array, num_codes: int, axis_name: AxisName = None) -> Use:
+def measure_usage(indices: jax.Array, num_codes: int, axis_name: AxisName = None) -> Usage:
     """How much of a codebook a batch uses.
 
     Args:
@@ -52,12 +54,12 @@ def use(indices: jax.Array, num_codes: int, axis_name: AxisName = None) -> Use:
         num_codes: how many codes there are.
         axis_name: axis of a `shard_map` or `pmap` over whose devices to count.
     """
-    if num_codes > _MOST:
-        return Use(None, None)
-    n = counts(indices, num_codes)
+    if num_codes > _MOST_COUNTED:
+        return Usage(None, None)
+    n = count_by_code(indices, num_codes)
     if axis_name is not None:
         n = lax.psum(n, axis_name)
-    return Use(perplexity(n), jnp.mean(n > 0, dtype=jnp.float32))
+    return Usage(perplexity(n), jnp.mean(n > 0, dtype=jnp.float32))
 
 
 def perplexity(counts: jax.Array) -> jax.Array:
@@ -70,5 +72,21 @@ def perplexity(counts: jax.Array) -> jax.Array:
         A float32 number from 1 to num_codes; 1 where nothing occurs.
     """
     p = counts.astype(jnp.float32) / jnp.maximum(jnp.sum(counts), 1)
-    # 0 log 0 is 0.
-    return jnp.exp(-jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1)))).astype(jnp.float32)
+    return jnp.exp(jnp.sum(entr(p))).astype(jnp.float32)
+
+
+def count_by_code(indices: jax.Array, num_codes: int) -> jax.Array:
+    """How many vectors each code has.
+
+    Args:
+        indices: int32 array of any shape; a number that no code has is left out.
+        num_codes: how many codes there are.
+
+    Returns:
+        int32 array of shape (num_codes,).
+    """
+
+    def count(indices: jax.Array) -> jax.Array:
+        return jnp.zeros(num_codes, jnp.int32).at[indices].add(1, mode="drop")
+
+    return with_auto_axes(count, PartitionSpec(None), indices)

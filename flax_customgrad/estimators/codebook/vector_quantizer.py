@@ -1,8 +1,10 @@
-"""VectorQuantizer: each vector replaced by the nearest of a codebook, arXiv:1711.00937.
+"""VectorQuantizer: each vector replaced by the nearest of a codebook.
 
-The parts of it: `nearest` finds the codes, `quantize` has the gradient and the loss,
+Its parts: `nearest` finds the codes, `quantize_vectors` has the gradient and the loss,
 `moving_average` and `dead_codes` move a codebook that is not learned by gradient, and `usage`
 counts.
+
+Source: arXiv:1711.00937
 """
 
 from collections.abc import Callable
@@ -13,12 +15,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_customgrad.estimators.codebook import codebook_arguments as check
-from flax_customgrad.estimators.codebook.dead_codes import revived
-from flax_customgrad.estimators.codebook.moving_average import MovingAverage, followed
+from flax_customgrad.estimators.codebook.codebook_arguments import check_vectors
+from flax_customgrad.estimators.codebook.dead_codes import replace_dead_codes
+from flax_customgrad.estimators.codebook.moving_average import MovingAverage, update_moving_average
 from flax_customgrad.estimators.codebook.nearest import nearest
-from flax_customgrad.estimators.codebook.quantize_vectors import Gradient, quantize
-from flax_customgrad.estimators.codebook.usage import AxisName, Quantized, use
+from flax_customgrad.estimators.codebook.quantize_vectors import GradientEstimator, quantize_vectors
+from flax_customgrad.estimators.codebook.usage import AxisName, Quantized, measure_usage
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import check_nonnegative, check_size, check_word
 
@@ -50,6 +52,8 @@ class VectorQuantizer(nnx.Module):
         >>> out = layer(jnp.ones((8, 4)))
         >>> out.values.shape, out.indices.shape, out.usage
         ((8, 4), (8,), Array(0.0625, dtype=float32))
+
+    Source: arXiv:1711.00937
     """
 
     def __init__(
@@ -57,7 +61,7 @@ class VectorQuantizer(nnx.Module):
         num_codes: int,
         features: int,
         *,
-        gradient: Gradient = "straight_through",
+        gradient: GradientEstimator = "straight_through",
         learning: Learning = "loss",
         commitment: float = 0.25,
         decay: float = 0.99,
@@ -76,7 +80,7 @@ class VectorQuantizer(nnx.Module):
             features: how many numbers a code has.
             gradient: "straight_through" or "rotation".
             learning: "loss" or "ema".
-            commitment: weight of the commitment loss, beta: how much vectors are drawn to codes.
+            commitment: weight of the commitment loss: how much vectors are drawn to codes.
             decay: with "ema": how much of the statistics a call leaves, from 0 to below 1.
             epsilon: with "ema": of Laplace smoothing of the counts, positive.
             dead_below: with "ema": a code whose average number of vectors per batch is below this
@@ -96,7 +100,7 @@ class VectorQuantizer(nnx.Module):
         name = type(self).__name__
         check_size(name, "num_codes", num_codes)
         check_size(name, "features", features)
-        check_word(name, "gradient", gradient, get_args(Gradient))
+        check_word(name, "gradient", gradient, get_args(GradientEstimator))
         check_word(name, "learning", learning, get_args(Learning))
         check_nonnegative(name, "commitment", commitment)
         if not 0 <= decay < 1:
@@ -112,7 +116,7 @@ class VectorQuantizer(nnx.Module):
                 )
         self.num_codes = num_codes
         self.features = features
-        self.gradient: Gradient = gradient
+        self.gradient: GradientEstimator = gradient
         self.learning = learning
         self.commitment = commitment
         self.decay = decay
@@ -148,11 +152,13 @@ class VectorQuantizer(nnx.Module):
             TypeError: z is no floating array.
             ValueError: z has another number of features.
         """
-        z = check.vectors(type(self).__name__, z, self.features)
+        z = check_vectors(type(self).__name__, z, self.features)
         codes, indices = self.encode(z, use_running_average)
-        learns = self.learning == "loss"
-        values, loss = quantize((codes,), z, (indices,), self.commitment, learns, self.gradient)
-        return Quantized(values, indices, loss, *use(indices, self.num_codes, self.axis_name))
+        values, loss = quantize_vectors(
+            (codes,), z, (indices,), self.commitment, self.learning == "loss", self.gradient
+        )
+        usage = measure_usage(indices, self.num_codes, self.axis_name)
+        return Quantized(values, indices, loss, *usage)
 
     def encode(
         self, z: jax.Array, use_running_average: bool | None = None
@@ -172,12 +178,12 @@ class VectorQuantizer(nnx.Module):
         if use_running_average is None:
             use_running_average = self.use_running_average
         if self.learning == "ema" and not use_running_average and z.size:
-            self._follow(lax.stop_gradient(z), indices)
+            self._update_codebook(lax.stop_gradient(z), indices)
         return codes, indices
 
-    def _follow(self, z: jax.Array, indices: jax.Array) -> None:
+    def _update_codebook(self, z: jax.Array, indices: jax.Array) -> None:
         state = MovingAverage(self.codebook[...], self.counts[...], self.sums[...])
-        state = followed(state, z, indices, self.decay, self.epsilon, self.axis_name)
+        state = update_moving_average(state, z, indices, self.decay, self.epsilon, self.axis_name)
         if self.dead_below is not None:
-            state = revived(state, z, self.dead_below, self.rngs(), self.axis_name)
+            state = replace_dead_codes(state, z, self.dead_below, self.rngs(), self.axis_name)
         self.codebook[...], self.counts[...], self.sums[...] = state

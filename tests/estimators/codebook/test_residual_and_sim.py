@@ -103,7 +103,7 @@ def test_sim_vq_values_are_nearest_mapped_codes():
 def test_sim_vq_errors():
     with pytest.raises(ValueError, match="SimVQ: num_codes=0 must be"):
         fcg.SimVQ(0, 4, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="SimVQ: gradient='none' is unknown"):
+    with pytest.raises(ValueError, match="SimVQ: gradient='none' is none of 'straight_through'"):
         fcg.SimVQ(4, 4, gradient="none", rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match="SimVQ: z is int32"):
         fcg.SimVQ(4, 4, rngs=nnx.Rngs(0))(jnp.zeros((3, 4), jnp.int32))
