@@ -28,6 +28,7 @@ from typing import Any, Literal, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
@@ -217,7 +218,8 @@ def reject_zeros(scale: Any) -> None:
     Raises:
         ValueError: an element is 0.
     """
-    zeros = [i for i, s in enumerate(scale.ravel()) if s == 0]
+    # NumPy, because inside of a trace what jax.numpy makes of a known array is traced.
+    zeros = np.flatnonzero(np.asarray(scale) == 0).tolist()
     if zeros:
         raise ValueError(
             "residual='output' finds the normalized input from the output by dividing by the "

@@ -1,5 +1,6 @@
 """BatchNorm's statistics: the running ones, those of a split batch, and their cotangents."""
 
+import functools
 import re
 
 import jax
@@ -42,11 +43,18 @@ def training(layer):
     return run, state
 
 
+@functools.cache
+def of_one_device(masked=False):
+    """The results for the whole batch, on one device."""
+    run, state = training(layer_of())
+    return jax.jit(run)(state, X, G, MASK if masked else None)
+
+
 @pytest.mark.parametrize("mask", [None, MASK], ids=["", "masked"])
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_a_batch_split_over_devices_is_one_batch(check_vma, mask):
-    run, state = training(layer_of())
-    expected = jax.jit(run)(state, X, G, mask)
+    _, state = training(layer_of())
+    expected = of_one_device(mask is not None)
     split, _ = training(layer_of(axis_name="batch"))
 
     def on_devices(state, x, g, mask):
@@ -71,7 +79,7 @@ def test_a_batch_split_over_devices_is_one_batch(check_vma, mask):
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_a_sharded_batch_is_one_batch(axis_type):
     run, state = training(layer_of())
-    expected = jax.jit(run)(state, X, G, None)
+    expected = of_one_device()
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(axis_type,))
     with jax.set_mesh(mesh):
         x, g = (jax.device_put(a, NamedSharding(mesh, SPLIT)) for a in (X, G))
@@ -87,10 +95,10 @@ def test_groups_of_devices_share_statistics():
     run, state = training(layer)
     x, g = (a.reshape(8, 2, 2, 6) for a in (X, G))
     y, dx, *_ = jax.pmap(run, axis_name="batch", in_axes=(None, 0, 0, None))(state, x, g, None)
-    whole, _ = training(layer_of())
+    whole = jax.jit(training(layer_of())[0])
     for start in (0, 1):
         merged = [a[start::2].reshape(8, 2, 6) for a in (x, g)]
-        expected = jax.jit(whole)(state, *merged, None)
+        expected = whole(state, *merged, None)
         np.testing.assert_allclose(y[start::2].reshape(8, 2, 6), expected[0], atol=2e-5)
         np.testing.assert_allclose(dx[start::2].reshape(8, 2, 6), expected[1], atol=2e-5)
 
@@ -98,8 +106,9 @@ def test_groups_of_devices_share_statistics():
 def test_a_named_axis_of_vmap():
     run, state = training(layer_of(axis_name="batch"))
     x, g = (a.reshape(8, 2, 2, 6) for a in (X, G))
-    y, dx, *_ = jax.vmap(run, axis_name="batch", in_axes=(None, 0, 0, None))(state, x, g, None)
-    expected = training(layer_of())[0](state, X, G, None)
+    mapped = jax.vmap(run, axis_name="batch", in_axes=(None, 0, 0, None))
+    y, dx, *_ = jax.jit(mapped)(state, x, g, None)
+    expected = of_one_device()
     np.testing.assert_allclose(y.reshape(X.shape), expected[0], atol=2e-5)
     np.testing.assert_allclose(dx.reshape(X.shape), expected[1], atol=2e-5)
 
@@ -133,12 +142,17 @@ def test_no_more_collectives_than_nnx():
     assert collectives(fcg, "jit", True) <= collectives(nnx, "jit", True) + 1
 
 
+@nnx.jit
+def called(layers, x):
+    return [layer(x) for layer in layers]
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_running_statistics_are_those_of_nnx(dtype):
     layers = [layer_of(m, momentum=0.9, dtype=dtype) for m in (fcg, nnx)]
     for step in range(3):
         x = jax.random.normal(jax.random.key(step), (32, 6))
-        ours, theirs = (layer(x) for layer in layers)
+        ours, theirs = called(layers, x)
         np.testing.assert_allclose(ours, theirs, atol=3e-2 if dtype == jnp.bfloat16 else 1e-5)
     for name in ("mean", "var"):
         ours, theirs = (getattr(layer, name)[...] for layer in layers)
@@ -146,19 +160,25 @@ def test_running_statistics_are_those_of_nnx(dtype):
         assert ours.dtype == theirs.dtype == jnp.float32
     for layer in layers:
         layer.eval()
-    ours, theirs = (layer(x) for layer in layers)
+    ours, theirs = called(layers, x)
     np.testing.assert_allclose(ours, theirs, atol=3e-2 if dtype == jnp.bfloat16 else 1e-5)
 
 
+@pytest.mark.smoke
 def test_a_batch_without_elements_leaves_the_running_statistics_alone():
     layer = layer_of(momentum=0.5)
-    layer(X)
+
+    @nnx.jit
+    def call(layer, x, mask):
+        return layer(x, mask=mask)
+
+    call(layer, X, MASK)
     before = [layer.mean[...], layer.var[...]]
-    for x, mask in ((X, jnp.zeros(X.shape, bool)), (X[:0], None)):
-        y = layer(x, mask=mask)
+    for x, mask in ((X, jnp.zeros(MASK.shape, bool)), (X[:0], None)):
+        y = call(layer, x, mask)
         assert np.isfinite(y).all()
         np.testing.assert_array_equal([layer.mean[...], layer.var[...]], before)
-    layer(X, mask=MASK)
+    call(layer, X, MASK)
     assert (layer.mean[...] != before[0]).all()
 
 
@@ -179,6 +199,24 @@ def test_statistics_accept_cotangents():
             y = (x - mean) / jnp.sqrt(var + 1e-5) * params["scale"] + params["bias"]
             return jnp.sum(y**3) + jnp.sum(jnp.sin(mean)) + jnp.sum(var**2)
 
-        for m in (None, mask):
-            expected = jax.grad(plain)(x, m)
-            np.testing.assert_allclose(jax.grad(loss)(x, m), expected, rtol=1e-11, atol=1e-12)
+        @jax.jit
+        def gradients(x, mask):
+            return [[jax.grad(f)(x, m) for m in (None, mask)] for f in (loss, plain)]
+
+        for ours, theirs in zip(*gradients(x, mask), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_a_batch_of_any_size_is_exported():
+    """A symbolic size is no power of two, whatever it turns out to be."""
+    graphdef, state = nnx.split(layer_of())
+
+    def loss(state, x):
+        return jnp.sum(nnx.merge(graphdef, state, copy=True)(x) ** 3)
+
+    gradient = jax.jit(jax.grad(loss, (0, 1)))
+    (size,) = jax.export.symbolic_shape("size")
+    exported = jax.export.export(gradient)(state, jax.ShapeDtypeStruct((size, 2, 6), jnp.float32))
+    found, expected = exported.call(state, X), gradient(state, X)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -1,5 +1,7 @@
 """Right where nnx is not: large means, huge and tiny values, masks, constant rows."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,111 +46,133 @@ def exact(name, x, epsilon):
     return y.reshape(8, 4, 4, 16), dx.reshape(8, 4, 4, 16)
 
 
-def value_and_dx(layer, x, **kwargs):
-    """Compiled, from arguments that XLA cannot fold."""
-    graphdef, state = nnx.split(layer)
+def values_and_dx(*cases):
+    """For each case (layer, x, what else it is called with): output and dx, in one program, from
+    arguments that XLA cannot fold."""
+    split = [nnx.split(layer) for layer, _, _ in cases]
 
-    def run(state, x, g):
-        def call(state, x):
-            return nnx.merge(graphdef, state, copy=True)(x, **kwargs)
+    def run(states, xs, g):
+        found = []
+        for (graphdef, _), (_, _, kwargs), state, x in zip(split, cases, states, xs, strict=True):
 
-        y, pull = jax.vjp(call, state, x)
-        return y, pull(g.astype(y.dtype))[1]
+            def call(x, graphdef=graphdef, state=state, kwargs=kwargs):
+                return nnx.merge(graphdef, state, copy=True)(x, **kwargs)
 
-    return jax.jit(run)(state, x, jnp.asarray(G, jnp.float32))
+            y, pull = jax.vjp(call, x)
+            found.append((y, pull(g.astype(y.dtype))[0]))
+        return found
+
+    return jax.jit(run)(
+        [state for _, state in split], [x for _, x, _ in cases], jnp.asarray(G, jnp.float32)
+    )
 
 
 def off(got, expected):
     return np.linalg.norm(np.asarray(got, np.float64) - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("mean", [0.0, 100.0, 1e4, -1e5])
+NORMAL = np.random.default_rng(0).normal(size=G.shape)
+
+
 @pytest.mark.parametrize("name", CENTERED)
-def test_a_large_mean_costs_no_digits(name, mean):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=G.shape) + mean, jnp.float32)
-    for fast in (True, False):
-        layer = layer_of(name, use_fast_variance=fast)
-        y, dx = value_and_dx(layer, x)
+def test_a_large_mean_costs_no_digits(name):
+    means = (0.0, 100.0, 1e4, -1e5)
+    cases = [
+        (layer_of(name, use_fast_variance=fast), jnp.asarray(NORMAL + mean, jnp.float32), {})
+        for mean, fast in itertools.product(means, (True, False))
+    ]
+    for (layer, x, _), (y, dx) in zip(cases, values_and_dx(*cases), strict=True):
         expected_y, expected_dx = exact(name, x, layer.epsilon)
         assert off(y, expected_y) < 1e-6
         assert off(dx, expected_dx) < 1e-6
 
 
-@pytest.mark.parametrize("size", [1e18, 1e19, 1e30, 1e36])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("name", CASES)
-def test_huge_values_are_normalized(name, size, dtype):
-    x = np.random.default_rng(0).uniform(-1, 1, size=G.shape)
-    x = jnp.asarray(x, dtype).astype(jnp.float32) * jnp.float32(size)
-    layer = layer_of(name, dtype=jnp.float32)
-    y, dx = value_and_dx(layer, x.astype(dtype))
-    expected_y, expected_dx = exact(name, x.astype(dtype), layer.epsilon)
-    assert off(y, expected_y) < 1e-6
-    if size <= 1e30:  # below that dx has no float32
-        assert off(dx, expected_dx) < (1e-6 if dtype == jnp.float32 else 1e-2)
+def test_huge_values_are_normalized(name):
+    sizes, dtypes = (1e18, 1e19, 1e30, 1e36), (jnp.float32, jnp.bfloat16)
+    unit = np.random.default_rng(0).uniform(-1, 1, size=G.shape)
+    cases = [
+        (
+            layer_of(name, dtype=jnp.float32),
+            (jnp.asarray(unit, dtype).astype(jnp.float32) * jnp.float32(size)).astype(dtype),
+            {},
+        )
+        for dtype, size in itertools.product(dtypes, sizes)
+    ]
+    found = values_and_dx(*cases)
+    sizes = [size for _, size in itertools.product(dtypes, sizes)]
+    for (layer, x, _), size, (y, dx) in zip(cases, sizes, found, strict=True):
+        expected_y, expected_dx = exact(name, x, layer.epsilon)
+        assert off(y, expected_y) < 1e-6
+        if size <= 1e30:  # below that dx has no float32
+            assert off(dx, expected_dx) < (1e-6 if x.dtype == jnp.float32 else 1e-2)
 
 
-@pytest.mark.parametrize("size", [1e-18, 1e-22, 1e-30])
 @pytest.mark.parametrize("name", CASES)
-def test_tiny_values_are_normalized_without_an_epsilon(name, size):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=G.shape) * size, jnp.float32)
-    y, dx = value_and_dx(layer_of(name, epsilon=0.0), x)
-    expected_y, expected_dx = exact(name, x, 0.0)
-    assert off(y, expected_y) < 1e-6
-    assert off(dx, expected_dx) < 1e-6
+def test_tiny_values_and_zeros_are_normalized_without_an_epsilon(name):
+    cases = [
+        (layer_of(name, epsilon=0.0), jnp.asarray(NORMAL * size, jnp.float32), {})
+        for size in (1e-18, 1e-22, 1e-30, 0.0)
+    ]
+    *found, (zero_y, zero_dx) = values_and_dx(*cases)
+    for (_, x, _), (y, dx) in zip(cases[:-1], found, strict=True):
+        expected_y, expected_dx = exact(name, x, 0.0)
+        assert off(y, expected_y) < 1e-6
+        assert off(dx, expected_dx) < 1e-6
+    np.testing.assert_array_equal(zero_y, 0)
+    np.testing.assert_array_equal(zero_dx, 0)
 
 
-@pytest.mark.parametrize("constant", [0.0, 1.0, 1000.1, -1e5, 1e-30])
 @pytest.mark.parametrize("name", CENTERED)
-def test_what_is_constant_becomes_zero(name, constant):
+def test_what_is_constant_becomes_zero(name):
     layer = layer_of(name)
-    y, dx = value_and_dx(layer, jnp.full(G.shape, constant, jnp.float32))
-    np.testing.assert_array_equal(y, 0)
+    cases = [
+        (layer, jnp.full(G.shape, constant, jnp.float32), {})
+        for constant in (0.0, 1.0, 1000.1, -1e5, 1e-30)
+    ]
     expected = exact(name, np.zeros(G.shape), layer.epsilon)[1]
-    assert off(dx, expected) < 1e-6
+    for y, dx in values_and_dx(*cases):
+        np.testing.assert_array_equal(y, 0)
+        assert off(dx, expected) < 1e-6
 
 
-@pytest.mark.parametrize("rows", [3, 6, 7])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
-def test_every_pass_takes_out_the_same_mean(dtype, rows):
+def test_every_pass_takes_out_the_same_mean():
     """Compiled, XLA may leave out the rounding of sum / 6 in one pass and not in another."""
-    layer = fcg.LayerNorm(4, reduction_axes=0, epsilon=1e-10, dtype=dtype, rngs=nnx.Rngs(0))
-    graphdef, state = nnx.split(layer)
-    x = jnp.full((rows, 4), 1000.1)
-    y = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))(state, x)
-    np.testing.assert_array_equal(y, 0)
+    for dtype, rows in itertools.product((jnp.float32, jnp.bfloat16), (3, 6, 7)):
+        layer = fcg.LayerNorm(4, reduction_axes=0, epsilon=1e-10, dtype=dtype, rngs=nnx.Rngs(0))
+        graphdef, state = nnx.split(layer)
+        x = jnp.full((rows, 4), 1000.1)
+        y = jax.jit(lambda state, x, graphdef=graphdef: nnx.merge(graphdef, state)(x))(state, x)
+        np.testing.assert_array_equal(y, 0)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_zeros_without_an_epsilon(name):
-    y, dx = value_and_dx(layer_of(name, epsilon=0.0), jnp.zeros(G.shape))
-    np.testing.assert_array_equal(y, 0)
-    np.testing.assert_array_equal(dx, 0)
-
-
-@pytest.mark.parametrize("residual", ["input", "output"])
-@pytest.mark.parametrize("name", CASES)
-def test_where_all_is_masked_the_output_is_the_bias(name, residual):
-    layer = layer_of(name, residual=residual)
-    if name != "RMSNorm":
-        layer.bias[...] = jnp.arange(16.0)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=G.shape), jnp.float32)
+def test_where_all_is_masked_the_output_is_the_bias(name):
+    x = jnp.asarray(NORMAL, jnp.float32)
     masked = jnp.zeros((8, 4, 4, 16), bool)
     some = masked if name == "BatchNorm" else masked.at[1:].set(True)
-    y, dx = value_and_dx(layer, x, mask=some)
+    cases = []
+    for residual in ("input", "output"):
+        layer = layer_of(name, residual=residual)
+        if name != "RMSNorm":
+            layer.bias[...] = jnp.arange(16.0)
+        cases += [(layer, x, {"mask": some}), (layer, x, {})]
     bias = 0 if name == "RMSNorm" else np.broadcast_to(np.arange(16.0), (4, 4, 16))
-    np.testing.assert_array_equal(y[0], bias)
-    np.testing.assert_array_equal(dx[0], 0)
-    assert np.isfinite(y).all()
-    assert np.isfinite(dx).all()
-    if name != "BatchNorm":
-        full = value_and_dx(layer, x)
-        np.testing.assert_allclose(y[1:], full[0][1:], rtol=1e-6, atol=1e-6)
-        np.testing.assert_allclose(dx[1:], full[1][1:], rtol=1e-5, atol=1e-6)
+    found = values_and_dx(*cases)
+    for (y, dx), (full_y, full_dx) in (found[:2], found[2:]):
+        np.testing.assert_array_equal(y[0], bias)
+        np.testing.assert_array_equal(dx[0], 0)
+        assert np.isfinite(y).all()
+        assert np.isfinite(dx).all()
+        if name != "BatchNorm":
+            np.testing.assert_allclose(y[1:], full_y[1:], rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(dx[1:], full_dx[1:], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.smoke
 def test_what_is_not_finite_is_seen():
     """And so is a sum that is not."""
     x = jnp.ones((5, 6)).at[0, 0].set(jnp.nan).at[1, 0].set(jnp.inf).at[2].set(1e38)
-    for layer in (fcg.LayerNorm(6, rngs=nnx.Rngs(0)), nnx.LayerNorm(6, rngs=nnx.Rngs(0))):
-        assert np.isnan(layer(x)).any(1).tolist() == [True, True, True, False, False]
+    layers = [module.LayerNorm(6, rngs=nnx.Rngs(0)) for module in (fcg, nnx)]
+    for y in jax.jit(lambda x: [layer(x) for layer in layers])(x):
+        assert np.isnan(y).any(1).tolist() == [True, True, True, False, False]

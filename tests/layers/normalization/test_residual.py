@@ -27,6 +27,7 @@ def pure(layer):
     return lambda state, x: nnx.merge(graphdef, state, copy=True)(x), state
 
 
+@pytest.mark.smoke
 @by_name
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
 def test_what_is_kept_is_small(name, dtype):
@@ -70,15 +71,20 @@ def test_a_scan_over_layers_stacks_the_input_alone(name, dtype, arrays):
 def test_the_output_serves_as_well_as_the_input(name):
     with jax.enable_x64(True):
         x = jax.random.normal(jax.random.key(0), NAMES[name][1], jnp.float64)
-        gradients = []
+        losses, states = [], []
         for residual in ("input", "output"):
             kwargs = {"bias_init": nnx.initializers.normal(1.0)} if name != "RMSNorm" else {}
             layer = make(fcg, name, residual=residual, param_dtype=jnp.float64, **kwargs)
             layer.scale[...] = jnp.linspace(-2, 3, layer.scale.size)
             fn, state = pure(layer)
-            loss = lambda state, x, fn=fn: jnp.sum(jnp.sin(fn(state, x)))  # noqa: E731
-            gradients.append(jax.tree.leaves(jax.grad(loss, (0, 1))(state, x)))
-        for a, b in zip(*gradients, strict=True):
+            losses.append(lambda state, x, fn=fn: jnp.sum(jnp.sin(fn(state, x))))
+            states.append(state)
+
+        @jax.jit
+        def gradients(states, x):
+            return [jax.grad(f, (0, 1))(s, x) for f, s in zip(losses, states, strict=True)]
+
+        for a, b in zip(*map(jax.tree.leaves, gradients(states, x)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
 
 
@@ -100,7 +106,8 @@ def test_the_output_is_shared_with_the_next_layer():
 def test_a_scale_of_zero_is_an_error_only_for_the_output(name):
     zeros = {"scale_init": nnx.initializers.zeros}
     x = jnp.ones(NAMES[name][1])
-    assert np.isfinite(make(fcg, name, **zeros)(x)).all()
+    fn, state = pure(make(fcg, name, **zeros))
+    assert np.isfinite(jax.jit(fn)(state, x)).all()
     with pytest.raises(ValueError, match=r"is 0 for the features \[0, 1, .*use residual='input'"):
         make(fcg, name, residual="output", **zeros)
     layer = make(fcg, name, residual="output")
@@ -137,6 +144,8 @@ def test_converted_layers_keep_their_input_and_can_be_told_otherwise():
     layer.residual = "output"
     x = jax.random.normal(jax.random.key(0), (4, 6))
     expected = nnx.LayerNorm(6, rngs=nnx.Rngs(0))
-    ours, theirs = (jax.grad(lambda x, m=m: jnp.sum(m(x) ** 3))(x) for m in (layer, expected))
+    ours, theirs = (
+        jax.jit(jax.grad(lambda x, m=m: jnp.sum(m(x) ** 3)))(x) for m in (layer, expected)
+    )
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert type(fcg.revert(layer)) is nnx.LayerNorm
