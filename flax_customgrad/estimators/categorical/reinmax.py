@@ -3,7 +3,7 @@
     forward   y       = a one-hot sample from p0 = softmax(logits), at temperature 1
     backward  p1      = (y + softmax(logits / temperature)) / 2
               dlogits = 2 J(p1) g - J(p0) g / 2,  J(p) g = p (g - sum p g)
-    kept      the logits and the temperature, which the caller holds, and the index of the 1 in y
+    kept      the logits and the temperature, which the caller holds, and sample, the index of the 1 in y
     at a tie  the lower index is taken
 
 The straight-through estimator is a first-order approximation of the gradient of the expected loss;
@@ -40,7 +40,7 @@ class Residuals(NamedTuple):
 
     logits: jax.Array
     temperature: Any
-    index: jax.Array
+    sample: jax.Array
     axis: int
 
 
@@ -72,10 +72,10 @@ def _fwd(
 def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
     logits, axis = res.logits, res.axis
     chex.assert_equal_shape([logits, g])
-    chex.assert_type(res.index, int)
+    chex.assert_type(res.sample, int)
     dtype = accumulator(logits)
     logits, g = logits.astype(dtype), g.astype(dtype)
-    y = mask_at(res.index, logits.shape, axis).astype(dtype)
+    y = mask_at(res.sample, logits.shape, axis).astype(dtype)
     p0 = softmax_at_temperature(logits, 1, axis)
     p1 = (y + softmax_at_temperature(logits, res.temperature, axis)) / 2
     of_p0, of_p1 = (softmax_jacobian_product(p, g, axis) for p in (p0, p1))
