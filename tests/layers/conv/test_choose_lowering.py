@@ -1,4 +1,4 @@
-"""The recipes: each against XLA's own, which one is chosen, and where."""
+"""The lowerings: each against XLA's own, which one is chosen, and where."""
 
 import jax
 import jax.numpy as jnp
@@ -49,25 +49,29 @@ def value_and_gradients(layer, x):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_recipe_computes_what_xla_does(name):
+def test_a_lowering_computes_what_xla_does(name):
     shape, kwargs = SHAPES[name]
     layer, x = made(shape, **kwargs)
-    recipe = name.split(",")[0]
+    lowering = name.split(",")[0]
     geometry = layer._config(x, None).geometry
-    assert choose_lowering.chosen_lowering(geometry) == recipe
-    with fcg.use_lowering("xla"):
-        expected = jax.jit(value_and_gradients)(layer, x)
-    for force in (False, True):
-        if force:
-            with fcg.use_lowering(recipe):
-                got = jax.jit(value_and_gradients)(layer, x)
-        else:
-            got = jax.jit(value_and_gradients)(layer, x)
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    assert choose_lowering.chosen_lowering(geometry) == lowering
+
+    @jax.jit
+    def of_each(layer, x):
+        results = [value_and_gradients(layer, x)]
+        for forced in (lowering, "xla"):
+            with fcg.use_lowering(forced):
+                results.append(value_and_gradients(layer, x))
+        return results
+
+    *ours, expected = map(jax.tree.leaves, of_each(layer, x))
+    for got in ours:
+        for a, b in zip(got, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_a_recipe_that_does_not_fit_is_xla():
+@pytest.mark.smoke
+def test_a_lowering_that_does_not_fit_is_xla():
     layer, x = made((2, 6, 3), 4, (3,))
     with fcg.use_lowering("depthwise"):
         assert choose_lowering.chosen_lowering(layer._config(x, None).geometry) == "xla"
@@ -86,6 +90,28 @@ def test_an_exported_program_chooses_where_it_is_lowered():
     program = (lambda state, x: nnx.merge(graphdef, state)(x), state, x)
     assert convolutions(program, "cpu") == 0
     assert convolutions(program, "cuda") == 1
+
+
+@pytest.mark.parametrize(
+    ("layer", "kwargs"),
+    [
+        (fcg.Conv, {"feature_group_count": 4}),
+        (fcg.Conv, {"padding": "CIRCULAR"}),
+        (fcg.ConvTranspose, {"strides": 2}),
+    ],
+    ids=["depthwise", "circular", "transposed"],
+)
+def test_a_gradient_is_exported_for_a_batch_of_any_size(layer, kwargs):
+    graphdef, state = nnx.split(layer(4, 4, 3, **kwargs, rngs=nnx.Rngs(0)))
+
+    def loss(state, x):
+        return jnp.sum(nnx.merge(graphdef, state)(x) ** 2)
+
+    (batch,) = jax.export.symbolic_shape("batch")
+    x = jax.ShapeDtypeStruct((batch, 5, 4), jnp.float32)
+    exported = jax.export.export(jax.jit(jax.grad(loss, 1)))(state, x)
+    x = jax.random.normal(jax.random.key(0), (3, 5, 4))
+    np.testing.assert_allclose(exported.call(state, x), jax.grad(loss, 1)(state, x), atol=1e-5)
 
 
 def test_the_gradient_of_a_dense_kernel_is_fast_in_a_loop():
