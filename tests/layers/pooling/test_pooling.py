@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from jax import export, lax
 
 import flax_customgrad as fcg
+from flax_customgrad.layers.pooling import avg_pool, max_pool
 
 POOLS = ["max_pool", "min_pool", "avg_pool"]
 SETTINGS = settings(max_examples=8, deadline=None, derandomize=True)
@@ -33,15 +35,33 @@ def pulled(f, x):
     return y, pull(weights(y.shape, y.dtype))[0]
 
 
-def agree(f, x, tolerance):
-    """Ours and nnx's, each `f(module)`, have the same value and gradient."""
-    ours, theirs = (pulled(f(m), x) for m in (fcg, nnx))
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.shape == b.shape
-        assert a.dtype == b.dtype
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+def agree(*cases, tolerance):
+    """Ours and nnx's have the same value and gradient; all cases in one program.
+
+    A case is a function that makes a function of images from a module, and its images.
+    """
+
+    @jax.jit
+    def outcomes(images):
+        return [
+            [pulled(f(m), x) for m in (fcg, nnx)] for (f, _), x in zip(cases, images, strict=True)
+        ]
+
+    results = outcomes([x for _, x in cases])
+    for ours, theirs in results:
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.shape == b.shape
+            assert a.dtype == b.dtype
+            np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+    return results
 
 
+def pooled(name, *arguments, **kwargs):
+    """What makes a function of images from a module."""
+    return lambda module: lambda x: getattr(module, name)(x, *arguments, **kwargs)
+
+
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", [*POOLS, "pool"])
 def test_signatures_are_those_of_nnx(name):
     ours, theirs = (inspect.signature(getattr(m, name)).parameters for m in (fcg, nnx))
@@ -82,7 +102,7 @@ def test_random_poolings_in_float64(case):
         return lambda x: getattr(module, name)(x, *arguments)
 
     with jax.enable_x64(True):
-        agree(pool, image(*shape, dtype=jnp.float64, ties=True), 1e-12)
+        agree((pool, image(*shape, dtype=jnp.float64, ties=True)), tolerance=1e-12)
 
 
 CASES = {
@@ -96,13 +116,12 @@ names = pytest.mark.parametrize("name", POOLS)
 
 
 @names
-@cases
-def test_float32(name, arguments):
+def test_float32(name):
     x = image(2, 6, 5, 3)
-    agree(lambda m: lambda x: getattr(m, name)(x, *arguments), x, 1e-6)
+    results = agree(*((pooled(name, *a), x) for a in CASES.values()), tolerance=1e-6)
     if name != "avg_pool":
-        ours, theirs = (getattr(m, name)(x, *arguments) for m in (fcg, nnx))
-        np.testing.assert_array_equal(ours, theirs)
+        for (ours, _), (theirs, _) in results:
+            np.testing.assert_array_equal(ours, theirs)
 
 
 @names
@@ -125,24 +144,26 @@ def test_dtypes_are_those_of_nnx(name, x64):
 
 
 @names
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision_is_rounded_once(name, dtype):
-    x = image(2, 8, 8, 3, dtype=dtype)
+def test_half_precision_is_rounded_once(name):
     window = {"window_shape": (5, 5), "padding": "SAME"}
-    g = weights(x.shape, dtype)
 
-    def results(module, dtype):
+    @functools.partial(jax.jit, static_argnums=(0, 3))
+    def outcome(module, x, g, dtype):
         pool = functools.partial(getattr(module, name), **window)
         y, pull = jax.vjp(pool, x.astype(dtype))
         return y, pull(g.astype(dtype))[0]
 
-    with jax.enable_x64(True):
-        exact = list(map(np.asarray, results(nnx, jnp.float64)))
-    for ours, theirs, expected in zip(results(fcg, dtype), results(nnx, dtype), exact, strict=True):
-        scale = np.max(np.abs(expected))
-        mine, other = (np.max(np.abs(np.asarray(a, float) - expected)) for a in (ours, theirs))
-        assert mine / scale <= jnp.finfo(dtype).eps / 2
-        assert mine <= other
+    for dtype in (jnp.bfloat16, jnp.float16):
+        x = image(2, 8, 8, 3, dtype=dtype)
+        g = weights(x.shape, dtype)
+        with jax.enable_x64(True):
+            exact = list(map(np.asarray, outcome(nnx, x, g, jnp.float64)))
+        both = outcome(fcg, x, g, dtype), outcome(nnx, x, g, dtype)
+        for ours, theirs, expected in zip(*both, exact, strict=True):
+            scale = np.max(np.abs(expected))
+            mine, other = (np.max(np.abs(np.asarray(a, float) - expected)) for a in (ours, theirs))
+            assert mine / scale <= jnp.finfo(dtype).eps / 2
+            assert mine <= other
 
 
 # Ties, infinities and NaN.
@@ -151,32 +172,28 @@ def test_half_precision_is_rounded_once(name, dtype):
 @pytest.mark.parametrize("name", ["max_pool", "min_pool"])
 def test_the_first_of_equals_gets_the_gradient(name):
     x = jnp.zeros((1, 4, 5, 1))
-    for arguments in CASES.values():
-        if all(k <= n for k, n in zip(arguments[0], (4, 5), strict=True)):
-            agree(lambda m, a=arguments: lambda x: getattr(m, name)(x, *a), x, 1e-6)
+    fitting = [a for a in CASES.values() if all(k <= n for k, n in zip(a[0], (4, 5), strict=True))]
+    agree(*((pooled(name, *a), x) for a in fitting), tolerance=1e-6)
     (dx,) = jax.vjp(lambda x: getattr(fcg, name)(x, (2, 2), (2, 2)), x)[1](jnp.ones((1, 2, 2, 1)))
     assert np.argwhere(np.asarray(dx)).tolist() == [[0, i, j, 0] for i in (0, 2) for j in (0, 2)]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["max_pool", "min_pool"])
 def test_windows_in_the_padding_alone_have_no_gradient(name):
-    x, infinity = image(1, 3, 1), {"max_pool": -np.inf, "min_pool": np.inf}[name]
-
-    def pool(m):
-        return lambda x: getattr(m, name)(x, (2,), (1,), ((3, 2),))
-
-    agree(pool, x, 1e-6)
-    y, dx = pulled(pool(fcg), x)
+    infinity = {"max_pool": -np.inf, "min_pool": np.inf}[name]
+    pool = pooled(name, (2,), (1,), ((3, 2),))
+    ((y, dx), _), *_ = agree((pool, image(1, 3, 1)), tolerance=1e-6)
     assert y[0, 0, 0] == infinity
     assert np.isfinite(dx).all()
 
 
-@pytest.mark.parametrize("value", [np.inf, -np.inf])
 @names
-def test_infinite_images(name, value):
-    x = image(1, 4, 4, 1).at[0, 1:3].set(value)
-    for padding in ("VALID", "SAME"):
-        agree(lambda m, p=padding: lambda x: getattr(m, name)(x, (3, 2), (1, 1), p), x, 1e-6)
+def test_infinite_images(name):
+    x = image(1, 4, 4, 1)
+    images = [x.at[0, 1:3].set(value) for value in (np.inf, -np.inf)]
+    pools = [pooled(name, (3, 2), (1, 1), padding) for padding in ("VALID", "SAME")]
+    agree(*itertools.product(pools, images), tolerance=1e-6)
 
 
 def test_of_nan_the_value_is_nan_and_one_element_gets_the_gradient():
@@ -190,11 +207,8 @@ def test_of_nan_the_value_is_nan_and_one_element_gets_the_gradient():
 
 
 def test_an_average_of_padding_alone_is_that_of_nnx():
+    pool = pooled("avg_pool", (2,), (1,), ((3, 3),), count_include_pad=False)
     x = image(1, 3, 1)
-
-    def pool(m):
-        return lambda x: m.avg_pool(x, (2,), (1,), ((3, 3),), count_include_pad=False)
-
     np.testing.assert_array_equal(*(np.isnan(pool(m)(x)) for m in (fcg, nnx)))
     assert np.isfinite(pulled(pool(fcg), x)[1]).all()
 
@@ -203,19 +217,23 @@ def test_an_average_of_padding_alone_is_that_of_nnx():
 
 
 @names
-@pytest.mark.parametrize("shape", [(5, 4, 2), (1, 5, 4, 2), (2, 3, 5, 4, 2)], ids=str)
-def test_any_number_of_batch_axes(name, shape):
-    x, window = image(*shape), ((2, 3), (1, 2), ((1, 0), (2, 2)))
-    expected = getattr(nnx, name)(x.reshape(-1, *shape[-3:]), *window)
-    y = getattr(fcg, name)(x, *window)
-    assert y.shape == (*shape[:-3], *expected.shape[1:])
-    np.testing.assert_allclose(y, expected.reshape(y.shape), rtol=1e-6, atol=1e-6)
+def test_any_number_of_batch_axes(name):
+    pool = pooled(name, (2, 3), (1, 2), ((1, 0), (2, 2)))
+
+    @jax.jit
+    def outcomes(images):
+        return [(pool(fcg)(x), pool(nnx)(x.reshape(-1, *x.shape[-3:]))) for x in images]
+
+    images = [image(*shape) for shape in ((5, 4, 2), (1, 5, 4, 2), (2, 3, 5, 4, 2))]
+    for x, (y, expected) in zip(images, outcomes(images), strict=True):
+        assert y.shape == (*x.shape[:-3], *expected.shape[1:])
+        np.testing.assert_allclose(y, expected.reshape(y.shape), rtol=1e-6, atol=1e-6)
 
 
 @names
-@pytest.mark.parametrize("shape", [(0, 5, 2), (2, 0, 2), (2, 5, 0), (2, 1, 2)], ids=str)
-def test_nothing_to_pool(name, shape):
-    agree(lambda m: lambda x: getattr(m, name)(x, (2,), (2,)), image(*shape), 0)
+def test_nothing_to_pool(name):
+    shapes = (0, 5, 2), (2, 0, 2), (2, 5, 0), (2, 1, 2)
+    agree(*((pooled(name, (2,), (2,)), image(*shape)) for shape in shapes), tolerance=0)
 
 
 @names
@@ -229,7 +247,7 @@ def test_negative_padding_takes_elements_away(name):
 
 @pytest.mark.parametrize("name", ["max_pool", "avg_pool"])
 def test_windows_too_large_for_slices(name):
-    agree(lambda m: lambda x: getattr(m, name)(x, (40,), (3,), "SAME"), image(1, 50, 1), 1e-6)
+    agree((pooled(name, (40,), (3,), "SAME"), image(1, 50, 1)), tolerance=1e-6)
 
 
 def test_other_reductions_are_those_of_nnx():
@@ -322,20 +340,35 @@ def test_a_program_chooses_where_it_runs():
     assert "reduce_window" not in exported("cpu")
 
 
-@pytest.mark.parametrize("padding", ["SAME", ((0, 4), (3, 0))])
-def test_off_the_cpu(monkeypatch, padding):
+def test_off_the_cpu(monkeypatch):
+    chosen = []
+
     def default(*args, cpu, default):
+        chosen.append(default)
         return default(*args)
 
+    jitted = (
+        max_pool._extreme_value,
+        max_pool._extreme_gradient,
+        avg_pool._sum_value,
+        avg_pool._sum_gradient,
+    )
     monkeypatch.setattr(lax, "platform_dependent", default)
-    jax.clear_caches()
-    with jax.enable_x64(True):
-        x = image(2, 6, 5, 3, dtype=jnp.float64)
-        for count, *window in ((True, (3, 2), (2, 3), padding), (False, (4, 1), (1, 3), padding)):
-            average = {"count_include_pad": count}
-            agree(lambda m, w=window, a=average: lambda x: m.avg_pool(x, *w, **a), x, 1e-12)
-            agree(lambda m, w=window: lambda x: m.max_pool(x, *w), x, 1e-12)
-    jax.clear_caches()
+    try:
+        for function in jitted:
+            function.clear_cache()
+        with jax.enable_x64(True):
+            x = image(2, 6, 5, 3, dtype=jnp.float64)
+            pools = []
+            for padding in ("SAME", ((0, 4), (3, 0))):
+                for count, *window in ((True, (3, 2), (2, 3)), (False, (4, 1), (1, 3))):
+                    pools.append(pooled("avg_pool", *window, padding, count_include_pad=count))
+                    pools.append(pooled("max_pool", *window, padding))
+            agree(*((pool, x) for pool in pools), tolerance=1e-12)
+        assert len(chosen) >= 2 * len(pools)  # value and gradient of each
+    finally:
+        for function in jitted:
+            function.clear_cache()
 
 
 def temporaries(f, x):
@@ -352,7 +385,7 @@ def test_max_pool_keeps_x_and_avg_pool_nothing(arguments):
     assert fcg.residuals(lambda x: fcg.avg_pool(x, *arguments), x) == []
 
 
-@names
+@pytest.mark.parametrize("name", ["max_pool", "avg_pool"])
 @cases
 def test_memory_is_less_than_that_of_nnx(name, arguments):
     x = image(8, 30, 30, 32)
@@ -368,10 +401,9 @@ def test_a_sum_over_averages_stores_one_array():
     assert temporaries(lambda x: fcg.avg_pool(x, (3, 3), (1, 1)), x) < 1.1
 
 
-@pytest.mark.parametrize("name", ["max_pool", "min_pool"])
-def test_eight_layers_keep_eight_images(name):
+def test_eight_layers_keep_eight_images():
     def layers(module, x):
-        pool = functools.partial(getattr(module, name), window_shape=(3, 3), padding="SAME")
+        pool = functools.partial(module.max_pool, window_shape=(3, 3), padding="SAME")
         return jnp.sum(jax.lax.scan(lambda c, _: (pool(c), None), x, None, 8)[0])
 
     def size(module):
