@@ -27,50 +27,65 @@ def kept(w, n, m):
     return mask
 
 
-@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 1), (3, 8), (24, 24), (5, 24)])
-def test_the_n_largest_of_every_m(n, m):
-    np.testing.assert_array_equal(fcg.n_m_sparsify(W, n, m), np.where(kept(W, n, m), W, 0))
+def test_the_n_largest_of_every_m():
+    patterns = [(1, 2), (2, 4), (1, 1), (3, 8), (24, 24), (5, 24)]
+    found = jax.jit(lambda w: [fcg.n_m_sparsify(w, n, m) for n, m in patterns])(W)
+    for y, (n, m) in zip(found, patterns, strict=True):
+        np.testing.assert_array_equal(y, np.where(kept(W, n, m), W, 0))
 
 
 def test_the_axis():
-    w = jax.random.normal(jax.random.key(2), (3, 3, 8, 2))
-    by_axis = {-2: w, 0: jnp.moveaxis(w, 2, 0), 3: jnp.moveaxis(w, 2, 3), 1: jnp.moveaxis(w, 2, 1)}
-    expected = fcg.n_m_sparsify(w)
-    for axis, moved in by_axis.items():
-        found = jnp.moveaxis(fcg.n_m_sparsify(moved, axis=axis), axis, 2)
-        np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(fcg.n_m_sparsify(w[0, 0, :, 0], axis=0), expected[0, 0, :, 0])
+    w = np.asarray(jax.random.normal(jax.random.key(2), (3, 3, 8, 2)))
+    axes = (-2, 0, 3, 1)
+
+    @jax.jit
+    def sparsified(w, by_axis, one):
+        moved = [fcg.n_m_sparsify(v, axis=a) for v, a in zip(by_axis, axes, strict=True)]
+        return fcg.n_m_sparsify(w), moved, fcg.n_m_sparsify(one, axis=0)
+
+    expected, moved, one = sparsified(w, [np.moveaxis(w, 2, a) for a in axes], w[0, 0, :, 0])
+    for axis, y in zip(axes, moved, strict=True):
+        np.testing.assert_array_equal(np.moveaxis(y, axis, 2), expected)
+    np.testing.assert_array_equal(one, expected[0, 0, :, 0])
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_ties_go_to_the_lowest_index(dtype):
-    w = jnp.array([[1, -1, 1, -1], [0, 0, 0, 0], [2, 1, -1, 1], [1, -3, 3, 3]], dtype)
-    y = jax.jit(functools.partial(fcg.n_m_sparsify, axis=1))(w)
-    assert y.dtype == dtype
-    np.testing.assert_array_equal(
-        np.float32(y), [[1, -1, 0, 0], [0, 0, 0, 0], [2, 1, 0, 0], [0, -3, 3, 0]]
-    )
+@pytest.mark.smoke
+def test_ties_go_to_the_lowest_index():
+    w = np.float32([[1, -1, 1, -1], [0, 0, 0, 0], [2, 1, -1, 1], [1, -3, 3, 3]])
+    dtypes = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+    @jax.jit
+    def values_and_gradients(w):
+        value = functools.partial(fcg.n_m_sparsify, axis=1)
+        gradient = jax.grad(lambda w: jnp.sum(fcg.n_m_sparsify(w, decay=0.5, axis=1)))
+        return [(value(w.astype(d)), gradient(w.astype(d))) for d in dtypes]
+
+    expected = [[1, -1, 0, 0], [0, 0, 0, 0], [2, 1, 0, 0], [0, -3, 3, 0]]
     # Of four zeros two are kept: the others decay, which leaves them where they are.
-    g = jax.grad(lambda w: jnp.sum(fcg.n_m_sparsify(w, decay=0.5, axis=1)))(w)
-    np.testing.assert_array_equal(
-        np.float32(g), 1 + 0.5 * np.float32([[0, 0, 1, -1], [0] * 4, [0, 0, -1, 1], [1, 0, 0, 3]])
-    )
+    decayed = np.float32([[0, 0, 1, -1], [0] * 4, [0, 0, -1, 1], [1, 0, 0, 3]])
+    for dtype, (y, g) in zip(dtypes, values_and_gradients(w), strict=True):
+        assert y.dtype == g.dtype == dtype
+        np.testing.assert_array_equal(np.float32(y), expected)
+        np.testing.assert_array_equal(np.float32(g), 1 + 0.5 * decayed)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_the_gradient_is_dense_and_decays_what_is_pruned(decay):
+def test_the_gradient_is_dense_and_decays_what_is_pruned():
     with jax.enable_x64(True):
-        w = jnp.array(np.asarray(W), jnp.float64)
-        g = jax.random.normal(jax.random.key(3), w.shape, jnp.float64)
-        for d in (decay, jnp.array(decay), np.float32(decay)):
-            dw = jax.vjp(lambda w, d=d: fcg.n_m_sparsify(w, 2, 4, d), w)[1](g)[0]
-            expected = np.asarray(g) + float(d) * ~kept(W, 2, 4) * np.asarray(w)
-            np.testing.assert_allclose(dw, expected, rtol=1e-12)
+        w = np.asarray(W, np.float64)
+        g = np.random.default_rng(3).standard_normal(w.shape)
+        decays = [kind(d) for d in (0.0, 0.3) for kind in (float, np.float64, np.float32)]
+
+        @jax.jit
+        def gradients(w, g):
+            return [jax.vjp(lambda w, d=d: fcg.n_m_sparsify(w, 2, 4, d), w)[1](g) for d in decays]
+
+        for d, (dw,) in zip(decays, gradients(w, g), strict=True):
+            np.testing.assert_allclose(dw, g + float(d) * ~kept(W, 2, 4) * w, rtol=1e-12)
 
 
 def test_descent_shrinks_what_is_pruned():
-    w = jnp.array([3.0, -1.0, 2.0, 0.5])
-    g = jax.grad(lambda w: 0 * fcg.n_m_sparsify(w, 2, 4, 0.1, axis=0).sum())(w)
+    w = np.float32([3.0, -1.0, 2.0, 0.5])
+    g = jax.jit(jax.grad(lambda w: 0 * fcg.n_m_sparsify(w, 2, 4, 0.1, axis=0).sum()))(w)
     np.testing.assert_allclose(w - g, [3.0, -0.9, 2.0, 0.45])
 
 
@@ -87,23 +102,31 @@ def test_the_decay_may_be_scheduled_and_has_no_gradient():
 
 def test_extreme_weights_and_what_is_no_number():
     inf, nan = jnp.inf, jnp.nan
-    w = jnp.array([[inf, -inf, inf, 1.0], [1e38, -3e38, 2.0, 1e-38], [nan, 3.0, -4.0, 5.0]])
-    y = fcg.n_m_sparsify(w, axis=1)
-    expected = [[inf, -inf, 0, 0], [1e38, -3e38, 0, 0], [nan, 0, -4, 5]]
+    w = np.float32([[inf, -inf, inf, 1.0], [1e38, -3e38, 2.0, 1e-38], [nan, 3, -4, 5], [nan] * 4])
+    half = np.float16([[6e4, -6e4, 6e4, 1.0]])
+
+    @jax.jit
+    def sparsified(w, half):
+        gradient = jax.grad(lambda w: jnp.sum(fcg.n_m_sparsify(w, axis=1)))
+        return fcg.n_m_sparsify(w, axis=1), gradient(half)
+
+    y, g = sparsified(w, half)
+    expected = [[inf, -inf, 0, 0], [1e38, -3e38, 0, 0], [nan, 0, -4, 5], [nan] * 4]
     np.testing.assert_array_equal(y, np.float32(expected))
-    everything_nan = fcg.n_m_sparsify(jnp.full((4, 1), nan), axis=0)
-    assert np.isnan(everything_nan).all()
-    half = jnp.array([[6e4, -6e4, 6e4, 1.0]], jnp.float16)
-    g = jax.grad(lambda w: jnp.sum(fcg.n_m_sparsify(w, axis=1)))(half)
     np.testing.assert_allclose(np.float32(g), [[1, 1, 13, 1]], rtol=1e-2)
 
 
 def test_half_precision_is_rounded_once():
-    w, g = W.astype(jnp.bfloat16), jax.random.normal(jax.random.key(4), W.shape, jnp.bfloat16)
-    (half,), (wide,) = (
-        jax.vjp(lambda w: fcg.n_m_sparsify(w, decay=0.3), w.astype(t))[1](g.astype(t))
-        for t in (jnp.bfloat16, jnp.float32)
-    )
+    g = jax.random.normal(jax.random.key(4), W.shape, jnp.bfloat16)
+
+    @jax.jit
+    def gradients(w, g):
+        return [
+            jax.vjp(lambda w: fcg.n_m_sparsify(w, decay=0.3), w.astype(t))[1](g.astype(t))[0]
+            for t in (jnp.bfloat16, jnp.float32)
+        ]
+
+    half, wide = gradients(W.astype(jnp.bfloat16), g)
     np.testing.assert_allclose(np.float32(half), wide, rtol=2**-8)
 
 
@@ -133,7 +156,13 @@ def layer_of(**kwargs):
 
 
 def gradients(layer, x, call=lambda m, x: m(x)):
-    return nnx.grad(lambda m, x: jnp.sum(jnp.sin(call(m, x))), argnums=(0, 1))(layer, x)
+    graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+
+    def total(params, x):
+        outputs = jax.tree.leaves(call(nnx.merge(graphdef, params, rest), x))
+        return sum(jnp.sum(jnp.sin(y)) for y in outputs)
+
+    return jax.jit(jax.grad(total, (0, 1)))(params, x)
 
 
 def same(ours, theirs, **tolerance):
@@ -152,16 +181,19 @@ def test_the_layer_is_linear_with_the_sparse_kernel():
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
-@pytest.mark.parametrize("batch", [(), (7,), (2, 3)])
-def test_the_gradients_are_those_of_the_function(use_bias, batch):
+def test_the_gradients_are_those_of_the_function(use_bias):
+    """Of inputs without, with one and with two batch axes."""
     layer = layer_of(use_bias=use_bias)
-    x = jax.random.normal(jax.random.key(5), (*batch, 24))
+    draw = np.random.default_rng(5).standard_normal
+    xs = [draw((*batch, 24)).astype(np.float32) for batch in ((), (7,), (2, 3))]
 
     def plain(m, x):
         y = x @ fcg.n_m_sparsify(m.kernel[...], decay=0.3)
         return y + m.bias[...] if use_bias else y
 
-    same(gradients(layer, x), gradients(layer, x, plain), rtol=2e-5, atol=1e-6)
+    ours = gradients(layer, xs, lambda m, xs: [m(x) for x in xs])
+    expected = gradients(layer, xs, lambda m, xs: [plain(m, x) for x in xs])
+    same(ours, expected, rtol=2e-5, atol=1e-6)
 
 
 def test_the_layer_in_bfloat16():
