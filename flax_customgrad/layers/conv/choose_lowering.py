@@ -104,11 +104,8 @@ def chosen_lowering(geometry: Geometry) -> str:
     return next(name for name, lowering in LOWERINGS.items() if lowering.fits(geometry))
 
 
-# One call, and traced once for each shape, also outside of any jit.
-_once = functools.partial(jax.jit, inline=True)
-
-
-@functools.partial(_once, static_argnums=(2, 3, 4, 5))
+# The jit makes one call of it, traced once for each shape, outside of any other jit too.
+@functools.partial(jax.jit, inline=True, static_argnums=(2, 3, 4, 5))
 def correlate(
     x: jax.Array,
     w: jax.Array,
@@ -150,7 +147,7 @@ def correlate(
     return _on_this_platform(geometry, by_shape, by_xla, x, w)
 
 
-@functools.partial(_once, static_argnums=(3, 4))
+@functools.partial(jax.jit, inline=True, static_argnums=(3, 4))
 def correlate_gradients(
     x: jax.Array, w: jax.Array, g: jax.Array, geometry: Geometry, precision: Any = None
 ) -> tuple[jax.Array, jax.Array]:

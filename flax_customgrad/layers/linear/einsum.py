@@ -159,7 +159,10 @@ def _labelled_product(
         gradient: `input_gradient` or `parameter_gradient`, which takes the product.
         **kwargs: `like` and `precision` of that.
     """
-    (a, a_value), (b, b_value) = _summed(lhs, labels + rhs[0]), _summed(rhs, labels + lhs[0])
+    (a, a_value), (b, b_value) = (
+        _sum_unused_labels(lhs, labels + rhs[0]),
+        _sum_unused_labels(rhs, labels + lhs[0]),
+    )
     batch = [c for c in a if c in b and c in labels]
     contracted = [c for c in a if c in b and c not in labels]
     free = [c for c in a if c not in b] + [c for c in b if c not in a]
@@ -170,7 +173,7 @@ def _labelled_product(
     return jnp.broadcast_to(jnp.expand_dims(out, summed_away), kwargs["like"].shape)
 
 
-def _summed(array: Labelled, used: str) -> Labelled:
+def _sum_unused_labels(array: Labelled, used: str) -> Labelled:
     """An array summed over the axes whose labels nothing else uses."""
     labels, value = array
     unused = [i for i, c in enumerate(labels) if c not in used]

@@ -89,7 +89,7 @@ def _sum_value(pooling: Pooling, divisor: Divisor, dtype: Any, x: jax.Array) -> 
     by_cpu = by_reduce_window if pooling.is_global else by_slices
     y = lax.platform_dependent(x, cpu=by_cpu, default=by_reduce_window)
     return fusion_barrier(
-        (y if divisor == "one" else y / _divisor(pooling, divisor, y)).astype(dtype)
+        (y if divisor == "one" else y / _window_divisor(pooling, divisor, y)).astype(dtype)
     )
 
 
@@ -100,7 +100,7 @@ def _sum_gradient(pooling: Pooling, divisor: Divisor, g: jax.Array) -> jax.Array
 
     g = g.astype(accumulator(g))
     if divisor == "elements_inside":
-        g = g / _divisor(pooling, divisor, g)
+        g = g / _window_divisor(pooling, divisor, g)
     dx = lax.platform_dependent(
         g, cpu=by_slices, default=functools.partial(_scatter_by_reduce_window, pooling)
     )
@@ -128,7 +128,7 @@ def _scatter_by_reduce_window(pooling: Pooling, g: jax.Array) -> jax.Array:
     return lax.reduce_window(g, 0.0, lax.add, window, [1] * g.ndim, "VALID")
 
 
-def _divisor(pooling: Pooling, divisor: Divisor, y: jax.Array) -> Any:
+def _window_divisor(pooling: Pooling, divisor: Divisor, y: jax.Array) -> Any:
     """By what the sum of each window is divided; broadcasts against y."""
     if divisor == "window_size":
         return math.prod(pooling.window_shape)

@@ -24,7 +24,7 @@ from flax_customgrad.layers.conv.lowerings.lowering import Lowering
 from flax_customgrad.numerics.accumulation import fusion_barrier
 
 # A window of more elements is summed by one reduction, of which a program holds one alone.
-_MAX_UNROLLED = 16
+_MAX_UNROLLED_TAPS = 16
 
 
 class DepthwiseLowering(Lowering):
@@ -55,7 +55,7 @@ class DepthwiseLowering(Lowering):
     def kernel_gradient(self, x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
         """For each element of the window the sum of a shifted copy times g."""
         ins, outs = _features_per_group(geometry)
-        few = math.prod(geometry.window) <= _MAX_UNROLLED
+        few = math.prod(geometry.window) <= _MAX_UNROLLED_TAPS
         sums: Callable[..., jax.Array] = sum_by_blocks if few else sum_all_at_once
         rows = [
             _interleave([sums(x[..., c::ins], g[..., f::outs], geometry) for f in range(outs)])

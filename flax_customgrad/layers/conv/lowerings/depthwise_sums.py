@@ -80,18 +80,17 @@ def sum_by_blocks(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
             parts.append(fusion_barrier(functools.reduce(jnp.add, products)))
         return tuple(parts)
 
-    images = _images_per_iteration(x, g)
+    def sums_in_loop(images: int) -> tuple[jax.Array, ...]:
+        def add_images(i: int, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            some = (lax.dynamic_slice_in_dim(a, i * images, images) for a in (x, g))
+            return tuple(map(jnp.add, sums, block_sums(*some)))
 
-    def add_images(i: int, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        some = (lax.dynamic_slice_in_dim(a, i * images, images) for a in (x, g))
-        return tuple(map(jnp.add, sums, block_sums(*some)))
-
-    if images is None:
-        parts = block_sums(x, g)
-    else:
         shape = (images, *counts, x.shape[-1])
         zeros = tuple(jnp.zeros_like(x, shape=shape) for _ in geometry.taps)
-        parts = lax.fori_loop(0, x.shape[0] // images, add_images, zeros)
+        return lax.fori_loop(0, x.shape[0] // images, add_images, zeros)
+
+    images = _images_per_iteration(x, g)
+    parts = block_sums(x, g) if images is None else sums_in_loop(images)
     axes = tuple(range(g.ndim - 1))
     return jnp.stack([lax.reduce_sum(part, axes) for part in parts])
 

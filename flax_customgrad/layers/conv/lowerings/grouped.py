@@ -24,7 +24,7 @@ from flax_customgrad.layers.conv.geometry import Geometry
 from flax_customgrad.layers.conv.lowerings.lowering import Lowering
 
 _JOINED_FEATURES = 16
-_MAX_UNROLLED = 4
+_MAX_UNROLLED_PARTS = 4
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _map_parts(
     f: Callable[[jax.Array, jax.Array], jax.Array], parts: int, a: jax.Array, b: jax.Array
 ) -> jax.Array:
     """A function of each part of the features, one after another."""
-    if parts <= _MAX_UNROLLED:
+    if parts <= _MAX_UNROLLED_PARTS:
         split = (jnp.split(v, parts, axis=-1) for v in (a, b))
         return jnp.concatenate([f(*v) for v in zip(*split, strict=True)], axis=-1)
     apart = tuple(einops.rearrange(v, "... (q c) -> q ... c", q=parts) for v in (a, b))
