@@ -39,7 +39,7 @@ from flax_customgrad.estimators.rounding.rounding import (
 )
 from flax_customgrad.estimators.rounding.scaled_sign import MagnitudeAwareSign, XNORSign
 from flax_customgrad.estimators.rounding.sign import ApproxSign, SteSign, SwishSign
-from flax_customgrad.estimators.rounding.ternary import SteTern
+from flax_customgrad.estimators.rounding.ternary_step import SteTern
 from flax_customgrad.estimators.sparse.n_m import n_m_sparsify
 from flax_customgrad.estimators.sparse.n_m_linear import NMSparseLinear
 from flax_customgrad.estimators.spiking.leaky import Leaky

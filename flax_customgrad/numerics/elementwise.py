@@ -32,7 +32,7 @@ class Elementwise(ABC):
     """A function of each element with its backward; a subclass is a frozen dataclass."""
 
     @abstractmethod
-    def primal(self, x: jax.Array, *parameters: Any) -> Any:
+    def primal(self, x: jax.Array, /, *parameters: Any) -> Any:
         """The function: y, or y and its integer codes.
 
         Args:
@@ -41,7 +41,7 @@ class Elementwise(ABC):
         """
 
     @abstractmethod
-    def residuals(self, x: jax.Array, y: Any, *parameters: Any) -> tuple[Any, ...]:
+    def residuals(self, x: jax.Array, y: Any, /, *parameters: Any) -> tuple[Any, ...]:
         """What the backward needs.
 
         Args:
@@ -54,7 +54,7 @@ class Elementwise(ABC):
         """
 
     @abstractmethod
-    def cotangents(self, g: jax.Array, *kept: Any) -> tuple[Any, ...]:
+    def cotangents(self, g: jax.Array, /, *kept: Any) -> tuple[Any, ...]:
         """The backward.
 
         Args:
@@ -151,7 +151,7 @@ def _bwd(res: Residuals, g: Any) -> tuple[jax.Array, tuple[Any, ...] | None, Non
 @inline_jit(static_argnums=(0, 1))
 def _cotangents(
     f: Elementwise, shapes: tuple[tuple[int, ...] | None, ...], g: jax.Array, kept: tuple[Any, ...]
-) -> tuple[jax.Array | None, ...]:
+) -> tuple[Any, ...]:
     cotangents = f.cotangents(*widened(g.dtype, g, *kept))
     if len(cotangents) > 1:
         chex.assert_equal(len(cotangents), len(shapes))

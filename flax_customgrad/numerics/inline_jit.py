@@ -20,4 +20,4 @@ def inline_jit(*, static_argnums: int | tuple[int, ...] = 0) -> Callable[[F], F]
     Returns:
         A decorator.
     """
-    return functools.partial(jax.jit, static_argnums=static_argnums, inline=True)
+    return functools.partial(jax.jit, static_argnums=static_argnums, inline=True)  # type: ignore[return-value]

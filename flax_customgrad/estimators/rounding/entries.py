@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_customgrad.estimators.rounding import heaviside, rounding, scaled_sign, sign, ternary
+from flax_customgrad.estimators.rounding import heaviside, rounding, scaled_sign, sign, ternary_step
 from flax_customgrad.registry.entry import Curve, Entry, Example
 from flax_customgrad.registry.examples import applied, made, normal
 
@@ -228,12 +228,12 @@ _SIGNS = (
         examples={"bound": _of_module(), "no bound": _of_module(None)},
     ),
     _sign(
-        ternary.SteTern,
+        ternary_step.SteTern,
         _MASK,
         "-1, 0 or 1",
         "arXiv:1605.04711",
         examples={"number": _of_module(0.5), "twn": _of_module("twn", None)},
-        curves={"": Curve(ternary.SteTern(0.5))},
+        curves={"": Curve(ternary_step.SteTern(0.5))},
     ),
     _sign(
         scaled_sign.MagnitudeAwareSign,

@@ -1,19 +1,19 @@
 """SteHeaviside: the unit step, with a gradient near it.
 
     forward   y  = 1 where x > 0, else 0
-    backward  dx = g where |x| <= c, or g everywhere
+    backward  dx = g where |x| <= clip_value, or g everywhere
     kept      a mask, one byte an element, or nothing
 
-The bound c is inclusive, and the step of NaN is NaN.
+The bound is inclusive, and the step of NaN is NaN.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.estimators.rounding.sign import within
-from flax_customgrad.estimators.rounding.step import Step, keep_none, straight_through, where_kept
+from flax_customgrad.estimators.rounding.step import Step, keep_none, keep_within, straight_through
 from flax_customgrad.numerics.argument_checks import check_clip_value
+from flax_customgrad.numerics.packing import masked
 
 
 def heaviside(x: jax.Array, *parameters: object) -> jax.Array:
@@ -21,12 +21,12 @@ def heaviside(x: jax.Array, *parameters: object) -> jax.Array:
     return jnp.where(x > 0, 1, jnp.where(x <= 0, 0, x))
 
 
-_HEAVISIDE = Step("SteHeaviside", heaviside, where_kept, within)
-_HEAVISIDE_PASSING = Step("SteHeaviside", heaviside, straight_through, keep_none)
+_HEAVISIDE = Step("SteHeaviside", heaviside, masked, keep_within)
+_HEAVISIDE_STRAIGHT_THROUGH = Step("SteHeaviside", heaviside, straight_through, keep_none)
 
 
 class SteHeaviside(nnx.Module):
-    """The unit step, whose gradient passes where |x| <= clip_value; arXiv:1602.02830.
+    """The unit step, whose gradient passes where |x| <= clip_value.
 
     Args:
         clip_value: the bound, inclusive; None for a gradient that passes everywhere.
@@ -41,6 +41,8 @@ class SteHeaviside(nnx.Module):
         Array([0., 0., 1.], dtype=float32)
         >>> jax.grad(lambda x: fcg.SteHeaviside()(x).sum())(x)
         Array([0., 1., 1.], dtype=float32)
+
+    Source: arXiv:1602.02830
     """
 
     def __init__(self, clip_value: float | None = 1.0):
@@ -55,4 +57,8 @@ class SteHeaviside(nnx.Module):
         Returns:
             Array like x, of 0 and 1.
         """
-        return _HEAVISIDE_PASSING(x) if self.clip_value is None else _HEAVISIDE(x, self.clip_value)
+        return (
+            _HEAVISIDE_STRAIGHT_THROUGH(x)
+            if self.clip_value is None
+            else _HEAVISIDE(x, self.clip_value)
+        )

@@ -21,8 +21,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from flax_customgrad.estimators.rounding.step import Step, keep_none, straight_through, where_kept
+from flax_customgrad.estimators.rounding.step import Step, keep_none, straight_through
 from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.argument_checks import check_word
+from flax_customgrad.numerics.packing import masked
 
 _ROUND = Step("round_ste", jnp.round, straight_through, keep_none)
 _FLOOR = Step("floor_ste", jnp.floor, straight_through, keep_none)
@@ -89,20 +91,20 @@ def trunc_ste(x: ArrayLike) -> jax.Array:
 # stochastic_round, whose noise is uniform in [0, 1).
 
 
-def up_where_below(x: jax.Array, noise: jax.Array) -> jax.Array:
+def round_with_noise(x: jax.Array, noise: jax.Array) -> jax.Array:
     """The integer above x where the noise is below its fraction, else the one below."""
     # Not floor(x + noise): for large x that sum is rounded, and ends above too often.
     below = jnp.floor(x)
     return below + (noise < x - below)
 
 
-_STOCHASTIC = Step("stochastic_round", up_where_below, straight_through, keep_none)
+_STOCHASTIC = Step("stochastic_round", round_with_noise, straight_through, keep_none)
 
 
 def stochastic_round(x: ArrayLike, key: jax.Array) -> jax.Array:
     """Rounds up with probability x - floor(x), else down, so that the mean is x.
 
-    The gradient passes unchanged. Its source is arXiv:1502.02551.
+    The gradient passes unchanged.
 
     Args:
         x: array of any shape; an integer stays as it is.
@@ -110,6 +112,8 @@ def stochastic_round(x: ArrayLike, key: jax.Array) -> jax.Array:
 
     Returns:
         Array like x.
+
+    Source: arXiv:1502.02551
     """
     x = jnp.asarray(x)
     noise = jax.random.uniform(key, x.shape, accumulator(x))
@@ -153,13 +157,13 @@ def _clip(x: jax.Array, low: ArrayLike, high: ArrayLike) -> jax.Array:
     return jnp.minimum(jnp.maximum(x, low), high)
 
 
-def _within(x: jax.Array, low: ArrayLike, high: ArrayLike) -> tuple[jax.Array]:
+def _keep_within(x: jax.Array, low: ArrayLike, high: ArrayLike) -> tuple[jax.Array]:
     return ((x >= low) & (x <= high),)
 
 
 _CLIP = {
     "pass_through": Step("clip_ste", _clip, straight_through, keep_none),
-    "masked": Step("clip_ste", _clip, where_kept, _within),
+    "masked": Step("clip_ste", _clip, masked, _keep_within),
 }
 
 
@@ -183,7 +187,7 @@ def clip_ste(
         Array like x.
 
     Raises:
-        ValueError: `gradient` is another word, or low is above high.
+        ValueError: `gradient` is neither "pass_through" nor "masked", or low is above high.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
@@ -192,14 +196,11 @@ def clip_ste(
         >>> jax.vmap(jax.grad(quantize))(jnp.array([0.8, 1.2, 1.8]))
         Array([1., 1., 0.], dtype=float32)
     """
-    if gradient not in _CLIP:
-        raise ValueError(
-            f"clip_ste: gradient={gradient!r} is none of {', '.join(map(repr, _CLIP))}"
-        )
-    if _are_known(low, high) and low > high:  # type: ignore[operator]
+    check_word("clip_ste", "gradient", gradient, _CLIP)
+    if _are_numbers(low, high) and low > high:  # type: ignore[operator]
         raise ValueError(f"clip_ste: low={low} is above high={high}")
     return _CLIP[gradient](x, low, high)
 
 
-def _are_known(*bounds: Any) -> bool:
+def _are_numbers(*bounds: Any) -> bool:
     return all(isinstance(bound, int | float) for bound in bounds)

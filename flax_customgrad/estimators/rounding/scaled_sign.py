@@ -1,12 +1,12 @@
 """Signs of weights, scaled by the mean magnitude of each output channel.
 
     forward   y  = a sign(w),  a = mean |w| over the n weights of a channel
-    backward  MagnitudeAwareSign  dw = a g where |w| <= c              arXiv:1808.00278
-              XNORSign            dw = g (1 / n + a where |w| <= c)    arXiv:1603.05279
+    backward  MagnitudeAwareSign  dw = a g where |w| <= clip_value              arXiv:1808.00278
+              XNORSign            dw = g (1 / n + a where |w| <= clip_value)    arXiv:1603.05279
     kept      a mask of one byte an element, and a
 
-MagnitudeAwareSign holds a for a constant. XNORSign differentiates it the way XNOR-Net states: as if
-each weight's own magnitude, a share 1 / n of the mean, scaled its own sign alone. The bound c is
+To MagnitudeAwareSign a is a constant. XNORSign differentiates it the way XNOR-Net states: as if
+each weight's own magnitude, a share 1 / n of the mean, scaled its own sign alone. The bound is
 inclusive, 0 has the sign 1, and a is computed in float32.
 """
 
@@ -18,33 +18,33 @@ from flax import nnx
 from jax import lax
 
 from flax_customgrad.estimators.rounding.sign import sign
-from flax_customgrad.estimators.rounding.step import Step
+from flax_customgrad.estimators.rounding.step import Step, keep_within
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import check_positive
 
 
-def _scaled(w: jax.Array, a: jax.Array, *rest: Any) -> jax.Array:
+def _scaled_sign(w: jax.Array, a: jax.Array, *rest: Any) -> jax.Array:
     return a * sign(w)
 
 
-def _mask_and_scale(w: jax.Array, a: jax.Array, c: float, *n: int) -> tuple[Any, ...]:
-    return (jnp.abs(w) <= c, a, *n)
+def _keep(w: jax.Array, a: jax.Array, clip_value: float, *n: int) -> tuple[Any, ...]:
+    return *keep_within(w, clip_value), a, *n
 
 
-def _held(g: jax.Array, mask: jax.Array, a: jax.Array) -> jax.Array:
+def _magnitude_aware_backward(g: jax.Array, mask: jax.Array, a: jax.Array) -> jax.Array:
     return jnp.where(mask, a * g, 0)
 
 
-def _shared(g: jax.Array, mask: jax.Array, a: jax.Array, n: jax.Array) -> jax.Array:
+def _xnor_backward(g: jax.Array, mask: jax.Array, a: jax.Array, n: jax.Array) -> jax.Array:
     return g * (1 / n + jnp.where(mask, a, 0))
 
 
-_MAGNITUDE_AWARE_SIGN = Step("MagnitudeAwareSign", _scaled, _held, _mask_and_scale)
-_XNOR_SIGN = Step("XNORSign", _scaled, _shared, _mask_and_scale)
+_MAGNITUDE_AWARE_SIGN = Step("MagnitudeAwareSign", _scaled_sign, _magnitude_aware_backward, _keep)
+_XNOR_SIGN = Step("XNORSign", _scaled_sign, _xnor_backward, _keep)
 
 
 class MagnitudeAwareSign(nnx.Module):
-    """The sign of weights times the mean magnitude of their channel; Bi-Real Net, arXiv:1808.00278.
+    """The sign of weights times the mean magnitude of their channel; Bi-Real Net.
 
     Args:
         clip_value: the gradient passes where |w| <= clip_value.
@@ -62,6 +62,8 @@ class MagnitudeAwareSign(nnx.Module):
         >>> jax.grad(lambda w: fcg.MagnitudeAwareSign()(w).sum())(w)
         Array([[0.375, 0.   ],
                [0.375, 1.   ]], dtype=float32)
+
+    Source: arXiv:1808.00278
     """
 
     def __init__(self, clip_value: float = 1.0, channel_axis: int = -1):
@@ -85,7 +87,7 @@ class MagnitudeAwareSign(nnx.Module):
 
 
 class XNORSign(nnx.Module):
-    """The sign of weights times the mean magnitude of their channel; XNOR-Net, arXiv:1603.05279.
+    """The sign of weights times the mean magnitude of their channel; XNOR-Net.
 
     Args:
         clip_value: the gradient of the sign passes where |w| <= clip_value.
@@ -100,6 +102,8 @@ class XNORSign(nnx.Module):
         >>> jax.grad(lambda w: fcg.XNORSign()(w).sum())(w)
         Array([[0.875, 0.5  ],
                [0.875, 1.5  ]], dtype=float32)
+
+    Source: arXiv:1603.05279
     """
 
     def __init__(self, clip_value: float = 1.0, channel_axis: int = -1):

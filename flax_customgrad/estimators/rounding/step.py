@@ -33,14 +33,14 @@ def keep_none(x: jax.Array, *parameters: Any) -> tuple[Any, ...]:
     return ()
 
 
+def keep_within(x: jax.Array, clip_value: Any) -> tuple[jax.Array]:
+    """Keeps a mask: where |x| <= clip_value."""
+    return (jnp.abs(x) <= clip_value,)
+
+
 def straight_through(g: jax.Array) -> jax.Array:
     """The cotangent as it came: the straight-through estimator."""
     return g
-
-
-def where_kept(g: jax.Array, mask: jax.Array) -> jax.Array:
-    """The cotangent where the kept mask is true, and 0 elsewhere."""
-    return jnp.where(mask, g, 0)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""`SpikingCell`: what the cells of spiking neurons share, their constructor and the state's shape.
+"""`SpikingCell`: the base of the cells of spiking neurons: their arguments and the state's shape.
 
 A cell is one step in time of a layer of neurons without weights, for `nnx.RNN` or `lax.scan`: put
 a `Linear` in front of it. Its decays and its threshold are Variables, or Params where they are
-learned, of the shape that they were given: a number for all neurons, an array for each its own.
+learned, of the shape that they were given: a number for all neurons, an array for one each.
 """
 
 import functools
@@ -20,7 +20,7 @@ from flax_customgrad.estimators.rounding.rounding import clip_ste
 from flax_customgrad.estimators.spiking import spike_surrogates as surrogate
 from flax_customgrad.estimators.spiking.fire import Reset, fire
 from flax_customgrad.estimators.spiking.leak import leak
-from flax_customgrad.numerics.argument_checks import check_positive
+from flax_customgrad.numerics.argument_checks import check_positive, check_word
 from flax_customgrad.numerics.broadcasting import broadcasts
 from flax_customgrad.numerics.dtypes import as_array, is_supported_float
 
@@ -57,9 +57,7 @@ class SpikingCell(nnx.RNNCellBase):
     ):
         name = type(self).__name__
         self.features = _shape(name, features)
-        if reset not in get_args(Reset):
-            words = ", ".join(map(repr, get_args(Reset)))
-            raise ValueError(f"{name}: reset={reset!r} is none of {words}")
+        check_word(name, "reset", reset, get_args(Reset))
         if not callable(spike):
             raise TypeError(
                 f"{name}: spike={spike!r} is no function; write surrogate.atan, or "

@@ -1,7 +1,7 @@
 """The catalogue's entries of the spiking family.
 
-A surrogate's formula is the derivative of the function that it pretends to be; a cell's is that of
-its step, written with such a function in the place of the spike.
+A surrogate's formula is the derivative of the function whose derivative it takes; a cell's is that
+of its step, written with such a function in the place of the spike.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ def _many() -> jax.Array:
     return normal(4096, 1024)
 
 
-# What each surrogate pretends to be, of (u, slope); and the rise of that from -inf to inf.
+# The function whose derivative each surrogate takes, of (u, slope); and its rise from -inf to inf.
 
 Soft = Callable[[jax.Array, Any], jax.Array]
 
@@ -119,7 +119,7 @@ _SURROGATES = (
         surrogate.fast_sigmoid, 25.0, "falls off as 1 / u^2; SuperSpike", "arXiv:1705.11146"
     ),
     _surrogate(surrogate.atan, 2.0, "falls off as 1 / u^2; a density", "arXiv:2007.05785"),
-    _surrogate(surrogate.sigmoid, 4.0, "finite at any u; a density", "arXiv:1901.09948"),
+    _surrogate(surrogate.sigmoid, 4.0, "finite at any u; a density", "arXiv:1706.02609"),
     _surrogate(surrogate.triangular, 1.0, "0 beyond 1 / k", "arXiv:1603.08270"),
     _surrogate(
         surrogate.boxcar,
@@ -136,7 +136,7 @@ _SURROGATES = (
 
 
 def _spike(cell: Any, z: jax.Array) -> jax.Array:
-    """A spike whose derivative is that of what its surrogate pretends to be."""
+    """A spike with the derivative that its surrogate takes."""
     slopes = {surrogate.fast_sigmoid: 25.0, surrogate.atan: 2.0}
     function = getattr(cell.spike, "func", cell.spike)
     slope = getattr(cell.spike, "keywords", {}).get("slope", slopes.get(function))

@@ -1,4 +1,4 @@
-"""A firing membrane: a spike where it is above the threshold, and a reset where there was one.
+"""Firing: a spike where the membrane is above the threshold, and a reset where there is a spike.
 
     forward   s  = 1 where v > theta, else 0
               u  = v - theta s            reset "subtract"
@@ -6,11 +6,11 @@
                    v                      reset "none"
     backward  dr = -theta du, -v du, 0    of the spike in the reset, if that is differentiated
               dz = (ds + dr) p            of z = v - theta, p the surrogate of the spike
-              dv = dz + du, dz + (1 - s) du, dz + du
-              dtheta = -sum(dz + s du), -sum(dz), -sum(dz)
+              dv = du + dz, (1 - s) du + dz, du + dz
+              dtheta = sum(-s du - dz), sum(-dz), sum(-dz)
     kept      v and theta
 
-s and p are computed again, from v; autodiff keeps v - theta, and what the reset takes beside it.
+s and p are computed again, from v; autodiff keeps v - theta as well, and an operand of the reset.
 The reset is not differentiated by default, dr = 0, as in snntorch and in the tutorial to
 arXiv:1901.09948, https://github.com/fzenke/spytorch.
 """
@@ -27,7 +27,7 @@ from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.broadcasting import sum_to_shape
 
 Reset = Literal["subtract", "zero", "none"]
-"""What a spike does to the membrane: takes the threshold off it, empties it, or nothing."""
+"""What a spike does to the membrane: subtracts the threshold, sets it to zero, or nothing."""
 
 
 class Residuals(NamedTuple):
@@ -79,7 +79,9 @@ def _bwd(
     res: Residuals, cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, None, None, None]:
     v, theta = _in_wide(res.v, res.threshold)
+    chex.assert_is_broadcastable(theta.shape, v.shape)
     du, ds = (g.astype(v.dtype) for g in cotangents)
+    chex.assert_equal_shape([du, ds, v])
     s, through_spike = jax.vjp(res.spike, v - theta)
     if not res.reset_gradient:
         s = lax.stop_gradient(s)
@@ -90,7 +92,7 @@ def _bwd(
         dv, dr = (1 - s) * du, -v * du
     (dz,) = through_spike(ds + dr if res.reset_gradient else ds)
     dv, dtheta = dv + dz, sum_to_shape(dtheta - dz, theta.shape)
-    chex.assert_equal_shape([dv, v])
+    chex.assert_equal_shape([dz, dv, v])
     chex.assert_equal_shape([dtheta, theta])
     return dtheta, dv, None, None, None
 

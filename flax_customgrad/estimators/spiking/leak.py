@@ -1,4 +1,4 @@
-"""A leaking state: what a step leaves of it, and what comes in.
+"""A step of a leaking state: a share of the state, and the input.
 
     forward   y  = a u + x
     backward  dx = g
@@ -35,14 +35,15 @@ def leak(decay: jax.Array, u: jax.Array, x: jax.Array, learned: bool) -> jax.Arr
     Args:
         decay: a, array that broadcasts to u, float.
         u: the state, array of any shape, float.
-        x: what comes in, array of the same shape, float.
+        x: the input, array of the same shape, float.
         learned: whether the decay gets a gradient.
 
     Returns:
         The new state, array like u.
     """
     dtype = accumulator(decay, u, x)
-    return (decay.astype(dtype) * u.astype(dtype) + x.astype(dtype)).astype(u.dtype)
+    a = decay.astype(dtype)
+    return (a * u.astype(dtype) + x.astype(dtype)).astype(u.dtype)
 
 
 def _fwd(
@@ -53,13 +54,17 @@ def _fwd(
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array | None, jax.Array, jax.Array, None]:
-    g, decay = g.astype(res.dtype), res.decay.astype(res.dtype)
-    du, dx = decay * g, g
+    g, a = g.astype(res.dtype), res.decay.astype(res.dtype)
+    chex.assert_is_broadcastable(a.shape, g.shape)
+    du, dx = a * g, g
+    chex.assert_equal_shape([du, dx, g])
     if res.u is None:
         return None, du, dx, None
-    ddecay = sum_to_shape(g * res.u.astype(res.dtype), decay.shape)
-    chex.assert_equal_shape([ddecay, decay])
-    return ddecay, du, dx, None
+    u = res.u.astype(res.dtype)
+    chex.assert_equal_shape([u, g])
+    da = sum_to_shape(g * u, a.shape)
+    chex.assert_equal_shape([da, a])
+    return da, du, dx, None
 
 
 leak.defvjp(_fwd, _bwd)

@@ -4,19 +4,23 @@
     s  = 1 where v > theta, else 0
     u  = v - theta s        fire:  or (1 - s) v, or v, as the reset says
 
-Both steps have a backward of their own, and of a scan over time v is kept alone; u as well where
-the decay is learned. The reset is part of the step in which the neuron fired. That of snntorch's
-Leaky comes a step later by default: with reset "zero" the same spikes; with "subtract" it takes
-theta off after the leak, a v - theta s + x instead of a (v - theta s) + x.
+It is composed of two operations, `leak` and `fire`, each with a backward of its own. Of a scan
+over time v is kept alone; u as well where the decay is learned. The reset is part of the step in
+which the neuron fired. That of snntorch's Leaky comes a step later by default: with reset "zero"
+the same spikes; with "subtract" it takes theta off after the leak, `a v - theta s + x` instead of
+`a (v - theta s) + x`.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.estimators.spiking.cell import SpikingCell
+from flax_customgrad.estimators.spiking.cell import Spike, SpikingCell
+from flax_customgrad.estimators.spiking.fire import Reset
+from flax_customgrad.estimators.spiking.spike_surrogates import fast_sigmoid
 
 
 class Leaky(SpikingCell):
@@ -31,8 +35,8 @@ class Leaky(SpikingCell):
             a gradient that passes, so that one that an optimizer pushes beyond comes back.
         threshold: theta, above which a neuron fires: a positive number or array, likewise.
         learn_threshold: whether the threshold is a Param.
-        reset: "subtract" takes theta off the membrane that fired, "zero" empties it, "none" lets
-            it be.
+        reset: "subtract" takes theta off the membrane that fired, "zero" sets it to 0, "none"
+            leaves it as it is.
         reset_gradient: whether the spike in the reset is differentiated.
         spike: the surrogate gradient, a function of v - theta; `functools.partial` gives one its
             slope, which may be traced.
@@ -40,7 +44,7 @@ class Leaky(SpikingCell):
 
     Raises:
         ValueError: the decay is not within [0, 1], the threshold not positive, features below 1,
-            or the reset another word.
+            or the reset none of these words.
         TypeError: `spike` is no function.
 
     Example:
@@ -57,9 +61,24 @@ class Leaky(SpikingCell):
         features: int | Sequence[int],
         *,
         decay: Any = 0.9,
-        **neurons: Any,
+        threshold: Any = 1.0,
+        reset: Reset = "subtract",
+        spike: Spike = fast_sigmoid,
+        reset_gradient: bool = False,
+        learn_decay: bool = False,
+        learn_threshold: bool = False,
+        param_dtype: Any = jnp.float32,
     ):
-        super().__init__(features, **neurons)
+        super().__init__(
+            features,
+            threshold=threshold,
+            reset=reset,
+            spike=spike,
+            reset_gradient=reset_gradient,
+            learn_decay=learn_decay,
+            learn_threshold=learn_threshold,
+            param_dtype=param_dtype,
+        )
         self.decay = self._decay("decay", decay)
 
     def initialize_carry(

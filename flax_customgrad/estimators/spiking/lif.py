@@ -5,6 +5,8 @@
     s  = 1 where v > theta, else 0
     u  = v - theta s        fire:  or (1 - s) v, or v, as the reset says
 
+It is composed of `leak`, twice, and `fire`, each with a backward of its own.
+
 An input reaches the membrane in its own step, unscaled, as in snntorch's Synaptic and the CuBaLIF
 of spyx, and the current outlives the reset. Of a scan over time v is kept alone; i and u as well
 where the decays are learned. snntorch resets a step later by default, and its reset to zero then
@@ -18,7 +20,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.estimators.spiking.cell import SpikingCell
+from flax_customgrad.estimators.spiking.cell import Spike, SpikingCell
+from flax_customgrad.estimators.spiking.fire import Reset
+from flax_customgrad.estimators.spiking.spike_surrogates import fast_sigmoid
 from flax_customgrad.numerics.argument_checks import check_positive
 
 Carry = tuple[jax.Array, jax.Array]
@@ -34,12 +38,20 @@ class LIF(SpikingCell):
         tau_syn: time constant of the current, in steps: a positive number, or an array that
             broadcasts to the neurons. It is held as `current_decay`, exp(-1 / tau_syn).
         tau_mem: time constant of the membrane, likewise; held as `membrane_decay`.
-        **neurons: as for `Leaky`: threshold, reset, spike, reset_gradient, learn_decay (both
-            decays), learn_threshold, param_dtype.
+        threshold: theta, above which a neuron fires: a positive number or array, likewise.
+        reset: "subtract" takes theta off the membrane that fired, "zero" sets it to 0, "none"
+            leaves it as it is.
+        spike: the surrogate gradient, a function of v - theta; `functools.partial` gives one its
+            slope, which may be traced.
+        reset_gradient: whether the spike in the reset is differentiated.
+        learn_decay: whether both decays are Params. They are clipped to [0, 1] where they are used,
+            with a gradient that passes, so that one that an optimizer pushes beyond comes back.
+        learn_threshold: whether the threshold is a Param.
+        param_dtype: dtype of decays and threshold, and of the state that `initialize_carry` makes.
 
     Raises:
         ValueError: a time constant or the threshold is not positive, features below 1, or the
-            reset another word.
+            reset none of these words.
         TypeError: `spike` is no function.
 
     Example:
@@ -57,11 +69,26 @@ class LIF(SpikingCell):
         *,
         tau_syn: Any = 5.0,
         tau_mem: Any = 10.0,
-        **neurons: Any,
+        threshold: Any = 1.0,
+        reset: Reset = "subtract",
+        spike: Spike = fast_sigmoid,
+        reset_gradient: bool = False,
+        learn_decay: bool = False,
+        learn_threshold: bool = False,
+        param_dtype: Any = jnp.float32,
     ):
         current_decay = jnp.exp(-1 / jnp.asarray(check_positive("LIF", "tau_syn", tau_syn)))
         membrane_decay = jnp.exp(-1 / jnp.asarray(check_positive("LIF", "tau_mem", tau_mem)))
-        super().__init__(features, **neurons)
+        super().__init__(
+            features,
+            threshold=threshold,
+            reset=reset,
+            spike=spike,
+            reset_gradient=reset_gradient,
+            learn_decay=learn_decay,
+            learn_threshold=learn_threshold,
+            param_dtype=param_dtype,
+        )
         self.current_decay = self._decay("current_decay", current_decay)
         self.membrane_decay = self._decay("membrane_decay", membrane_decay)
 

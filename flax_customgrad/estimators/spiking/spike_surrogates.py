@@ -1,23 +1,23 @@
-"""Surrogate gradients: a neuron fires where u > 0, and learns as if it did so by degrees.
+"""Surrogate gradients of a spike: what stands in for the derivative of a step, which is 0.
 
 u is the membrane potential minus the threshold, k the slope, and v = k |u|.
 
     forward   s  = 1 where u > 0, else 0; NaN where u is NaN
-    backward  du = g p(v)
-    kept      u and the slope; boxcar a mask, one byte an element
+    backward  du = g peak p(v)
+    kept      u, the slope and the peak; boxcar a mask, one byte an element, and the peak
 
-                             p(v)                      k by default   integral   source
-    fast_sigmoid             1 / (1 + v)^2             25             2 / k      arXiv:1705.11146
-    atan                     k/2 / (1 + (pi v / 2)^2)  2              1          arXiv:2007.05785
-    sigmoid                  k s(v) (1 - s(v))         4              1          arXiv:1706.02609
-    triangular               max(0, 1 - v)             1              1 / k      arXiv:1603.08270
-    boxcar                   1 where v <= 1            1              2 / k      arXiv:1706.02609
-    piecewise_exponential    exp(-v)                   1              2 / k      arXiv:1810.08646
+                         p(v)                    peak   normalized  k by default  source
+    fast_sigmoid         1 / (1 + v)^2           1      k / 2       25            arXiv:1705.11146
+    atan                 1 / (1 + (pi v / 2)^2)  k / 2  k / 2       2             arXiv:2007.05785
+    sigmoid              4 s(v) (1 - s(v))       k / 4  k / 4       4             arXiv:1706.02609
+    triangular           max(1 - v, 0)           1      k           1             arXiv:1603.08270
+    boxcar               1 where v <= 1          1      k / 2       1             arXiv:1706.02609
+    piecewise_exponential  exp(-v)               1      k / 2       1             arXiv:1810.08646
 
-At its default slope each p is 1 at the threshold, and all but atan and sigmoid are so at every
-slope. With `normalize=True` p is divided by its integral: a density, whose scale no longer depends
-on which one was chosen; atan and sigmoid are densities as they are. Libraries differ by such
-factors: atan is that of the paper and of snntorch, spyx has 1/pi / (1 + (pi v)^2).
+At its default slope each peak is 1. With `normalize=True` the gradient integrates to 1 over u: a
+density, whose scale no longer depends on which one was chosen; atan and sigmoid are densities as
+they are. Libraries differ by such factors: atan is that of the paper and of snntorch, spyx has
+1/pi / (1 + (pi v)^2).
 
 Every p falls to 0, also where v overflows to infinity: the exponentials are of -v, where those of
 snntorch 1.0.0 make its sigmoid NaN. The triangle is positive on both sides of the threshold, where
@@ -32,17 +32,19 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from flax_customgrad.estimators.rounding.heaviside import heaviside
-from flax_customgrad.estimators.rounding.step import Step, where_kept
+from flax_customgrad.estimators.rounding.step import Step
 from flax_customgrad.numerics.argument_checks import check_positive
 from flax_customgrad.numerics.dtypes import widened
 from flax_customgrad.numerics.hyperbolic import sech_squared
+from flax_customgrad.numerics.packing import masked
 
 
-def _spike(name: str, shape: Callable[[jax.Array], jax.Array]) -> Step:
-    """A step whose gradient is that times a peak, of (u, slope, peak)."""
+def _spike(name: str, p: Callable[[jax.Array], jax.Array]) -> Step:
+    """A step of (u, slope, peak), with the surrogate gradient p."""
 
     def backward(g: jax.Array, u: jax.Array, slope: jax.Array, peak: jax.Array) -> jax.Array:
-        return g * peak * shape(slope * jnp.abs(u))
+        v = slope * jnp.abs(u)
+        return g * peak * p(v)
 
     return Step(name, heaviside, backward)
 
@@ -55,7 +57,7 @@ _EXPONENTIAL = _spike("piecewise_exponential", lambda v: jnp.exp(-v))
 
 
 def fast_sigmoid(u: ArrayLike, slope: ArrayLike = 25.0, *, normalize: bool = False) -> jax.Array:
-    """A spike with the derivative of u / (1 + k abs(u)): SuperSpike, arXiv:1705.11146.
+    """A spike with the derivative of u / (1 + k abs(u)): SuperSpike.
 
     Args:
         u: membrane potential minus threshold; array of any shape.
@@ -77,13 +79,15 @@ def fast_sigmoid(u: ArrayLike, slope: ArrayLike = 25.0, *, normalize: bool = Fal
         Array([0., 0., 1.], dtype=float32)
         >>> jax.grad(lambda u: fcg.surrogate.fast_sigmoid(u).sum())(u)
         Array([0.25  , 1.    , 0.0625], dtype=float32)
+
+    Source: arXiv:1705.11146
     """
     slope = check_positive("fast_sigmoid", "slope", slope)
     return _FAST_SIGMOID(u, slope, slope / 2 if normalize else 1)
 
 
 def atan(u: ArrayLike, slope: ArrayLike = 2.0, *, normalize: bool = False) -> jax.Array:
-    """A spike with the derivative of arctan(pi k u / 2) / pi, arXiv:2007.05785.
+    """A spike with the derivative of arctan(pi k u / 2) / pi.
 
     Args:
         u: membrane potential minus threshold; array of any shape.
@@ -100,13 +104,15 @@ def atan(u: ArrayLike, slope: ArrayLike = 2.0, *, normalize: bool = False) -> ja
         >>> import jax, flax_customgrad as fcg
         >>> jax.grad(fcg.surrogate.atan)(0.0)
         Array(1., dtype=float32, weak_type=True)
+
+    Source: arXiv:2007.05785
     """
     slope = check_positive("atan", "slope", slope)
     return _ATAN(u, slope, slope / 2)
 
 
 def sigmoid(u: ArrayLike, slope: ArrayLike = 4.0, *, normalize: bool = False) -> jax.Array:
-    """A spike with the derivative of the sigmoid of k u, arXiv:1706.02609.
+    """A spike with the derivative of the sigmoid of k u.
 
     Args:
         u: membrane potential minus threshold; array of any shape.
@@ -123,13 +129,15 @@ def sigmoid(u: ArrayLike, slope: ArrayLike = 4.0, *, normalize: bool = False) ->
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
         >>> jax.vmap(jax.grad(fcg.surrogate.sigmoid))(jnp.array([0.0, 1000.0]))
         Array([1., 0.], dtype=float32)
+
+    Source: arXiv:1706.02609
     """
     slope = check_positive("sigmoid", "slope", slope)
     return _SIGMOID(u, slope, slope / 4)
 
 
 def triangular(u: ArrayLike, slope: ArrayLike = 1.0, *, normalize: bool = False) -> jax.Array:
-    """A spike whose gradient is a triangle of width 2 / k, arXiv:1603.08270.
+    """A spike whose gradient is a triangle of width 2 / k.
 
     Args:
         u: membrane potential minus threshold; array of any shape.
@@ -146,6 +154,8 @@ def triangular(u: ArrayLike, slope: ArrayLike = 1.0, *, normalize: bool = False)
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
         >>> jax.vmap(jax.grad(fcg.surrogate.triangular))(jnp.array([-0.25, 0.25, 1.5]))
         Array([0.75, 0.75, 0.  ], dtype=float32)
+
+    Source: arXiv:1603.08270
     """
     slope = check_positive("triangular", "slope", slope)
     return _TRIANGULAR(u, slope, slope if normalize else 1)
@@ -154,7 +164,7 @@ def triangular(u: ArrayLike, slope: ArrayLike = 1.0, *, normalize: bool = False)
 def piecewise_exponential(
     u: ArrayLike, slope: ArrayLike = 1.0, *, normalize: bool = False
 ) -> jax.Array:
-    """A spike whose gradient falls off exponentially: exp(-k abs(u)), arXiv:1810.08646.
+    """A spike whose gradient falls off exponentially: exp(-k abs(u)).
 
     Args:
         u: membrane potential minus threshold; array of any shape.
@@ -171,24 +181,26 @@ def piecewise_exponential(
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
         >>> jax.vmap(jax.grad(fcg.surrogate.piecewise_exponential))(jnp.array([-1.0, 0.0]))
         Array([0.3678..., 1.        ], dtype=float32)
+
+    Source: arXiv:1810.08646
     """
     slope = check_positive("piecewise_exponential", "slope", slope)
     return _EXPONENTIAL(u, slope, slope / 2 if normalize else 1)
 
 
-# boxcar, which keeps less than u.
+# boxcar, which keeps a mask.
 
 
-def _box(g: jax.Array, inside: jax.Array, peak: jax.Array) -> jax.Array:
-    return where_kept(g * peak, inside)
+def _boxcar_backward(g: jax.Array, inside: jax.Array, peak: jax.Array) -> jax.Array:
+    return masked(g * peak, inside)
 
 
-def _inside(u: jax.Array, slope: Any, peak: Any) -> tuple[jax.Array, Any]:
+def _keep_inside(u: jax.Array, slope: Any, peak: Any) -> tuple[jax.Array, Any]:
     u, slope = widened(u.dtype, u, jnp.asarray(slope))
     return slope * jnp.abs(u) <= 1, peak
 
 
-_BOXCAR = Step("boxcar", heaviside, _box, _inside)
+_BOXCAR = Step("boxcar", heaviside, _boxcar_backward, _keep_inside)
 
 
 def boxcar(u: ArrayLike, slope: ArrayLike = 1.0, *, normalize: bool = False) -> jax.Array:
@@ -212,6 +224,8 @@ def boxcar(u: ArrayLike, slope: ArrayLike = 1.0, *, normalize: bool = False) -> 
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
         >>> jax.vmap(jax.grad(fcg.surrogate.boxcar))(jnp.array([-1.0, 0.5, 1.5]))
         Array([1., 1., 0.], dtype=float32)
+
+    Source: arXiv:1706.02609, arXiv:1602.02830
     """
     slope = check_positive("boxcar", "slope", slope)
     return _BOXCAR(u, slope, slope / 2 if normalize else 1)

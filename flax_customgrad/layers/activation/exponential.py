@@ -1,8 +1,16 @@
-"""Exponential linear units: the identity for x > 0, an exponential below. They keep x.
+"""Exponential linear units: the identity for x > 0, an exponential below.
 
-elu    y = a (exp(x) - 1) for x <= 0        dx = g a exp(x)      da = sum g (exp(x) - 1)
-selu   s elu(x, a), for the a and s of its paper
-celu   y = a (exp(t) - 1), t = x / a        dx = g exp(t)        da = sum g (exp(t) - 1 - t exp(t))
+For x <= 0:
+
+    elu    y  = alpha (exp(x) - 1)
+           dx = g alpha exp(x),  dalpha = sum g (exp(x) - 1)
+    selu   y  = scale elu(x, alpha), with the scale and the alpha of its paper
+           dx = g scale alpha exp(x)
+    celu   y  = alpha (exp(t) - 1),  t = x / alpha
+           dx = g exp(t),  dalpha = sum g (exp(t) - 1 - t exp(t))
+    kept   x and alpha
+
+For x > 0, y = x and dx = g, for selu both times scale, and dalpha = 0.
 """
 
 import jax
@@ -35,7 +43,9 @@ def elu(x: ArrayLike, alpha: ArrayLike = 1.0) -> jax.Array:
         alpha: a number, or an array that broadcasts against x.
 
     Returns:
-        Array like x, of the dtype to which x and alpha promote. Its source is arXiv:1511.07289.
+        Array like x, of the dtype to which x and alpha promote.
+
+    Source: arXiv:1511.07289
     """
     return ELU(x, alpha)
 
@@ -62,7 +72,9 @@ def selu(x: ArrayLike) -> jax.Array:
         x: array of any shape.
 
     Returns:
-        Array like x. Its source is arXiv:1706.02515.
+        Array like x.
+
+    Source: arXiv:1706.02515
     """
     return SELU(x)
 
@@ -92,6 +104,8 @@ def celu(x: ArrayLike, alpha: ArrayLike = 1.0) -> jax.Array:
         alpha: a number, or an array that broadcasts against x; not 0.
 
     Returns:
-        Array like x, of the dtype to which x and alpha promote. Its source is arXiv:1704.07483.
+        Array like x, of the dtype to which x and alpha promote.
+
+    Source: arXiv:1704.07483
     """
     return CELU(x, alpha)

@@ -62,10 +62,9 @@ class Gated(Elementwise):
         """Gate and up."""
         return gate, *up
 
-    def cotangents(
-        self, g: jax.Array, gate: jax.Array, up: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Those of gate and up."""
+        gate, up = kept
         dgate = self.f.backward(g * up, gate)
         dup = g * self.f.forward(gate)
         return dgate, dup

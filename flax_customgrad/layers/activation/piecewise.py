@@ -1,4 +1,4 @@
-"""Activations of straight pieces, and hard_silu: which piece x lies on is all that most keep.
+"""Piecewise linear activations, which keep the piece that x lies on; and hard_silu.
 
     relu           max(x, 0)                  dx = g where x > 0
     relu6          min(max(x, 0), 6)          dx = g where 0 < x < 6
@@ -18,12 +18,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from flax_customgrad.layers.activation.pointwise import Pointwise, keep_output
+from flax_customgrad.numerics.argument_checks import check_word
 from flax_customgrad.numerics.dtypes import is_python_number
-
-
-def _where(g: jax.Array, mask: jax.Array) -> jax.Array:
-    return jnp.where(mask, g, 0)
-
+from flax_customgrad.numerics.packing import masked
 
 # relu, which leaves the choice of what is kept.
 
@@ -32,30 +29,30 @@ def _relu(x: jax.Array) -> jax.Array:
     return jnp.maximum(x, 0)
 
 
-def _positive(x: jax.Array, y: jax.Array) -> jax.Array:
+def _is_positive(x: jax.Array, y: jax.Array) -> jax.Array:
     return x > 0
 
 
-def _packed(x: jax.Array, y: jax.Array) -> jax.Array:
+def _positive_bits(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.packbits(jnp.atleast_1d(x > 0), axis=-1)
 
 
-def _where_packed(g: jax.Array, bits: jax.Array) -> jax.Array:
+def _relu_backward_of_bits(g: jax.Array, bits: jax.Array) -> jax.Array:
     flat = jnp.atleast_1d(g)
     mask = jnp.unpackbits(bits, axis=-1, count=flat.shape[-1])
     return jnp.where(mask.reshape(g.shape), g, 0)
 
 
-def _where_positive(g: jax.Array, x_or_y: jax.Array) -> jax.Array:
+def _relu_backward(g: jax.Array, x_or_y: jax.Array) -> jax.Array:
     return jnp.where(x_or_y > 0, g, 0)
 
 
 RELU = {
-    "mask": Pointwise(jax.nn.relu, _relu, _where, _positive),
-    "bits": Pointwise(jax.nn.relu, _relu, _where_packed, _packed),
-    "output": Pointwise(jax.nn.relu, _relu, _where_positive, keep_output),
+    "mask": Pointwise(jax.nn.relu, _relu, masked, _is_positive),
+    "bits": Pointwise(jax.nn.relu, _relu, _relu_backward_of_bits, _positive_bits),
+    "output": Pointwise(jax.nn.relu, _relu, _relu_backward, keep_output),
 }
-RELU_OF_INPUT = Pointwise(jax.nn.relu, _relu, _where_positive)
+RELU_OF_INPUT = Pointwise(jax.nn.relu, _relu, _relu_backward)
 
 
 def relu(x: ArrayLike, *, residual: Literal["mask", "bits", "output"] = "mask") -> jax.Array:
@@ -71,10 +68,9 @@ def relu(x: ArrayLike, *, residual: Literal["mask", "bits", "output"] = "mask") 
         Array like x.
 
     Raises:
-        ValueError: `residual` is another word.
+        ValueError: `residual` is none of these words.
     """
-    if residual not in RELU:
-        raise ValueError(f"relu: residual={residual!r} is none of {', '.join(map(repr, RELU))}")
+    check_word("relu", "residual", residual, RELU)
     return RELU[residual](x)
 
 
@@ -97,8 +93,8 @@ def _not_beyond_1(x: jax.Array, y: jax.Array) -> jax.Array:
     return ~(jnp.abs(x) > 1)
 
 
-RELU6 = Pointwise(jax.nn.relu6, _relu6, _where, _between_0_and_6)
-HARD_TANH = Pointwise(jax.nn.hard_tanh, _hard_tanh, _where, _not_beyond_1)
+RELU6 = Pointwise(jax.nn.relu6, _relu6, masked, _between_0_and_6)
+HARD_TANH = Pointwise(jax.nn.hard_tanh, _hard_tanh, masked, _not_beyond_1)
 
 
 def relu6(x: ArrayLike) -> jax.Array:

@@ -86,12 +86,9 @@ class Pointwise(Elementwise):
             chex.assert_equal(len(self.parameter_backwards), len(parameters))
         return self.keep(x, y), *parameters
 
-    def cotangents(
-        self, g: jax.Array, kept: jax.Array, *parameters: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        """The backward of x and those of the parameters."""
-        backwards = (self.backward, *self.parameter_backwards)
-        return tuple(backward(g, kept, *parameters) for backward in backwards)
+    def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[jax.Array, ...]:
+        """Those of x and, where it may be trained, of each parameter."""
+        return tuple(backward(g, *kept) for backward in (self.backward, *self.parameter_backwards))
 
 
 def _is_real(p: Any) -> bool:

@@ -3,7 +3,7 @@
     forward   y  = x where x >= 0,  a x elsewhere
     backward  dx = g where x >= 0,  a g elsewhere
               da = sum of g x where x < 0
-    kept      x and a
+    kept      x and a, which the caller holds
 
 The slope's gradient is a sum over every element of x. It is summed in float32: autodiff of
 nnx.PReLU sums it in the dtype of x, which with cotangents of one sign is wrong by 60% for a million
@@ -45,8 +45,8 @@ def prelu(params: Parameters, x: jax.Array, dtype: Any) -> jax.Array:
     Returns:
         Array like x, in that dtype.
     """
-    x, slope = x.astype(dtype), params["negative_slope"].astype(dtype)
-    return jnp.where(x >= 0, x, slope * x)
+    x, a = x.astype(dtype), params["negative_slope"].astype(dtype)
+    return jnp.where(x >= 0, x, a * x)
 
 
 def _fwd(params: Parameters, x: jax.Array, dtype: Any) -> tuple[jax.Array, Residuals]:
@@ -54,13 +54,17 @@ def _fwd(params: Parameters, x: jax.Array, dtype: Any) -> tuple[jax.Array, Resid
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None]:
-    x, slope = res.x.astype(res.dtype), res.params["negative_slope"].astype(res.dtype)
-    g, x, slope = (a.astype(accumulator(res.x, g)) for a in (g, x, slope))
-    dx = sum_to_shape(jnp.where(x >= 0, g, slope * g), x.shape)
-    dslope = sum_to_shape(jnp.where(x >= 0, 0, g * x), slope.shape)
+    chex.assert_trees_all_equal_structs(dict(res.params), {"negative_slope": 0})
+    x, a = (array.astype(res.dtype) for array in (res.x, res.params["negative_slope"]))
+    chex.assert_type(g, res.dtype)
+    chex.assert_is_broadcastable(x.shape, g.shape)
+    chex.assert_is_broadcastable(a.shape, g.shape)
+    g, x, a = (array.astype(accumulator(res.x, g)) for array in (g, x, a))
+    dx = sum_to_shape(jnp.where(x >= 0, g, a * g), x.shape)
+    da = sum_to_shape(jnp.where(x >= 0, 0, g * x), a.shape)
     chex.assert_equal_shape([dx, x])
-    chex.assert_equal_shape([dslope, slope])
-    return nnx.State({"negative_slope": dslope}), dx, None
+    chex.assert_equal_shape([da, a])
+    return nnx.State({"negative_slope": da}), dx, None
 
 
 prelu.defvjp(_fwd, _bwd)
@@ -72,12 +76,14 @@ class PReLU(nnx.PReLU):
     Constructor, parameters, initial values and results are those of `flax.nnx.PReLU`: without a
     `dtype` the slope is rounded to the dtype of the inputs. With a `promote_dtype` of the user's
     own, and for integer or complex inputs, the layer computes as nnx does and JAX differentiates
-    that. Its source is arXiv:1502.01852.
+    that.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
         >>> fcg.PReLU(negative_slope_init=0.5)(jnp.array([-2.0, 0.0, 3.0]))
         Array([-1.,  0.,  3.], dtype=float32)
+
+    Source: arXiv:1502.01852
     """
 
     def __call__(self, inputs: jax.Array) -> jax.Array:

@@ -1,6 +1,20 @@
-"""Smooth activations: what they compute, and their derivatives as functions of x alone.
+"""Smooth activations, and their derivatives as functions of x alone.
 
-Each keeps x. Where a formula meets 0 times infinity, x is clipped to where the function is its
+With s the sigmoid, s(x) = 1 / (1 + exp(-x)), and P the normal distribution function:
+
+    gelu, erf    y = x P(x)                         dx = g (P(x) + x exp(-x^2 / 2) / sqrt(2 pi))
+    gelu, tanh   y = x s(x (a + c x^2))             dx = g s (1 + x (1 - s) (a + 3 c x^2))
+    silu         y = x s(x)                         dx = g s (1 + x (1 - s))
+    mish         y = x n / (n + 2)                  dx = g (n r + 4 x e r (1 + e) r)
+                 e = exp(x),  n = e (e + 2)         r  = 1 / (n + 2)
+    softplus     y = log(1 + exp(x))                dx = g s(x)
+    log_sigmoid  y = -log(1 + exp(-x))              dx = g s(-x)
+    squareplus   y = (x + r) / 2                    dx = g y / r,  db = sum g / (4 r)
+                 r = sqrt(x^2 + b)
+    soft_sign    y = x / (1 + |x|)                  dx = g / (1 + |x|)^2
+    kept         x, and b
+
+Where a formula meets 0 times infinity, x is clipped to where the function is its
 limit already to the last bit, beyond every rounding of float64: those clips are what makes an
 infinite x give a value and a gradient. The sigmoid is that of x itself, which XLA can share between
 the passes; the clips of the passes differ, because XLA would share them too, as one more array.
@@ -19,12 +33,12 @@ from flax_customgrad.layers.activation.pointwise import Pointwise
 # gelu(x) = x Phi(x), with Phi the normal distribution. The approximate form is x (1 + tanh(u)) / 2,
 # which is x s(v) with v = 2 u and s the sigmoid: for negative x that loses no digits.
 
-_LINEAR = 2 * math.sqrt(2 / math.pi)
-_CUBIC = 0.044715 * _LINEAR
+_A = 2 * math.sqrt(2 / math.pi)
+_C = 0.044715 * _A
 
 
 def _gelu_sigmoid(x: jax.Array) -> jax.Array:
-    return lax.logistic(x * (_LINEAR + _CUBIC * (x * x)))
+    return lax.logistic(x * (_A + _C * (x * x)))
 
 
 def _gelu_tanh(x: jax.Array) -> jax.Array:
@@ -33,7 +47,7 @@ def _gelu_tanh(x: jax.Array) -> jax.Array:
 
 def _gelu_tanh_backward(g: jax.Array, x: jax.Array) -> jax.Array:
     s, x = _gelu_sigmoid(x), jnp.clip(x, -30.0, 30.0)
-    return g * (s * (1 + x * (1 - s) * (_LINEAR + 3 * _CUBIC * (x * x))))
+    return g * (s * (1 + x * (1 - s) * (_A + 3 * _C * (x * x))))
 
 
 def _gelu_erf(x: jax.Array) -> jax.Array:
@@ -61,7 +75,9 @@ def gelu(x: ArrayLike, approximate: bool = True) -> jax.Array:
         approximate: whether to approximate the distribution by a tanh.
 
     Returns:
-        Array like x. Its source is arXiv:1606.08415.
+        Array like x.
+
+    Source: arXiv:1606.08415
     """
     return (GELU_TANH if approximate else GELU_ERF)(x)
 
@@ -88,7 +104,9 @@ def silu(x: ArrayLike) -> jax.Array:
         x: array of any shape.
 
     Returns:
-        Array like x. Its source is arXiv:1702.03118.
+        Array like x.
+
+    Source: arXiv:1702.03118
     """
     return SILU(x)
 
@@ -124,7 +142,9 @@ def mish(x: ArrayLike) -> jax.Array:
         x: array of any shape.
 
     Returns:
-        Array like x. Its source is arXiv:1908.08681.
+        Array like x.
+
+    Source: arXiv:1908.08681
     """
     return MISH(x)
 
@@ -220,7 +240,9 @@ def squareplus(x: ArrayLike, b: ArrayLike = 4) -> jax.Array:
         b: a number, or an array that broadcasts against x: how smooth the bend is.
 
     Returns:
-        Array like x. Its source is arXiv:2112.11687.
+        Array like x.
+
+    Source: arXiv:2112.11687
     """
     return SQUAREPLUS(x, b)
 

@@ -1,13 +1,13 @@
 """Binary weights and activations: a sign, of one bit.
 
-    forward   y  = a sign(x),  a = mean |w| over the n weights of a channel, or 1
-    backward  BinaryActivation         dx = g where |x| <= c             arXiv:1602.02830
-              BinaryWeight  "bi_real"  dw = a g where |w| <= c           arXiv:1808.00278
-                            "xnor"     dw = g (1 / n + a where |w| <= c)    arXiv:1603.05279
+    forward   y  = a sign(x),  a = mean |x| over the n weights of a channel, or 1
+    backward  BinaryActivation         dx = g where |x| <= clip_value               arXiv:1602.02830
+              BinaryWeight  "bi_real"  dx = a g where |x| <= clip_value             arXiv:1808.00278
+                            "xnor"     dx = a g where |x| <= clip_value,  + g / n   arXiv:1603.05279
     kept      a bit an element, nothing without a bound; and a
 
-The bound c is inclusive, and 0 has the sign 1. "bi_real" holds a for a constant; "xnor" has XNOR-
-Net's gradient, in which each weight's share of the mean scales its own sign alone. `SteSign`,
+The bound is inclusive, and 0 has the sign 1. To "bi_real" a is a constant; "xnor" has XNOR-Net's
+gradient, in which each weight's share of the mean scales its own sign alone. `SteSign`,
 `MagnitudeAwareSign` and `XNORSign` have the same gradients, and no codes for a layer to keep.
 """
 
@@ -26,44 +26,44 @@ from flax_customgrad.numerics.argument_checks import check_clip_value
 
 @dataclass(frozen=True)
 class SignScheme(ClippedGradientScheme):
-    """0 for what is negative and 1 for the rest, which stand for -1 and 1."""
+    """-1 and 1, the codes 0 and 1; without parameters."""
 
-    def encode(self, x: jax.Array, *scale: jax.Array) -> jax.Array:
+    def encode(self, x: jax.Array, *a: jax.Array) -> jax.Array:
         """Whether x >= 0."""
         return (x >= 0).astype(x.dtype)
 
-    def decode(self, q: jax.Array, *scale: jax.Array) -> jax.Array:
+    def decode(self, q: jax.Array, *a: jax.Array) -> jax.Array:
         """-1 for 0, 1 for 1."""
         return 2 * q - 1
 
 
 @dataclass(frozen=True)
 class ScaledSignScheme(SignScheme):
-    """0 and 1, which stand for -a and a.
+    """-a and a, the codes 0 and 1; a is the parameter.
 
     Attributes:
-        share: 1 / n, which the gradient of the mean adds; 0 where a is held for a constant.
+        share: 1 / n, the share of a weight in the mean; 0 where a is a constant.
     """
 
     share: float
 
-    def decode(self, q: jax.Array, *scale: jax.Array) -> jax.Array:
+    def decode(self, q: jax.Array, *a: jax.Array) -> jax.Array:
         """-a for 0, a for 1."""
-        return super().decode(q) * scale[0]
+        return super().decode(q) * a[0]
 
-    def keep(self, x: jax.Array, *scale: jax.Array) -> tuple[jax.Array, ...]:
-        """The scale, and which elements lie within the bound."""
-        return *scale, *super().keep(x)
+    def keep(self, x: jax.Array, *a: jax.Array) -> tuple[jax.Array, ...]:
+        """a, and which elements lie within the bound."""
+        return *a, *super().keep(x)
 
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
-        """The gradient within the bound, times a, and the share of the mean."""
-        scale, *mask = kept
-        (dw,) = super().cotangents(scale * g, *mask)
-        return (dw + self.share * g if self.share else dw,)
+        """A g within the bound, and the share of the mean."""
+        a, *mask = kept
+        (dx,) = super().cotangents(a * g, *mask)
+        return (dx + self.share * g if self.share else dx,)
 
 
 class BinaryActivation(Quantizer):
-    """The sign of activations, in one bit, whose gradient passes near 0; arXiv:1602.02830.
+    """The sign of activations, in one bit, whose gradient passes near 0.
 
     Args:
         clip_value: the gradient passes where |x| <= clip_value; None for everywhere.
@@ -78,6 +78,8 @@ class BinaryActivation(Quantizer):
         Array([0, 0, 1, 1], dtype=uint8)
         >>> jax.grad(lambda x: fcg.BinaryActivation()(x).sum())(x)
         Array([0., 1., 1., 1.], dtype=float32)
+
+    Source: arXiv:1602.02830
     """
 
     def __init__(self, clip_value: float | None = 1.0):
@@ -100,12 +102,12 @@ class BinaryWeight(Quantizer):
             a kernel of flax.nnx. None for one mean.
         scaled: whether there is a scale; without one the values are 1 and -1.
         clip_value: the gradient passes where |w| <= clip_value; None for everywhere.
-        gradient: "bi_real" holds the scale for a constant, arXiv:1808.00278; "xnor" adds the
+        gradient: to "bi_real" the scale is a constant, arXiv:1808.00278; "xnor" adds the
             gradient of the mean as XNOR-Net has it, arXiv:1603.05279.
 
     Raises:
-        ValueError: the bound is not positive, or `gradient` is another word or has no scale to
-            differentiate.
+        ValueError: the bound is not positive, or `gradient` is neither "bi_real" nor "xnor", or
+            "xnor" without a scale to differentiate.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
@@ -116,6 +118,8 @@ class BinaryWeight(Quantizer):
         >>> jax.grad(lambda w: fcg.BinaryWeight()(w).sum())(w)
         Array([[0.375, 0.   ],
                [0.375, 1.   ]], dtype=float32)
+
+    Source: arXiv:1808.00278, arXiv:1603.05279
     """
 
     def __init__(

@@ -52,7 +52,9 @@ class Granularity:
         """x, in blocks where there are any, and the axes that share a range."""
         own = (-1,) if self.axis == "token" else self.axis or ()
         if not all(-x.ndim <= axis < x.ndim for axis in own):
-            raise ValueError(f"a quantizer's axis={own} is none of an array of shape {x.shape}")
+            raise ValueError(
+                f"a quantizer's axis={own} does not exist in an array of shape {x.shape}"
+            )
         if self.block is not None:
             assert isinstance(self.axis, tuple)
             axis = self.axis[0] % x.ndim
@@ -107,7 +109,7 @@ def granularity_of(layer: str, axis: Axis, block: int | None = None) -> Granular
     return Granularity(axis, block)  # type: ignore[arg-type]
 
 
-def own_range(
+def measured_range(
     x: jax.Array, granularity: Granularity, symmetric: bool, percentile: float | None = None
 ) -> Range:
     """The range of an array.

@@ -22,7 +22,7 @@ class Codes(NamedTuple):
     """An array and the codes of its elements.
 
     Attributes:
-        values: what the codes stand for, of any shape, float.
+        values: the values that the codes encode, of any shape, float.
         codes: uint8 array of that shape, the integers less the scheme's lowest.
         parameters: of the scheme, such as a scale.
         scheme: how values are decoded.
@@ -97,7 +97,7 @@ def unpack_codes(codes: PackedCodes) -> jax.Array:
 def decode_packed(
     packed: jax.Array, parameters: tuple[jax.Array, ...], scheme: Scheme, bits: int, like: Any
 ) -> jax.Array:
-    """The values that packed codes stand for.
+    """The values that packed codes encode.
 
     Args:
         packed: uint8 array, packed along the last axis.

@@ -7,8 +7,8 @@
               DoReFaActivation  dx = g where 0 <= x <= 1, else 0
     kept      DoReFaWeight w and M; DoReFaActivation a bit an element
 
-M is held for a constant. 0 is no value of a weight: of two bits they are -1, -1/3, 1/3 and 1. What
-DoReFa-Net has of one bit is `BinaryWeight(axis=None, clip_value=None)`.
+M is a constant to the gradient. 0 is no value of a weight: of two bits they are -1, -1/3, 1/3 and
+1. What DoReFa-Net has of one bit is `BinaryWeight(axis=None, clip_value=None)`.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_customgrad.low_bit.quantizers.calibration import granularity_of, own_range
+from flax_customgrad.low_bit.quantizers.calibration import granularity_of, measured_range
 from flax_customgrad.low_bit.quantizers.codes import Codes, to_codes
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Scheme
@@ -29,12 +29,13 @@ from flax_customgrad.numerics.scaling import quotient
 
 @dataclass(frozen=True)
 class DoReFaWeightScheme(Scheme):
-    """Integers at equal distances in [-1, 1], of which tanh(w) / M is one; M is the parameter."""
+    """Values at equal distances in [-1, 1], for tanh(w) / M; M is the parameter."""
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
-        """The nearest integer to n (tanh(w) / (2 M) + 1 / 2)."""
-        half = quotient(jnp.tanh(x), 2 * parameters[0]) + 0.5
-        return jnp.clip(jnp.round(self.high * half), 0, self.high)
+        """The nearest integer to n r, r = tanh(w) / (2 M) + 1 / 2."""
+        (M,) = parameters
+        r = quotient(jnp.tanh(x), 2 * M) + 0.5
+        return jnp.clip(jnp.round(self.high * r), 0, self.high)
 
     def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
         """2 q / n - 1, rounded once."""
@@ -45,14 +46,14 @@ class DoReFaWeightScheme(Scheme):
         return x, *parameters
 
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
-        """The gradient of tanh(w) / M."""
-        w, most = kept
-        return (g * sech_squared(w) / most,)
+        """Of tanh(w) / M, by w."""
+        w, M = kept
+        return (g * sech_squared(w) / M,)
 
 
 @dataclass(frozen=True)
 class DoReFaActivationScheme(Scheme):
-    """Integers at equal distances in [0, 1]."""
+    """Values at equal distances in [0, 1]; without parameters."""
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The nearest integer to n x in [0, n]."""
@@ -67,12 +68,12 @@ class DoReFaActivationScheme(Scheme):
         return (pack_mask((x >= 0) & (x <= 1)),)
 
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
-        """The gradient inside."""
+        """G inside."""
         return (masked(g, *kept),)
 
 
 class DoReFaWeight(Quantizer):
-    """The weights of DoReFa-Net, arXiv:1606.06160: tanh(w), relative to its largest, in [-1, 1].
+    """The weights of DoReFa-Net: tanh(w), relative to its largest, in [-1, 1].
 
     Args:
         bits: from 2 to 8; the values are odd multiples of 1 / (2^bits - 1).
@@ -84,6 +85,8 @@ class DoReFaWeight(Quantizer):
         >>> import jax.numpy as jnp, flax_customgrad as fcg
         >>> fcg.DoReFaWeight(bits=2)(jnp.array([-0.5, -0.1, 0.2, 0.4]))
         Array([-1.        , -0.33333334,  0.33333334,  1.        ], dtype=float32)
+
+    Source: arXiv:1606.06160
     """
 
     def __init__(self, bits: int = 8):
@@ -96,14 +99,12 @@ class DoReFaWeight(Quantizer):
             x: array of any shape, float.
         """
         x = jnp.asarray(x)
-        most = jnp.tanh(own_range(x, granularity_of("DoReFaWeight", None), True).high)
-        return to_codes(
-            x, (jnp.where(most == 0, 1, most),), DoReFaWeightScheme(0, 2**self.bits - 1)
-        )
+        M = jnp.tanh(measured_range(x, granularity_of("DoReFaWeight", None), True).high)
+        return to_codes(x, (jnp.where(M == 0, 1, M),), DoReFaWeightScheme(0, 2**self.bits - 1))
 
 
 class DoReFaActivation(Quantizer):
-    """The activations of DoReFa-Net, arXiv:1606.06160: clipped to [0, 1].
+    """The activations of DoReFa-Net: clipped to [0, 1].
 
     Args:
         bits: from 1 to 8; the values are multiples of 1 / (2^bits - 1).
@@ -118,6 +119,8 @@ class DoReFaActivation(Quantizer):
         Array([0, 1, 3, 3, 3], dtype=uint8)
         >>> jax.grad(lambda x: quantizer(x).sum())(x)
         Array([0., 1., 1., 1., 0.], dtype=float32)
+
+    Source: arXiv:1606.06160
     """
 
     def __init__(self, bits: int = 8):

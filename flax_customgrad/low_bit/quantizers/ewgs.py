@@ -9,9 +9,9 @@
     kept      x, l, u and a
 
 A gradient whose step leads r to the h that it was rounded to is made larger, one that leads away
-smaller; with delta = 0 it is the straight-through estimator's. Both ends are inside. The
-width is that of |u - l|, and at least 2^-23, where an optimizer closes the interval or turns it
-around; its derivative then has the other sign. The paper has the scale a at the output of a layer,
+smaller; with delta = 0 it is the straight-through estimator's. Both ends are inside. Where an
+optimizer closes the interval or turns it around, `u - l` is used by its magnitude, and at least
+2^-23; its derivative then has the other sign. The paper has the scale a at the output of a layer,
 here it is each quantizer's own.
 """
 
@@ -29,7 +29,6 @@ from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Scheme
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import check_bits
-from flax_customgrad.numerics.broadcasting import sum_to_shape
 from flax_customgrad.numerics.scaling import abs_floor, abs_floor_slope, magnitude, quotient
 
 _NARROWEST = 2.0**-23
@@ -37,10 +36,10 @@ _NARROWEST = 2.0**-23
 
 @dataclass(frozen=True)
 class EWGSScheme(Scheme):
-    """Integers from 0 to n in an interval; parameters are its ends and a scale.
+    """Integers from 0 to n in an interval; the parameters are its ends l, u and the scale a.
 
     Attributes:
-        signed: whether they stand for values in [-a, a], or in [0, a].
+        signed: whether the values are in [-a, a], or in [0, a].
         delta: how much of the rounding error scales the gradient.
     """
 
@@ -49,11 +48,11 @@ class EWGSScheme(Scheme):
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The nearest integer to n r."""
-        low, high, _ = parameters
-        return jnp.round(self.high * jnp.clip(quotient(x - low, _width(low, high)), 0, 1))
+        l, u, _ = parameters
+        return jnp.round(self.high * jnp.clip(quotient(x - l, _width(l, u)), 0, 1))
 
     def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
-        """Integers, of which n stands for a."""
+        """A h, or a (2 h - 1), of h = q / n."""
         return self._integer(q) * (parameters[2] * (1 / self.high))
 
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
@@ -61,31 +60,31 @@ class EWGSScheme(Scheme):
         return x, *parameters
 
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
-        """The gradient of x inside, those of both ends, and that of the scale."""
-        x, low, high, scale = kept
-        width = _width(low, high)
-        r = quotient(x - low, width)
+        """Those of x, l, u and a, of which the last three are summed afterwards."""
+        x, l, u, a = kept
+        width = _width(l, u)
+        r = quotient(x - l, width)
         inside = (r >= 0) & (r <= 1)
         q = jnp.round(self.high * jnp.clip(r, 0, 1))
-        k = (2 if self.signed else 1) * lax.stop_gradient(scale) * g
-        error = lax.stop_gradient(r - q * (1 / self.high))
-        k = k * (1 + self.delta * jnp.sign(k) * error)
+        h = q * (1 / self.high)
+        k = (2 if self.signed else 1) * lax.stop_gradient(a) * g
+        k = k * (1 + self.delta * jnp.sign(k) * lax.stop_gradient(r - h))
         dx = jnp.where(inside, k, 0) / width
-        turned = abs_floor_slope(high - low)
-        dlow, dhigh = dx * (turned * r - 1), dx * -turned * r
-        dscale = g * self._integer(q) * (1 / self.high)
-        return dx, *(sum_to_shape(d, scale.shape) for d in (dlow, dhigh, dscale))
+        sign = abs_floor_slope(u - l)
+        dl, du = dx * (sign * r - 1), dx * -sign * r
+        da = g * self._integer(q) * (1 / self.high)
+        return dx, dl, du, da
 
     def _integer(self, q: jax.Array) -> jax.Array:
         return 2 * q - self.high if self.signed else q
 
 
-def _width(low: jax.Array, high: jax.Array) -> jax.Array:
-    return abs_floor(high - low, _NARROWEST)
+def _width(l: jax.Array, u: jax.Array) -> jax.Array:
+    return abs_floor(u - l, _NARROWEST)
 
 
 class EWGS(Quantizer):
-    """Element-wise gradient scaling, arXiv:2104.00903, in an interval that is learned.
+    """Element-wise gradient scaling, in an interval that is learned.
 
     The gradient of rounding is larger or smaller by a share of the rounding error.
 
@@ -111,6 +110,8 @@ class EWGS(Quantizer):
         Array([-3., -1.,  1.,  3.], dtype=float32)
         >>> jax.grad(lambda x: quantizer(x).sum())(x).round(2)
         Array([0.  , 1.02, 1.02, 0.93], dtype=float32)
+
+    Source: arXiv:2104.00903
     """
 
     def __init__(self, bits: int = 8, *, signed: bool = True, delta: float = 1e-3):

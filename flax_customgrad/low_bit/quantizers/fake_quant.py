@@ -6,8 +6,8 @@
     backward    dx = g where the range holds x, else 0
     kept        nothing where the range is that of x itself; else a bit an element
 
-Scale s and zero point z come from the range (`calibration`), which is held for a constant: a
-gradient of the scale is what `LSQ` is for. Halves are rounded to the even integer, and the ends of
+Scale s and zero point z come from the range (`calibration`), a constant to the gradient: a gradient
+of the scale is what `LSQ` is for. Halves are rounded to the even integer, and the ends of
 the range are inside of it. The largest magnitude is 127 steps of 8 bits; qwix and AQT take 127.5,
 which clips half a step of it.
 
@@ -30,7 +30,7 @@ from flax_customgrad.low_bit.quantizers.calibration import (
     Granularity,
     Range,
     granularity_of,
-    own_range,
+    measured_range,
     scale_of,
 )
 from flax_customgrad.low_bit.quantizers.codes import Codes, to_codes
@@ -255,7 +255,7 @@ class FakeQuant(Quantizer):
 
     def _own(self, x: jax.Array) -> Range:
         percentile = self.percentile if self._is_percentile else None
-        return own_range(x, self.granularity, self.symmetric, percentile)
+        return measured_range(x, self.granularity, self.symmetric, percentile)
 
     def _range(self, x: jax.Array) -> Range:
         if self.dynamic:

@@ -1,4 +1,4 @@
-"""Quantizing a gradient: the identity, whose backward rounds what comes through it.
+"""Quantizing a gradient: the identity, whose backward rounds the cotangent.
 
     forward   y  = x
     backward  GradientQuant   dx = M round(n g / M) / n,                 n = 2^(bits-1) - 1
@@ -23,12 +23,12 @@ from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.contract.residual_storage import with_derivative_of
-from flax_customgrad.estimators.rounding.rounding import up_where_below
+from flax_customgrad.estimators.rounding.rounding import round_with_noise
 from flax_customgrad.low_bit.quantizers.calibration import (
     Axis,
     Granularity,
     granularity_of,
-    own_range,
+    measured_range,
 )
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import check_bits
@@ -36,12 +36,12 @@ from flax_customgrad.numerics.noise_stream import fork_stream
 
 
 @dataclass(frozen=True)
-class GradientScheme:
-    """How a gradient is quantized, in units of its largest magnitude.
+class GradientRounding:
+    """How a gradient is rounded, in units of its largest magnitude.
 
     Attributes:
-        n: how many steps there are: from 0 to the largest, or between the two of them.
-        has_zero: which of both, and so whether 0 is a value.
+        n: how many steps there are from 0 to M, if 0 is a value, or from -M to M, if it is not.
+        has_zero: whether 0 is a value.
         granularity: which elements share a range.
     """
 
@@ -56,15 +56,15 @@ class GradientScheme:
             g: array of any shape, float32 or wider.
             key: of the noise; None to round to the nearest.
         """
-        most = own_range(g, self.granularity, symmetric=True).high
-        r = g / jnp.where(most == 0, 1, most)
+        M = measured_range(g, self.granularity, symmetric=True).high
+        r = g / jnp.where(M == 0, 1, M)
         v = self.n * (r if self.has_zero else (r + 1) / 2)
         if key is None:
             q = jnp.round(v)
         else:
-            q = up_where_below(v, jax.random.uniform(key, v.shape, jnp.float32))
+            q = round_with_noise(v, jax.random.uniform(key, v.shape, jnp.float32))
         q = jnp.minimum(q, self.n)
-        quantized = most * ((q if self.has_zero else 2 * q - self.n) * (1 / self.n))
+        quantized = M * ((q if self.has_zero else 2 * q - self.n) * (1 / self.n))
         return with_derivative_of(lax.stop_gradient(quantized), g)
 
 
@@ -72,29 +72,29 @@ class Residuals(NamedTuple):
     """What the backward of `quantize_gradient` keeps."""
 
     key: jax.Array | None
-    scheme: GradientScheme
+    rounding: GradientRounding
 
 
 @custom_vjp(surrogate=True)
-def quantize_gradient(x: jax.Array, key: jax.Array | None, scheme: GradientScheme) -> jax.Array:
+def quantize_gradient(x: jax.Array, key: jax.Array | None, rounding: GradientRounding) -> jax.Array:
     """Returns x.
 
     Args:
         x: array of any shape, float.
         key: of the noise in its gradient, or None.
-        scheme: how its gradient is quantized.
+        rounding: how its gradient is quantized.
     """
     return x
 
 
 def _fwd(
-    x: jax.Array, key: jax.Array | None, scheme: GradientScheme
+    x: jax.Array, key: jax.Array | None, rounding: GradientRounding
 ) -> tuple[jax.Array, Residuals]:
-    return quantize_gradient(x, key, scheme), Residuals(key, scheme)
+    return quantize_gradient(x, key, rounding), Residuals(key, rounding)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, None, None]:
-    dx = res.scheme(g.astype(accumulator(g)), res.key)
+    dx = res.rounding(g.astype(accumulator(g)), res.key)
     chex.assert_equal_shape([dx, g])
     return dx, None, None
 
@@ -109,8 +109,7 @@ class GradientQuant(nnx.Module):
 
     Args:
         bits: from 2 to 8.
-        stochastic: whether it is rounded at random, such that its mean is exact, arXiv:1502.02551;
-            else to the nearest.
+        stochastic: whether it is rounded at random, such that its mean is exact, or to the nearest.
         axis: the axes along which each index has a range of its own, such as 0 for examples;
             "token" for each vector along the last axis; None for one range.
         rng_collection: the stream of `rngs` to draw from.
@@ -124,6 +123,8 @@ class GradientQuant(nnx.Module):
         >>> layer = fcg.GradientQuant(bits=2, stochastic=False)
         >>> jax.grad(lambda x: layer(x) @ jnp.array([0.9, -0.5, 0.3]))(jnp.ones(3))
         Array([ 0.9, -0.9,  0. ], dtype=float32)
+
+    Source: arXiv:1502.02551
     """
 
     def __init__(
@@ -149,12 +150,12 @@ class GradientQuant(nnx.Module):
         """
         key = None if self.rngs is None else self.rngs()
         return quantize_gradient(
-            x, key, GradientScheme(2 ** (self.bits - 1) - 1, True, self.granularity)
+            x, key, GradientRounding(2 ** (self.bits - 1) - 1, True, self.granularity)
         )
 
 
 class DoReFaGradient(nnx.Module):
-    """The identity with the quantized gradient of DoReFa-Net, arXiv:1606.06160.
+    """The identity with the quantized gradient of DoReFa-Net.
 
     What a quantized layer takes as `gradient`.
 
@@ -177,6 +178,8 @@ class DoReFaGradient(nnx.Module):
         >>> g = nnx.grad(loss, argnums=1)(layer, jnp.ones((1000, 2)))
         >>> jnp.unique(g), g.mean(0).round()
         (Array([-3.,  3.], dtype=float32), Array([ 3., -1.], dtype=float32))
+
+    Source: arXiv:1606.06160
     """
 
     def __init__(
@@ -193,5 +196,5 @@ class DoReFaGradient(nnx.Module):
             x: array of any shape, float.
         """
         return quantize_gradient(
-            x, self.rngs(), GradientScheme(2**self.bits - 1, False, self.granularity)
+            x, self.rngs(), GradientRounding(2**self.bits - 1, False, self.granularity)
         )

@@ -6,10 +6,11 @@
               G  = 1 / sqrt(N high)
     kept      x and p
 
-The parameter p is the scale. Where an optimizer drives it to zero or below, its magnitude is, and
-at 0 the least normal number, with the gradient that p has from above: it can grow again on either
-side. The ends of the range are inside of it. The integers are -2^(bits-1) to 2^(bits-1) - 1, or 0
-to 2^bits - 1; torch and Brevitas look whether the rounded v is in the range, this whether v is.
+The parameter p is the scale. One that an optimizer drives to zero or below is used by its
+magnitude, at 0 by the least normal number, with the gradient that p has from above: it can grow
+again on either side. The ends of the range are inside of it. The integers are -2^(bits-1) to
+2^(bits-1) - 1, or 0 to 2^bits - 1; torch and Brevitas test whether the rounded v is in the range,
+this whether v is.
 
 N is the number of weights that share a scale; of activations it is the number of features, and
 examples are not counted, so that a gradient is the same for a batch and for its parts.
@@ -36,7 +37,7 @@ from flax_customgrad.numerics.scaling import abs_floor, abs_floor_slope, quotien
 
 @dataclass(frozen=True)
 class LSQScheme(Scheme):
-    """Integers in units of a scale, the one parameter.
+    """Integers in units of the scale s; p is the parameter.
 
     Attributes:
         grad_scale: what the scale's gradient is multiplied by; None for 1 / sqrt(N high).
@@ -46,13 +47,13 @@ class LSQScheme(Scheme):
     grad_scale: float | None
     features: int | None
 
-    def scale(self, parameter: jax.Array) -> jax.Array:
-        """The scale that a parameter stands for."""
-        return abs_floor(parameter)
+    def scale(self, p: jax.Array) -> jax.Array:
+        """S of a parameter p."""
+        return abs_floor(p)
 
-    def slope(self, parameter: jax.Array) -> jax.Array:
-        """The derivative of the scale."""
-        return abs_floor_slope(parameter)
+    def scale_slope(self, p: jax.Array) -> jax.Array:
+        """The derivative of s by p."""
+        return abs_floor_slope(p)
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The nearest integer to x / s in [low, high]."""
@@ -67,14 +68,14 @@ class LSQScheme(Scheme):
         return x, *parameters
 
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
-        """The gradient of x inside of the range, and that of the scale."""
+        """Those of x and p."""
         x, p = kept
         v = quotient(x, self.scale(p))
         inside = (v >= self.low) & (v <= self.high)
         slope = jnp.where(inside, jnp.round(v) - v, jnp.clip(v, self.low, self.high))
         # Where round passes a gradient on, as here, the slope has no derivative.
         ds = self.gain(x.shape, p) * sum_to_shape(g * lax.stop_gradient(slope), p.shape)
-        return jnp.where(inside, g, 0), self.slope(p) * ds
+        return jnp.where(inside, g, 0), self.scale_slope(p) * ds
 
     def gain(self, shape: tuple[int, ...], p: jax.Array) -> float:
         """G for an array of some shape."""
@@ -85,7 +86,7 @@ class LSQScheme(Scheme):
 
 
 class LSQ(Quantizer):
-    """Learned step size quantization, arXiv:1902.08153: a scale that trains with the weights.
+    """Learned step size quantization: a scale that trains with the weights.
 
     For activations give `features`, so that the gradient of the scale does not depend on how many
     examples there are.
@@ -119,6 +120,8 @@ class LSQ(Quantizer):
         Array([-2., -0.,  1.,  1.], dtype=float32)
         >>> nnx.grad(lambda q: q(jnp.array([-3.0, -0.4, 0.6, 1.2])).sum())(quantizer).scale[...]
         Array(-0.1..., dtype=float32)
+
+    Source: arXiv:1902.08153
     """
 
     def __init__(
@@ -160,7 +163,7 @@ class LSQ(Quantizer):
             ValueError: there are no scales yet, or they do not fit x.
         """
         x = jnp.asarray(x)
-        return to_codes(x, (learned(self, "scale", x),), self._scheme(LSQScheme))
+        return to_codes(x, (learned_parameter(self, "scale", x),), self._scheme(LSQScheme))
 
     def observe(self, x: jax.Array) -> None:
         """Sets the scale to 2 mean |x| / sqrt(high), 1 for zeros; what is not finite is left out.
@@ -171,14 +174,14 @@ class LSQ(Quantizer):
         magnitudes = jnp.abs(lax.stop_gradient(x).astype(accumulator(x)))
         mean = mean_where(magnitudes, jnp.isfinite(magnitudes), self.granularity)
         scale = mean * (2 / math.sqrt(self.integers[1]))
-        set_learned(self, "scale", jnp.where(scale > 0, scale, 1))
+        set_learned_parameter(self, "scale", jnp.where(scale > 0, scale, 1))
 
     def _scheme(self, kind: type[LSQScheme]) -> LSQScheme:
         grad_scale = None if isinstance(self.grad_scale, str) else self.grad_scale
         return kind(*self.integers, grad_scale, self.features)
 
 
-def learned(quantizer: LSQ, name: str, x: jax.Array) -> jax.Array:
+def learned_parameter(quantizer: LSQ, name: str, x: jax.Array) -> jax.Array:
     """A learned parameter, for an array.
 
     Args:
@@ -204,13 +207,13 @@ def learned(quantizer: LSQ, name: str, x: jax.Array) -> jax.Array:
     return parameter[...]
 
 
-def set_learned(quantizer: LSQ, name: str, value: jax.Array) -> None:
+def set_learned_parameter(quantizer: LSQ, name: str, value: jax.Array) -> None:
     """Sets a learned parameter, or makes it where there is none of that shape.
 
     Args:
         quantizer: whose parameter.
         name: of the parameter.
-        value: of ones for what is shared, as `calibration` has it.
+        value: its value, with axes of size 1 for what is shared, as `calibration` has it.
     """
     value = value.reshape(()) if quantizer.granularity.axis is None else value
     parameter = getattr(quantizer, name)

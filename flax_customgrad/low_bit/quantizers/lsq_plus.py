@@ -7,26 +7,32 @@
               G  = 1 / sqrt(N high)
     kept      x, p and b
 
-What p and N are is said of `LSQ`.
+p and N are those of `LSQ`.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from flax_customgrad.low_bit.quantizers.calibration import Axis
 from flax_customgrad.low_bit.quantizers.codes import Codes, to_codes
-from flax_customgrad.low_bit.quantizers.lsq import LSQ, LSQScheme, learned, set_learned
+from flax_customgrad.low_bit.quantizers.lsq import (
+    LSQ,
+    LSQScheme,
+    learned_parameter,
+    set_learned_parameter,
+)
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.broadcasting import sum_to_shape
 
 
 @dataclass(frozen=True)
 class LSQPlusScheme(LSQScheme):
-    """Integers in units of a scale from an offset on; parameters are both."""
+    """Integers in units of the scale s from the offset b on; the parameters are p and b."""
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The nearest integer to (x - b) / s in [low, high]."""
@@ -41,21 +47,30 @@ class LSQPlusScheme(LSQScheme):
         return jnp.minimum(super().decode(q, p), most) + b
 
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
-        """The gradient of x inside of the range, and those of scale and offset."""
+        """Those of x, p and b."""
         x, p, b = kept
         dx, dp = super().cotangents(g, x - b, p)
         return dx, dp, self.gain(x.shape, b) * sum_to_shape(g - dx, b.shape)
 
 
 class LSQPlus(LSQ):
-    """LSQ with an offset that trains too, for activations that are not centred; arXiv:2004.09576.
-
-    Arguments are those of `LSQ`.
+    """LSQ with an offset that trains too, for activations that are not centred.
 
     Attributes:
-        scale: the learned scale; float32. `observe` spreads the integers from the least to the
-            largest value.
+        scale: the learned scale, or scales; float32. `observe` spreads the integers from the least
+            to the largest value.
         offset: the value of the integer 0, learned; 0 until `observe` sets it.
+
+    Args:
+        bits: from 2 to 8.
+        signed: whether the integers are -2^(bits-1) to 2^(bits-1) - 1, or 0 to 2^bits - 1.
+        axis: the axes along which each index has a scale and an offset of its own; None for one.
+        features: how many of the last axes are the features of an activation: 1, or 3 for images.
+            None for weights, where every element counts.
+        grad_scale: what both gradients are multiplied by: "lsq" for 1 / sqrt(N high), or a number.
+
+    Raises:
+        ValueError: an argument is out of range.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -65,10 +80,20 @@ class LSQPlus(LSQ):
         (Array(1., dtype=float32), Array(-0.5, dtype=float32))
         >>> quantizer(jnp.array([-0.4, 0.1, 1.4]))
         Array([-0.5,  0.5,  1.5], dtype=float32)
+
+    Source: arXiv:2004.09576
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        bits: int = 8,
+        *,
+        signed: bool = True,
+        axis: Axis = None,
+        features: int | None = None,
+        grad_scale: Literal["lsq"] | float = "lsq",
+    ):
+        super().__init__(bits, signed=signed, axis=axis, features=features, grad_scale=grad_scale)
         self.offset = nnx.data(None) if self.scale is None else nnx.Param(jnp.zeros(()))
 
     def quantize(self, x: jax.Array) -> Codes:
@@ -81,7 +106,7 @@ class LSQPlus(LSQ):
             ValueError: there are no scales yet, or they do not fit x.
         """
         x = jnp.asarray(x)
-        parameters = learned(self, "scale", x), learned(self, "offset", x)
+        parameters = learned_parameter(self, "scale", x), learned_parameter(self, "offset", x)
         return to_codes(x, parameters, self._scheme(LSQPlusScheme))
 
     def observe(self, x: jax.Array) -> None:
@@ -99,5 +124,5 @@ class LSQPlus(LSQ):
         # Halves, whose difference does not overflow.
         scale = (largest / 2 - least / 2) * (2 / (high - low))
         scale = jnp.where(scale > 0, scale, 1)
-        set_learned(self, "scale", scale)
-        set_learned(self, "offset", jnp.where(largest >= least, least, 0) - low * scale)
+        set_learned_parameter(self, "scale", scale)
+        set_learned_parameter(self, "offset", jnp.where(largest >= least, least, 0) - low * scale)

@@ -5,9 +5,9 @@
               da = sum of g where x >= a,   dp = sign(p) da
     kept      two bits an element, and p
 
-The bound takes the place of the one that relu6 has, and is regularized like a weight. Driven to
-zero or below it is the magnitude of p, and a and s at least the least normal number, with the
-gradient that p has from above.
+The bound takes the place of the one that relu6 has, and is regularized like a weight. Where an
+optimizer drives p to zero or below, its magnitude is used, with a and s at least the least normal
+number, and with the gradient that p has from above.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from jax import lax
 from flax_customgrad.low_bit.quantizers.codes import Codes, to_codes
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Scheme
-from flax_customgrad.numerics.accumulation import accumulator, total
+from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import check_bits, check_positive
 from flax_customgrad.numerics.packing import masked, pack_mask
 from flax_customgrad.numerics.scaling import abs_floor, abs_floor_slope, quotient
@@ -29,7 +29,7 @@ from flax_customgrad.numerics.scaling import abs_floor, abs_floor_slope, quotien
 
 @dataclass(frozen=True)
 class PACTScheme(Scheme):
-    """Integers from 0 to a bound, the one parameter."""
+    """Integers from 0 to `high` in units of s; p is the parameter."""
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The nearest integer to x / s in [0, high]."""
@@ -40,21 +40,22 @@ class PACTScheme(Scheme):
         return q * self._scale(*parameters)
 
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
-        """Which elements lie inside, and which at the bound or beyond; and the parameter."""
+        """Which elements lie inside, and which at the bound or beyond; and p."""
         a = abs_floor(parameters[0])
         return pack_mask((x >= 0) & (x < a)), pack_mask(x >= a), *parameters
 
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
-        """The gradient inside, and the sum of what is beyond."""
+        """Those of x and p, of which the last is summed afterwards."""
         inside, beyond, p = kept
-        return masked(g, inside), abs_floor_slope(p) * total(masked(g, beyond), range(g.ndim))
+        dx, da = masked(g, inside), masked(g, beyond)
+        return dx, abs_floor_slope(p) * da
 
     def _scale(self, p: jax.Array) -> jax.Array:
         return abs_floor(p * (1 / self.high))
 
 
 class PACT(Quantizer):
-    """Parameterized clipping activation, arXiv:1805.06085: the bound of the range is learned.
+    """Parameterized clipping activation: the bound of the range is learned.
 
     It clips at 0 as well, so that it takes the place of a relu.
 
@@ -78,6 +79,8 @@ class PACT(Quantizer):
         Array([0., 1., 1., 0., 0.], dtype=float32)
         >>> nnx.grad(lambda q: q(x).sum())(quantizer).alpha[...]
         Array(2., dtype=float32)
+
+    Source: arXiv:1805.06085
     """
 
     def __init__(self, bits: int = 8, *, alpha: float = 10.0):

@@ -1,4 +1,4 @@
-"""Quantization: each element becomes an integer of few bits, and the value that it stands for.
+"""Quantization: each element becomes an integer of few bits, and is decoded from it to a value.
 
     forward   q  = encode(x, p...)              integers in [low, high]
               y  = decode(q, p...)              such as q s, for a scale s
@@ -74,7 +74,7 @@ class Scheme(Elementwise):
 
     @abstractmethod
     def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
-        """The values that integers stand for."""
+        """The values that integers encode."""
 
     @abstractmethod
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:

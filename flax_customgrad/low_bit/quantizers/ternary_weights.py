@@ -4,11 +4,11 @@
                        d = 0.7 mean |w|,  a = mean of |w| where |w| > d
               AbsMean  y = a clip(round(w / a), -1, 1)             BitNet b1.58, arXiv:2402.17764
                        a = mean |w|
-    backward  dw = g, or g where |w| <= c
+    backward  dw = g, or g where |w| <= clip_value
     kept      nothing, or a bit an element
 
-Scale and threshold are held for constants. |w| = d is 0; so is |w| = a / 2 for AbsMean, which
-rounds halves to the even integer: its threshold is 0.5 mean |w|, not 0.7. The bound c is
+Scale and threshold are constants to the gradient. |w| = d is 0; so is |w| = a / 2 for AbsMean,
+which rounds halves to the even integer: its threshold is 0.5 mean |w|, not 0.7. The bound is
 inclusive.
 """
 
@@ -34,7 +34,7 @@ from flax_customgrad.numerics.scaling import quotient
 
 @dataclass(frozen=True)
 class TWNScheme(ClippedGradientScheme):
-    """-1, 0 and 1 times a scale, which is the first parameter; the second is a threshold."""
+    """-a, 0 and a; the parameters are a and the threshold d."""
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The sign of what is beyond the threshold."""
@@ -47,7 +47,7 @@ class TWNScheme(ClippedGradientScheme):
 
 @dataclass(frozen=True)
 class AbsMeanScheme(TWNScheme):
-    """-1, 0 and 1 times a scale, whichever is nearest."""
+    """-a, 0 and a, whichever is nearest; a is the parameter."""
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The nearest of -1, 0 and 1 to x / a."""
@@ -55,7 +55,7 @@ class AbsMeanScheme(TWNScheme):
 
 
 class TWN(Quantizer):
-    """Ternary weight networks, arXiv:1605.04711: what is large keeps its sign, what is small is 0.
+    """Ternary weight networks: what is large keeps its sign, what is small is 0.
 
     Args:
         threshold: in units of the mean magnitude; up to there weights become 0.
@@ -70,6 +70,8 @@ class TWN(Quantizer):
         >>> import jax.numpy as jnp, flax_customgrad as fcg
         >>> fcg.TWN()(jnp.array([-2.0, 0.1, 0.0, 1.0]))
         Array([-1.5,  0. ,  0. ,  1.5], dtype=float32)
+
+    Source: arXiv:1605.04711
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class TWN(Quantizer):
 
 
 class AbsMean(Quantizer):
-    """The ternary weights of BitNet b1.58, arXiv:2402.17764, in units of their mean magnitude.
+    """The ternary weights of BitNet b1.58, in units of their mean magnitude.
 
     Args:
         axis: the axes along which each index has a mean of its own; None for one, as in the paper.
@@ -109,6 +111,8 @@ class AbsMean(Quantizer):
         >>> codes = fcg.AbsMean().quantize(jnp.array([-2.0, 0.5, 0.25, 0.75]))
         >>> codes.values, codes.codes
         (Array([-0.875,  0.875,  0.   ,  0.875], dtype=float32), Array([0, 2, 1, 2], dtype=uint8))
+
+    Source: arXiv:2402.17764
     """
 
     def __init__(self, *, axis: Axis = None, clip_value: float | None = None):

@@ -28,23 +28,23 @@ from flax_customgrad.numerics.argument_checks import check_bits
 
 @dataclass(frozen=True)
 class TQTScheme(LSQScheme):
-    """Integers in units of a power of two, whose exponent is the parameter."""
+    """Integers in units of a power of two; l, the logarithm of the threshold, is the parameter."""
 
-    def scale(self, parameter: jax.Array) -> jax.Array:
-        """The power of two from the threshold on, over the number of steps to it."""
-        limits = jnp.finfo(parameter.dtype)
-        exponent = jnp.ceil(parameter) - math.log2(self.high + 1)
+    def scale(self, p: jax.Array) -> jax.Array:
+        """2^ceil(l) / (high + 1) of p, which is l."""
+        limits = jnp.finfo(p.dtype)
+        exponent = jnp.ceil(p) - math.log2(self.high + 1)
         exponent = jnp.clip(exponent, limits.minexp, limits.maxexp - 9).astype(jnp.int32)
-        power = jnp.ldexp(jnp.ones_like(parameter), exponent)
-        return jnp.where(jnp.isnan(parameter), parameter, power)
+        power = jnp.ldexp(jnp.ones_like(p), exponent)
+        return jnp.where(jnp.isnan(p), p, power)
 
-    def slope(self, parameter: jax.Array) -> jax.Array:
-        """The derivative of the scale, were there no ceiling."""
-        return math.log(2) * self.scale(parameter)
+    def scale_slope(self, p: jax.Array) -> jax.Array:
+        """S ln 2, the derivative of the scale without the ceiling."""
+        return math.log(2) * self.scale(p)
 
 
 class TQT(Quantizer):
-    """Trained quantization thresholds, arXiv:1903.08066: power-of-two scales that are learned.
+    """Trained quantization thresholds: power-of-two scales that are learned.
 
     Attributes:
         log2_t: the logarithm of the threshold to base 2, learned; float32. `observe` takes the
@@ -63,6 +63,8 @@ class TQT(Quantizer):
         >>> quantizer.observe(jnp.array([1.5, -0.7]))
         >>> quantizer(jnp.array([0.6, -0.9, 1.5]))
         Array([ 0.5, -1. ,  1.5], dtype=float32)
+
+    Source: arXiv:1903.08066
     """
 
     def __init__(self, bits: int = 8, *, signed: bool = True):

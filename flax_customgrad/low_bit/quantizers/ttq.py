@@ -6,7 +6,7 @@
     kept      two bits an element, p and n
 
 The sizes p and n are learned, and the threshold is a constant to the gradient. The paper prints
-the gradient of n without its sign. A size that becomes zero or negative stands for itself.
+the gradient of n without its sign. A size that becomes zero or negative is used as it is.
 """
 
 from dataclasses import dataclass
@@ -20,19 +20,18 @@ from jax import lax
 from flax_customgrad.low_bit.quantizers.calibration import (
     granularity_of,
     mean_where,
-    own_range,
+    measured_range,
 )
 from flax_customgrad.low_bit.quantizers.codes import Codes, to_codes
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Scheme
 from flax_customgrad.numerics.accumulation import accumulator
-from flax_customgrad.numerics.broadcasting import sum_to_shape
 from flax_customgrad.numerics.packing import pack, packs, unpack
 
 
 @dataclass(frozen=True)
 class TTQScheme(Scheme):
-    """-1, 0 and 1, which stand for -n, 0 and p; parameters are p, n and the threshold."""
+    """-n, 0 and p, the integers -1, 0 and 1; the parameters are p, n and the threshold d."""
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The sign of what is beyond the threshold."""
@@ -51,18 +50,18 @@ class TTQScheme(Scheme):
         return pack(sides, bits), p, n
 
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
-        """The gradient times the size on each side, and its sum over each."""
+        """Those of w, p and n, of which the last two are summed afterwards."""
         sides, p, n = kept
         if sides.shape != g.shape:
             sides = unpack(sides, 2, g.shape[-1])
         above, below = sides == 2, sides == 0
         dw = g * lax.stop_gradient(jnp.where(above, p, jnp.where(below, n, 1)))
-        dp, dn = (jnp.where(above, g, 0), jnp.where(below, -g, 0))
-        return dw, sum_to_shape(dp, p.shape), sum_to_shape(dn, n.shape), None
+        dp, dn = jnp.where(above, g, 0), jnp.where(below, -g, 0)
+        return dw, dp, dn, None
 
 
 class TTQ(Quantizer):
-    """Ternary weights whose two sizes are learned, arXiv:1612.01064.
+    """Ternary weights whose two sizes are learned.
 
     Attributes:
         positive: what a large weight becomes; `observe` makes it the mean of them.
@@ -84,6 +83,8 @@ class TTQ(Quantizer):
         Array([-2.  ,  0.  ,  0.75,  0.75], dtype=float32)
         >>> nnx.grad(lambda q: q(w).sum())(quantizer).positive[...]
         Array(2., dtype=float32)
+
+    Source: arXiv:1612.01064
     """
 
     def __init__(self, threshold: float = 0.05):
@@ -116,4 +117,6 @@ class TTQ(Quantizer):
             size[...] = jnp.where(mean > 0, mean, 1).astype(size.dtype)
 
     def _threshold_of(self, x: jax.Array) -> jax.Array:
-        return self.threshold * own_range(x, granularity_of("TTQ", None), True).high.reshape(())
+        return self.threshold * measured_range(x, granularity_of("TTQ", None), True).high.reshape(
+            ()
+        )

@@ -346,7 +346,7 @@ def test_a_gradient_of_zeros_stays_zeros_and_a_non_finite_one_is_not_hidden():
         (lambda: fcg.AbsMean(clip_value=0), r"AbsMean: clip_value=0 must be positive"),
         (lambda: fcg.BinaryWeight(gradient="ste"), r"gradient='ste' must be \"bi_real\" or"),
         (lambda: fcg.BinaryWeight(scaled=False, gradient="xnor"), r"leave out scaled=False"),
-        (lambda: fcg.BinaryWeight(axis=2)(jnp.ones((2, 3))), r"axis=\(2,\) is none of an array"),
+        (lambda: fcg.BinaryWeight(axis=2)(jnp.ones((2, 3))), r"axis=\(2,\) does not exist in an array"),
         (
             lambda: fcg.GradientQuant(8),
             r"GradientQuant: stochastic=True draws noise: write rngs=nnx.Rngs\(0\)",
