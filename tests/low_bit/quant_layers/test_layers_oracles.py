@@ -26,8 +26,17 @@ def _quantizers(axis=None):
 def _check(layer, names, expected):
     x, kernel, g = (jnp.array(FROZEN[name]) for name in names)
     layer.kernel[...] = kernel
-    dlayer, dx = nnx.grad(lambda *a: (a[0](a[1]) * g).sum(), argnums=(0, 1))(layer, x)
-    found = {"y": layer(x), "dx": dx, "dkernel": dlayer.kernel[...]}
+
+    @nnx.jit
+    def value_and_gradient(layer, x):
+        def weighed(layer, x):
+            y = layer(x)
+            return (y * g).sum(), y
+
+        return nnx.value_and_grad(weighed, argnums=(0, 1), has_aux=True)(layer, x)
+
+    (_, y), (dlayer, dx) = value_and_gradient(layer, x)
+    found = {"y": y, "dx": dx, "dkernel": dlayer.kernel[...]}
     for name, value in expected.items():
         np.testing.assert_allclose(found[name].ravel(), value, rtol=1e-6, atol=1e-6, err_msg=name)
 

@@ -37,8 +37,15 @@ def test_the_gradient_is_that_of_the_stop_gradient_form():
 
     with jax.enable_x64(True):
         args = jax.tree.map(lambda a: a.astype(jnp.float64), (layer, x))
-        ours = nnx.jit(nnx.grad(lambda *a: (a[0](a[1]) ** 2).sum(), argnums=(0, 1)))(*args)
-        theirs = nnx.grad(lambda *a: (usual(*a) ** 2).sum(), argnums=(0, 1))(*args)
+
+        @nnx.jit
+        def gradients(layer, x):
+            def of(f):
+                return nnx.grad(lambda *a: (f(*a) ** 2).sum(), argnums=(0, 1))(layer, x)
+
+            return of(lambda layer, x: layer(x)), of(usual)
+
+        ours, theirs = gradients(*args)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), ours, theirs
         )
@@ -58,8 +65,14 @@ def test_second_derivatives_run_through_the_codes():
 
 def test_the_original_operands_stand_in_for_the_quantized_ones():
     layer, x = _layer("original", features=(8, 3)), _x(4, 8)
-    np.testing.assert_array_equal(layer(x), _layer(features=(8, 3))(x))
-    dlayer, dx = nnx.grad(lambda *a: a[0](a[1]).sum(), argnums=(0, 1))(layer, x)
+
+    @nnx.jit
+    def value_and_gradient(layer, x):
+        gradient = nnx.grad(lambda layer, x: layer(x).sum(), argnums=(0, 1))
+        return layer(x), gradient(layer, x)
+
+    y, (dlayer, dx) = value_and_gradient(layer, x)
+    np.testing.assert_array_equal(y, value_and_gradient(_layer(features=(8, 3)), x)[0])
     g = jnp.ones((4, 3))
     np.testing.assert_allclose(dx, g @ layer.kernel[...].T, rtol=1e-6)
     np.testing.assert_allclose(dlayer.kernel[...], x.T @ g, rtol=1e-6)
