@@ -3,7 +3,9 @@
     pack    byte[..., j] = sum_k code[..., j n + k] 2^(bits k),  n = 8 / bits codes to a byte
     unpack  code[..., j n + k] = byte[..., j] 2^-(bits k)  modulo 2^bits
 
-The first code is in the lowest bits. The last byte of an axis is filled up with zeros.
+The first code is in the lowest bits. The last byte of an axis is filled up with zeros. Of one bit
+it is `jnp.packbits(bitorder="little")`, which adds up 8 integers of 32 bits where this is 7 ors of
+bytes, element by element.
 """
 
 from typing import Any
@@ -12,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 
-def width(bits: int) -> int:
+def packed_width(bits: int) -> int:
     """How many bits a code takes: the next of 1, 2, 4 and 8.
 
     Args:
@@ -27,7 +29,7 @@ def width(bits: int) -> int:
     raise ValueError(f"a code has 1 to 8 bits, got bits={bits!r}")
 
 
-def pack(codes: jax.Array, bits: int) -> jax.Array:
+def pack_bits(codes: jax.Array, bits: int) -> jax.Array:
     """Puts codes of a few bits side by side, along the last axis.
 
     Args:
@@ -51,7 +53,7 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
     return packed
 
 
-def unpack(packed: jax.Array, bits: int, n: int) -> jax.Array:
+def unpack_bits(packed: jax.Array, bits: int, n: int) -> jax.Array:
     """The codes again.
 
     Args:
@@ -70,7 +72,7 @@ def unpack(packed: jax.Array, bits: int, n: int) -> jax.Array:
     return codes.reshape(*packed.shape[:-1], packed.shape[-1] * per_byte)[..., :n]
 
 
-def packs(shape: tuple[int, ...], sharding: Any = None) -> bool:
+def is_packable(shape: tuple[int, ...], sharding: Any = None) -> bool:
     """Whether the last axis can be packed: there is one, and no mesh splits it.
 
     Args:
@@ -87,7 +89,7 @@ def pack_mask(mask: jax.Array) -> jax.Array:
     Args:
         mask: booleans of any shape.
     """
-    return pack(mask, 1) if packs(mask.shape, jax.typeof(mask).sharding) else mask
+    return pack_bits(mask, 1) if is_packable(mask.shape, jax.typeof(mask).sharding) else mask
 
 
 def masked(g: jax.Array, mask: jax.Array) -> jax.Array:
@@ -98,5 +100,5 @@ def masked(g: jax.Array, mask: jax.Array) -> jax.Array:
         mask: what was kept for a mask of that shape.
     """
     if mask.dtype != jnp.bool:
-        mask = unpack(mask, 1, g.shape[-1]).astype(jnp.bool)
+        mask = unpack_bits(mask, 1, g.shape[-1]).astype(jnp.bool)
     return jnp.where(mask, g, 0)

@@ -29,7 +29,7 @@ from flax_customgrad.low_bit.frozen.kernel_blocks import (
     split_kernel,
 )
 from flax_customgrad.numerics.dtypes import widened
-from flax_customgrad.numerics.packing import pack, unpack
+from flax_customgrad.numerics.packing import pack_bits, unpack_bits
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ class Int4:
         each = scales.astype(wide.dtype)
         rounded = jnp.round(quotient_or_zero(wide, repeat_per_weight(each, block, n)))
         if self.symmetric:
-            return {"codes": pack(jnp.clip(rounded, -7, 7) + 8, 4), "scales": scales}
+            return {"codes": pack_bits(jnp.clip(rounded, -7, 7) + 8, 4), "scales": scales}
         zeros = jnp.clip(jnp.round(quotient_or_zero(-low, each)), 0, 15)
         codes = jnp.clip(rounded + repeat_per_weight(zeros, block, n), 0, 15)
-        return {"codes": pack(codes, 4), "scales": scales, "zeros": pack(zeros, 4)}
+        return {"codes": pack_bits(codes, 4), "scales": scales, "zeros": pack_bits(zeros, 4)}
 
     @compiled
     def dequantize(self, stored: Parameters) -> jax.Array:
@@ -90,8 +90,10 @@ class Int4:
         """
         n, m, dtype = stored["codes"].shape[0], stored["scales"].shape[1], stored["scales"].dtype
         (scales,), block = widened(dtype, stored["scales"]), self._block(n)
-        zeros = 8 if self.symmetric else repeat_per_weight(unpack(stored["zeros"], 4, m), block, n)
-        steps = unpack(stored["codes"], 4, m).astype(jnp.int8) - jnp.int8(zeros)
+        zeros = (
+            8 if self.symmetric else repeat_per_weight(unpack_bits(stored["zeros"], 4, m), block, n)
+        )
+        steps = unpack_bits(stored["codes"], 4, m).astype(jnp.int8) - jnp.int8(zeros)
         most = float(jnp.finfo(dtype).max)
         return jnp.clip(steps * repeat_per_weight(scales, block, n), -most, most).astype(dtype)
 

@@ -37,7 +37,7 @@ from flax_customgrad.low_bit.frozen.kernel_blocks import (
     split_kernel,
 )
 from flax_customgrad.numerics.dtypes import widened
-from flax_customgrad.numerics.packing import pack, unpack
+from flax_customgrad.numerics.packing import pack_bits, unpack_bits
 
 LEVELS = (
     -1.0,
@@ -95,7 +95,7 @@ class NF4:
         """
         (wide,) = widened(w.dtype, w)
         scales = jnp.max(jnp.abs(split_kernel(wide, self.block)), axis=1)
-        codes = pack(
+        codes = pack_bits(
             _nearest(quotient_or_zero(wide, repeat_per_weight(scales, self.block, w.shape[0]))), 4
         )
         if not self.double_quant:
@@ -117,7 +117,7 @@ class NF4:
         if self.double_quant:
             scales = _dequantize_scales(scales, stored["scale_steps"], stored["scale_mean"])
         (scales,) = widened(dtype, scales)
-        levels = _level(unpack(codes, 4, scales.shape[1]), scales.dtype)
+        levels = _level(unpack_bits(codes, 4, scales.shape[1]), scales.dtype)
         return (levels * repeat_per_weight(scales, self.block, codes.shape[0])).astype(dtype)
 
 

@@ -23,7 +23,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_customgrad.low_bit.microscaling.small_floats import decode_elements, encode_elements
-from flax_customgrad.numerics.packing import pack, packs, unpack
+from flax_customgrad.numerics.packing import is_packable, pack_bits, unpack_bits
 from flax_customgrad.numerics.sharding import explicit_sharding
 
 
@@ -176,7 +176,7 @@ def encode_blocks(x: jax.Array, form: BlockFormat) -> BlockCodes:
         form: the format.
     """
     aval = jax.typeof(x)
-    width = jnp.finfo(form.element).bits if packs(aval.shape, aval.sharding) else 8
+    width = jnp.finfo(form.element).bits if is_packable(aval.shape, aval.sharding) else 8
     elements, scales, factor = _encode(x, form, width)
     return BlockCodes(elements, scales, factor, width, aval)
 
@@ -192,7 +192,7 @@ def decode_blocks(codes: BlockCodes, form: BlockFormat) -> jax.Array:
         Array of shape (rows, n), in the dtype of what was encoded.
     """
     elements, scales, factor, width, aval = codes
-    values = decode_elements(form.element, unpack(elements, width, aval.shape[-1]), aval.dtype)
+    values = decode_elements(form.element, unpack_bits(elements, width, aval.shape[-1]), aval.dtype)
     blocks = split_blocks(values, (0,), form.size)
     return join_blocks(form.values(ScaledBlocks(blocks, scales, factor)), (0,), aval)
 
@@ -203,4 +203,4 @@ def _encode(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     elements, scales, factor = form.quantize(x, (0,))
     codes = join_blocks(encode_elements(form.element, elements), (0,), jax.typeof(x))
-    return pack(codes, width), scales, factor
+    return pack_bits(codes, width), scales, factor

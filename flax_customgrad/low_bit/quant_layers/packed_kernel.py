@@ -10,7 +10,7 @@ from flax import nnx
 
 from flax_customgrad.low_bit.quantizers.codes import decode_packed
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
-from flax_customgrad.numerics.packing import pack, packs, width
+from flax_customgrad.numerics.packing import is_packable, pack_bits, packed_width
 
 
 class Packed(nnx.Variable):
@@ -76,8 +76,8 @@ class PackedKernel(PackedWeights):
             quantizer: the quantizer of the kernel.
         """
         values, codes, parameters, scheme = quantizer.quantize(kernel)
-        self.bits = width(scheme.bits) if packs(codes.shape) else 8
-        self.codes = Packed(pack(codes, self.bits))
+        self.bits = packed_width(scheme.bits) if is_packable(codes.shape) else 8
+        self.codes = Packed(pack_bits(codes, self.bits))
         self.parameters = nnx.List([Packed(p) for p in parameters])
         self.quantizer = quantizer
         self.shape = values.shape

@@ -15,7 +15,12 @@ from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.contract.residual_storage import keep_for_second_order, with_derivative_of
 from flax_customgrad.low_bit.quantizers.scheme import Scheme
 from flax_customgrad.numerics.dtypes import in_dtype, widened
-from flax_customgrad.numerics.packing import pack, packs, unpack, width
+from flax_customgrad.numerics.packing import (
+    is_packable,
+    pack_bits,
+    packed_width,
+    unpack_bits,
+)
 
 
 class Codes(NamedTuple):
@@ -74,10 +79,12 @@ def pack_codes(codes: Codes) -> PackedCodes:
     """
     values, q, parameters, scheme = codes
     like = jax.ShapeDtypeStruct(values.shape, values.dtype)
-    bits = width(scheme.bits) if packs(q.shape, jax.typeof(q).sharding) else 8
+    bits = packed_width(scheme.bits) if is_packable(q.shape, jax.typeof(q).sharding) else 8
     if not is_traced(values):
         return PackedCodes(values, None, (), scheme, bits, like)
-    return PackedCodes(keep_for_second_order(values), pack(q, bits), parameters, scheme, bits, like)
+    return PackedCodes(
+        keep_for_second_order(values), pack_bits(q, bits), parameters, scheme, bits, like
+    )
 
 
 def unpack_codes(codes: PackedCodes) -> jax.Array:
@@ -106,7 +113,7 @@ def decode_packed(
         bits: how many bits a code takes.
         like: shape and dtype of the values.
     """
-    q = packed if bits == 8 else unpack(packed, bits, like.shape[-1])
+    q = packed if bits == 8 else unpack_bits(packed, bits, like.shape[-1])
     wide = jnp.result_type(jnp.float32, like.dtype)
     integers, *p = widened(like.dtype, q.astype(wide) + scheme.low, *parameters)
     return in_dtype(scheme.decode(integers, *p), like.dtype)

@@ -26,7 +26,7 @@ from flax_customgrad.low_bit.quantizers.codes import Codes, to_codes
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Scheme
 from flax_customgrad.numerics.accumulation import accumulator
-from flax_customgrad.numerics.packing import pack, packs, unpack
+from flax_customgrad.numerics.packing import is_packable, pack_bits, unpack_bits
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class TTQScheme(Scheme):
         """The integers, in two bits, and the sizes."""
         p, n, _ = parameters
         sides = (self.encode(x, *parameters) + 1).astype(jnp.uint8)
-        bits = 2 if packs(sides.shape, jax.typeof(sides).sharding) else 8
-        return pack(sides, bits), p, n
+        bits = 2 if is_packable(sides.shape, jax.typeof(sides).sharding) else 8
+        return pack_bits(sides, bits), p, n
 
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
         """Those of w, p and n, of which the last two are summed afterwards."""
         sides, p, n = kept
         if sides.shape != g.shape:
-            sides = unpack(sides, 2, g.shape[-1])
+            sides = unpack_bits(sides, 2, g.shape[-1])
         above, below = sides == 2, sides == 0
         dw = g * lax.stop_gradient(jnp.where(above, p, jnp.where(below, n, 1)))
         dp, dn = jnp.where(above, g, 0), jnp.where(below, -g, 0)

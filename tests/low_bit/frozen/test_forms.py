@@ -9,7 +9,7 @@ import pytest
 
 from flax_customgrad.low_bit.frozen.int4 import Int4
 from flax_customgrad.low_bit.frozen.nf4 import GROUP, LEVELS, NF4
-from flax_customgrad.numerics.packing import unpack
+from flax_customgrad.numerics.packing import unpack_bits
 
 FORMS = [
     NF4(3, double_quant=False),
@@ -29,7 +29,7 @@ def normal(*shape, dtype=np.float32):
 def stored_and_restored(form, w):
     """What is stored, with its codes and zero points a byte each; and what comes back."""
     stored, m = form.quantize(w), w.shape[1]
-    each = {name: unpack(stored[name], 4, m) for name in ("codes", "zeros") if name in stored}
+    each = {name: unpack_bits(stored[name], 4, m) for name in ("codes", "zeros") if name in stored}
     return stored, each, form.dequantize(stored)
 
 

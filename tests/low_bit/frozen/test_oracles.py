@@ -8,14 +8,14 @@ import numpy as np
 
 from flax_customgrad.low_bit.frozen.int4 import Int4
 from flax_customgrad.low_bit.frozen.nf4 import NF4
-from flax_customgrad.numerics.packing import unpack
+from flax_customgrad.numerics.packing import unpack_bits
 
 FROZEN = json.loads((Path(__file__).parents[2] / "oracles" / "frozen.json").read_text())["values"]
 KERNEL = jnp.asarray(FROZEN["kernel"]).reshape(8, 2)
 
 
 def codes(stored):
-    return unpack(stored["codes"], 4, 2).astype(int).ravel()
+    return unpack_bits(stored["codes"], 4, 2).astype(int).ravel()
 
 
 def test_nf4_with_double_quantization_is_torchao_s():
@@ -44,6 +44,6 @@ def test_int4_with_a_zero_point_is_torchao_s():
     form, expected = Int4(4, symmetric=False), FROZEN["int4_affine"]
     stored = form.quantize(KERNEL)
     np.testing.assert_array_equal(codes(stored), expected["codes"])
-    np.testing.assert_array_equal(unpack(stored["zeros"], 4, 2).ravel(), expected["zeros"])
+    np.testing.assert_array_equal(unpack_bits(stored["zeros"], 4, 2).ravel(), expected["zeros"])
     np.testing.assert_allclose(stored["scales"].ravel(), expected["scales"], rtol=1e-6)
     np.testing.assert_allclose(form.dequantize(stored).ravel(), expected["kernel"], rtol=1e-6)

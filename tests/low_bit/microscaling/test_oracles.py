@@ -12,7 +12,7 @@ import pytest
 from flax_customgrad.low_bit.microscaling.mx_linear import MX
 from flax_customgrad.low_bit.microscaling.nvfp4_linear import NVFP4
 from flax_customgrad.low_bit.microscaling.small_floats import E2M1, E4M3, E5M2, encode_elements
-from flax_customgrad.numerics.packing import pack
+from flax_customgrad.numerics.packing import pack_bits
 
 HERE = Path(__file__).parents[2] / "oracles/microscaling.json"
 FROZEN = json.loads(HERE.read_text())["values"]
@@ -25,7 +25,7 @@ def quantize(form, x):
 
 
 def agrees(scaled, element, expected):
-    packed = jax.jit(lambda v: pack(encode_elements(element, v), jnp.finfo(element).bits))(
+    packed = jax.jit(lambda v: pack_bits(encode_elements(element, v), jnp.finfo(element).bits))(
         np.ravel(scaled.elements)
     )
     np.testing.assert_array_equal(np.ravel(scaled.scales), expected["scales"])
