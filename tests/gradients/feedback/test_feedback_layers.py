@@ -67,27 +67,30 @@ def gradients(call, layer, x, g):
     return y, nnx.to_pure_dict(dparams), dx
 
 
+@nnx.jit
+def beside_nnx(layer, plain, x):
+    """Value and gradients of a layer, of that of nnx, and of it with the feedback for a kernel."""
+    g = jnp.sin(plain(x) + 1)
+    found, expected = (gradients(type(m).__call__, m, x, g) for m in (layer, plain))
+    plain.kernel[...] = layer.feedback[...]
+    return found, expected, gradients(type(plain).__call__, plain, x, g)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_all_but_the_gradient_of_the_input_is_that_of_nnx(case):
     ours, theirs, args, kwargs, shape = CASES[case]
     with jax.enable_x64(True):
         kwargs = {**kwargs, "param_dtype": jnp.float64}
-        layer, plain = (
-            ours(*args, **kwargs, rngs=nnx.Rngs(0)),
-            theirs(*args, **kwargs, rngs=nnx.Rngs(0)),
-        )
-        x = jax.random.normal(jax.random.key(1), shape, jnp.float64)
-        g = jax.random.normal(jax.random.key(2), plain(x).shape, jnp.float64)
-        y, dparams, dx = gradients(lambda m, x: m(x), layer, x, g)
-        expected_y, expected, true_dx = gradients(lambda m, x: m(x), plain, x, g)
+        layers = [cls(*args, **kwargs, rngs=nnx.Rngs(0)) for cls in (ours, theirs)]
+        x = np.random.default_rng(1).standard_normal(shape)
+        found, expected, of_feedback = beside_nnx(*layers, x)
+        (y, dparams, dx), (expected_y, expected_dparams, true_dx) = found, expected
         np.testing.assert_allclose(y, expected_y, rtol=1e-12, atol=1e-12)
-        assert dparams.keys() == expected.keys()
-        for name in expected:
-            np.testing.assert_allclose(dparams[name], expected[name], rtol=1e-12, atol=1e-12)
+        assert dparams.keys() == expected_dparams.keys()
+        for name, e in expected_dparams.items():
+            np.testing.assert_allclose(dparams[name], e, rtol=1e-12, atol=1e-12)
         # Its input sees the layer of nnx whose kernel is the feedback.
-        plain.kernel[...] = layer.feedback[...]
-        *_, expected_dx = gradients(lambda m, x: m(x), plain, x, g)
-        np.testing.assert_allclose(dx, expected_dx, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(dx, of_feedback[2], rtol=1e-12, atol=1e-12)
         assert np.abs(dx - true_dx).max() > 0.01
 
 
@@ -102,6 +105,7 @@ def made(request):
     return LAYERS[request.param]
 
 
+@pytest.mark.smoke
 def test_it_is_a_layer_of_nnx_with_feedback_beside(made):
     make, theirs, shape = made
     layer = make(rngs=nnx.Rngs(0))
@@ -141,12 +145,17 @@ def test_half_precision(made, param_dtype, feedback_dtype):
     make, _, shape = made
     layer = make(dtype=jnp.bfloat16, param_dtype=param_dtype, rngs=nnx.Rngs(0))
     layer.feedback = fcg.Feedback(layer.feedback[...].astype(feedback_dtype))
-    x = jax.random.normal(jax.random.key(1), shape, jnp.bfloat16)
-    y, dparams, dx = gradients(lambda m, x: m(x), layer, x, jnp.ones_like(layer(x)))
+    x = np.random.default_rng(1).standard_normal(shape).astype(jnp.bfloat16)
+    parent = type(layer).__mro__[1]
+
+    @nnx.jit
+    def beside_the_parent(layer, x):
+        g = jnp.ones_like(layer(x))
+        return [gradients(c.__call__, layer, x, g) for c in (type(layer), parent)]
+
+    (y, dparams, dx), (expected_y, expected, _) = beside_the_parent(layer, x)
     assert y.dtype == dx.dtype == jnp.bfloat16
     assert dparams["kernel"].dtype == dparams["bias"].dtype == param_dtype
-    parent = type(layer).__mro__[1]
-    expected_y, expected, _ = gradients(parent.__call__, layer, x, jnp.ones_like(y))
     np.testing.assert_array_equal(*(np.asarray(a, np.float32) for a in (y, expected_y)))
     for name in expected:
         a, b = (np.asarray(d[name], np.float32) for d in (dparams, expected))
@@ -163,10 +172,16 @@ def test_it_keeps_what_the_caller_holds(made):
 def test_the_backward_stays_inside_use_autodiff(made):
     make, _, shape = made
     layer, x = make(rngs=nnx.Rngs(0)), jnp.ones(shape)
-    gradient = jax.grad(lambda x: jnp.sum(layer(x)))
-    expected = gradient(x)
-    with fcg.use_autodiff():
-        np.testing.assert_allclose(gradient(x), expected, rtol=1e-5)
+
+    @jax.jit
+    def both(x):
+        gradient = jax.grad(lambda x: jnp.sum(layer(x)))
+        with fcg.use_autodiff():
+            inside = gradient(x)
+        return inside, gradient(x)
+
+    inside, outside = both(x)
+    np.testing.assert_allclose(inside, outside, rtol=1e-5)
 
 
 def test_bad_arguments(made):
