@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flax_customgrad as fcg
-from flax_customgrad.estimators.codebook.usage import perplexity
+from flax_customgrad.estimators.codebook.usage import codebook_perplexity
 from flax_customgrad.estimators.codebook.vector_quantizer import Codebook
 
 
@@ -86,9 +86,9 @@ def test_a_vector_with_nan_stays_one_and_spoils_nothing_else():
 
 
 def test_perplexity_of_equal_and_of_single_codes():
-    assert perplexity(jnp.full(8, 3)) == pytest.approx(8)
-    assert perplexity(jnp.array([0, 5, 0])) == 1
-    assert perplexity(jnp.zeros(4)) == 1
+    assert codebook_perplexity(jnp.full(8, 3)) == pytest.approx(8)
+    assert codebook_perplexity(jnp.array([0, 5, 0])) == 1
+    assert codebook_perplexity(jnp.zeros(4)) == 1
 
 
 # The gradient: its formula is in the catalogue.

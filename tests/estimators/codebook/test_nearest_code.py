@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flax_customgrad.estimators.codebook.nearest import nearest
+from flax_customgrad.estimators.codebook.nearest_code import nearest_code
 
 
 def brute_force(x, codes):
@@ -20,7 +20,7 @@ def random(*shape, seed=0, dtype=jnp.float32):
 @pytest.mark.parametrize("block", [None, 1, 7, 37, 100])
 def test_is_the_nearest_for_any_block(block):
     x, codes = random(5, 11, 3), random(37, 3, seed=1)
-    indices = nearest(x, codes, block)
+    indices = nearest_code(x, codes, block)
     assert indices.dtype == jnp.int32
     np.testing.assert_array_equal(indices, brute_force(x, codes))
 
@@ -30,20 +30,20 @@ def test_half_precision_is_compared_in_float32(dtype):
     # In half precision |e|^2 - 2 x.e of these are all the same.
     codes = (100 + jnp.arange(8, dtype=jnp.float32)[:, None] * jnp.ones(4)).astype(dtype)
     x = codes[::-1]
-    np.testing.assert_array_equal(nearest(x, codes), brute_force(x, codes))
+    np.testing.assert_array_equal(nearest_code(x, codes), brute_force(x, codes))
 
 
 def test_float64_stays():
     with jax.enable_x64(True):
         codes = 1 + jnp.arange(4.0)[:, None] * 1e-6
-        np.testing.assert_array_equal(nearest(codes, codes), np.arange(4))
+        np.testing.assert_array_equal(nearest_code(codes, codes), np.arange(4))
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7])
 def test_of_equal_codes_the_first(block):
     codes = jnp.array([[3.0], [1.0], [1.0], [-1.0], [-1.0], [1.0], [3.0]])
     x = jnp.array([[1.0], [-2.0], [0.0], [9.0], [2.0]])
-    np.testing.assert_array_equal(nearest(x, codes, block), [1, 3, 1, 0, 0])
+    np.testing.assert_array_equal(nearest_code(x, codes, block), [1, 3, 1, 0, 0])
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e18, 1e30])
@@ -53,29 +53,31 @@ def test_tiny_and_huge(size, of_codes):
     wide = size * np.asarray(x, np.float64), of_codes * np.asarray(codes, np.float64)
     # Not by the differences, which lose the codes beside a huge x in float64 as well.
     expected = np.argmin((wide[1] ** 2).sum(-1) - 2 * wide[0] @ wide[1].T, -1)
-    np.testing.assert_array_equal(nearest(size * x, of_codes * codes, 4), expected)
+    np.testing.assert_array_equal(nearest_code(size * x, of_codes * codes, 4), expected)
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 def test_what_is_not_finite_has_no_nearest_code(bad):
     x, codes = random(6, 3), random(9, 3, seed=1)
-    indices = nearest(x.at[2, 1].set(bad), codes, 4)
-    np.testing.assert_array_equal(indices, nearest(x, codes).at[2].set(9))
-    np.testing.assert_array_equal(nearest(x, codes.at[7, 0].set(bad), 4), np.full(6, 9))
+    indices = nearest_code(x.at[2, 1].set(bad), codes, 4)
+    np.testing.assert_array_equal(indices, nearest_code(x, codes).at[2].set(9))
+    np.testing.assert_array_equal(nearest_code(x, codes.at[7, 0].set(bad), 4), np.full(6, 9))
 
 
 def test_no_vectors_and_one_vector():
     codes = random(9, 3)
-    assert nearest(jnp.zeros((0, 3)), codes).shape == (0,)
-    assert nearest(jnp.zeros((4, 0, 3)), codes).shape == (4, 0)
-    assert nearest(codes[4], codes) == 4
+    assert nearest_code(jnp.zeros((0, 3)), codes).shape == (0,)
+    assert nearest_code(jnp.zeros((4, 0, 3)), codes).shape == (4, 0)
+    assert nearest_code(codes[4], codes) == 4
 
 
 def test_under_vmap_and_scan():
     x, codes = random(3, 11, 4), random(3, 10, 4, seed=1)
     expected = np.stack([brute_force(*pair) for pair in zip(x, codes, strict=True)])
-    np.testing.assert_array_equal(jax.vmap(lambda x, c: nearest(x, c, 4))(x, codes), expected)
-    np.testing.assert_array_equal(jax.lax.map(lambda xc: nearest(*xc, 4), (x, codes)), expected)
+    np.testing.assert_array_equal(jax.vmap(lambda x, c: nearest_code(x, c, 4))(x, codes), expected)
+    np.testing.assert_array_equal(
+        jax.lax.map(lambda xc: nearest_code(*xc, 4), (x, codes)), expected
+    )
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
@@ -86,7 +88,7 @@ def test_on_a_mesh(axis_type):
     with jax.set_mesh(mesh):
         x = jax.device_put(x, NamedSharding(mesh, P("data", None, None)))
         codes = jax.device_put(codes, NamedSharding(mesh, P(None, "model")))
-        indices = jax.jit(lambda x, codes: nearest(x, codes, 4))(x, codes)
+        indices = jax.jit(lambda x, codes: nearest_code(x, codes, 4))(x, codes)
         np.testing.assert_array_equal(indices, expected)
         assert indices.sharding.spec[0] == "data"
 
@@ -96,7 +98,7 @@ def test_in_shard_map(check_vma):
     x, codes = random(16, 4), random(11, 4, seed=1)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     local = jax.shard_map(
-        lambda x, codes: nearest(x, codes, 4),
+        lambda x, codes: nearest_code(x, codes, 4),
         mesh=mesh,
         in_specs=(P("data"), P()),
         out_specs=P("data"),
@@ -108,7 +110,7 @@ def test_in_shard_map(check_vma):
 def test_there_is_never_an_array_of_all_distances():
     n, num_codes = 2048, 16384
     x, codes = jnp.zeros((n, 8)), jnp.zeros((num_codes, 8))
-    compiled = jax.jit(lambda x, c: nearest(x, c, 64)).lower(x, codes).compile()
+    compiled = jax.jit(lambda x, c: nearest_code(x, c, 64)).lower(x, codes).compile()
     # A block of 2048 x 64 is half a megabyte; all distances are 134.
     assert compiled.memory_analysis().temp_size_in_bytes < 4e6
 
@@ -116,14 +118,14 @@ def test_there_is_never_an_array_of_all_distances():
 @pytest.mark.parametrize("n", [4096, 16384])
 def test_65536_codes_fit(n):
     args = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((n, 64), (65536, 64)))
-    compiled = jax.jit(nearest).lower(*args).compile()
+    compiled = jax.jit(nearest_code).lower(*args).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 64e6
 
 
 def test_errors():
     with pytest.raises(ValueError, match=r"x has shape \(3, 4\) and codes \(5, 3\)"):
-        nearest(jnp.zeros((3, 4)), jnp.zeros((5, 3)))
+        nearest_code(jnp.zeros((3, 4)), jnp.zeros((5, 3)))
     with pytest.raises(ValueError, match="at least one code"):
-        nearest(jnp.zeros((3, 4)), jnp.zeros((0, 4)))
+        nearest_code(jnp.zeros((3, 4)), jnp.zeros((0, 4)))
     with pytest.raises(ValueError, match="block=0 must be a positive"):
-        nearest(jnp.zeros((3, 4)), jnp.zeros((5, 4)), 0)
+        nearest_code(jnp.zeros((3, 4)), jnp.zeros((5, 4)), 0)
