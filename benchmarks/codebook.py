@@ -47,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.peak_of:
         library, variant = args.peak_of
-        print(growth(lambda: LIBRARIES[library](variant, args)))
+        print(memory_growth(lambda: LIBRARIES[library](variant, args)))
         return
     print(f"{args.codes} codes of {args.features}, {args.vectors} vectors; jax {jax.__version__}")
     for variant in VARIANTS:
@@ -59,12 +59,12 @@ def compare(variant: str, args: argparse.Namespace) -> str:
     steps = {"torch": pytorch(variant, args), "ours": ours(variant, args)}
     available = {name: step for name, step in steps.items() if step is not None}
     timed = paired(available, args.seconds, rounds=5)
-    grown = {name: _in_its_own_process(name, variant) for name in available}
-    mine = f"{timed['ours']}  peak {grown['ours'] / 1e6:.0f} MB"
+    grown = {name: _growth_in_own_process(name, variant) for name in available}
+    line = f"{timed['ours']}  peak {grown['ours'] / 1e6:.0f} MB"
     if "torch" not in available:
-        return mine
+        return line
     ratio = grown["torch"] / max(1, grown["ours"])
-    return f"{mine}  torch {timed['torch'].milliseconds:.0f} ms, {ratio:.0f} times the memory"
+    return f"{line}  torch {timed['torch'].milliseconds:.0f} ms, {ratio:.0f} times the memory"
 
 
 def ours(variant: str, args: argparse.Namespace) -> Callable[[], Any]:
@@ -122,14 +122,15 @@ def pytorch(variant: str, args: argparse.Namespace) -> Callable[[], Any] | None:
 LIBRARIES = {"ours": ours, "torch": pytorch}
 
 
-def growth(make: Callable[[], Callable[[], Any]]) -> int:
-    """By how many bytes this process grows, at most, as it takes a step three times."""
+def memory_growth(make: Callable[[], Callable[[], Any]]) -> int:
+    """The largest number of bytes by which this process grows during three steps."""
     step = make()
-    before, sizes, done = _resident(), [], threading.Event()
+    before, done = _resident_bytes(), threading.Event()
+    sizes: list[int] = []
 
     def watch() -> None:
         while not done.wait(0.002):
-            sizes.append(_resident())
+            sizes.append(_resident_bytes())
 
     watching = threading.Thread(target=watch)
     watching.start()
@@ -137,16 +138,16 @@ def growth(make: Callable[[], Callable[[], Any]]) -> int:
         jax.block_until_ready(step())
     done.set()
     watching.join()
-    return max(sizes) - before
+    return max(sizes, default=before) - before
 
 
-def _resident() -> int:
+def _resident_bytes() -> int:
     """How many bytes of memory this process has, on Linux."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _in_its_own_process(library: str, variant: str) -> int:
+def _growth_in_own_process(library: str, variant: str) -> int:
     command = [sys.executable, "-m", "benchmarks.codebook", *sys.argv[1:]]
     out = subprocess.run(
         [*command, "--peak-of", library, variant], check=True, capture_output=True, text=True

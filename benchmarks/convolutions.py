@@ -1,12 +1,12 @@
-"""A sweep of convolutions of many shapes against nnx: where does a recipe lose?
+"""A sweep of convolutions of many shapes against nnx: where is a lowering slower?
 
 python -m benchmarks.convolutions [--seconds S] [--only TEXT]
 
 Every line is the value and gradient of one layer: time of nnx divided by time of ours, median and
 quartiles of paired rounds; time of PyTorch divided by time of ours, in its own layout and channels
 last, where it is installed; temporary memory; seconds of tracing and compilation. The shapes were
-not chosen for the recipes: features from 1 to 1024, windows from 1 to 9, strides from 1 to 4, from
-one group to one for each feature, small and large images, float32 and bfloat16.
+not chosen for the lowerings: features from 1 to 1024, windows from 1 to 9, strides from 1 to 4, one
+group to one for each feature, small and large images, float32 and bfloat16.
 """
 
 import argparse

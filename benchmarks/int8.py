@@ -64,11 +64,11 @@ def main() -> None:
         if args.only not in name:
             continue
         x = inputs()
-        for what, compiled in (("forward", forward), ("step", training_step)):
+        for kind, compiled in (("forward", forward), ("step", training_step)):
             # The backwards differ in the step alone.
-            rows = [row for row in layers if what == "step" or row not in BACKWARDS[1:]]
+            rows = [row for row in layers if kind == "step" or row not in BACKWARDS[1:]]
             steps = {row: compiled(layers[row], x) for row in rows}
-            print(f"\n{name}, {what}")
+            print(f"\n{name}, {kind}")
             for row, timing in paired(steps, args.seconds, rounds=7).items():
                 print(f"  {row:28} {timing}", flush=True)
 
@@ -108,8 +108,8 @@ def conv_cases(tiny: bool) -> Iterator[Case]:
         # The gradients of qwix's grouped convolutions fail.
         for name, conv in (_conv_of_qwix() if "feature_group_count" not in kwargs else {}).items():
             layers[name] = functools.partial(nnx.Conv, *args, conv_general_dilated=conv, **kwargs)
-        said = "".join(f", {key} {value}" for key, value in kwargs.items() if key != "rngs")
-        name = f"{'x'.join(map(str, shape))} to {out}, window {window}{said}"
+        options = "".join(f", {key} {value}" for key, value in kwargs.items() if key != "rngs")
+        name = f"{'x'.join(map(str, shape))} to {out}, window {window}{options}"
         yield name, functools.partial(_normal, *shape), layers
 
 
@@ -158,16 +158,18 @@ def _conv_of_qwix() -> dict[str, Callable[..., Any]]:
     int8 = {"lhs_qtype": jnp.int8, "rhs_qtype": jnp.int8}
     both = {"dlhs_grad_qtype": jnp.int8, "drhs_grad_qtype": jnp.int8}
 
-    def convolution(config: Any, lhs: Any, rhs: Any, strides: Any, padding: Any, **how: Any) -> Any:
+    def convolution(
+        config: Any, lhs: Any, rhs: Any, strides: Any, padding: Any, **geometry: Any
+    ) -> Any:
         return conv_general_qt.conv_general_qt(
             lhs,
             rhs,
             config,
             strides,
             padding,
-            how["lhs_dilation"],
-            how["rhs_dilation"],
-            how["dimension_numbers"],
+            geometry["lhs_dilation"],
+            geometry["rhs_dilation"],
+            geometry["dimension_numbers"],
         )
 
     configs = {

@@ -7,7 +7,7 @@ python -m benchmarks.layers [NAME ...] [--family FAMILY] [--seconds S]
     one     temporary memory of one layer, nnx's and ours
     scan    the same of eight layers in a lax.scan, which keeps the residuals of all
 
-A layer without a counterpart in nnx is compared with autodiff of itself.
+A layer without a counterpart in nnx is compared with autodiff of the same layer.
 """
 
 import argparse
@@ -59,12 +59,12 @@ def compare(entry: catalogue.Entry, make: catalogue.Example, seconds: float) -> 
         compiled, args = compile_step()
         temps.append(compiled.memory_analysis().temp_size_in_bytes)
         functions[name] = lambda f=compiled, a=args: f(*a)
-    theirs = pytorch.step(entry.name, make(entry.module))
-    if theirs is not None:
-        functions["torch"] = theirs
+    in_torch = pytorch.step(entry.name, make(entry.module))
+    if in_torch is not None:
+        functions["torch"] = in_torch
     timed = paired(functions, seconds)
     ours = timed["ours"]
-    torch = f"{timed['torch'].milliseconds / ours.milliseconds:6.2f}" if theirs else f"{'':6}"
+    torch = f"{timed['torch'].milliseconds / ours.milliseconds:6.2f}" if in_torch else f"{'':6}"
     scans = [scan_bytes(make(entry.reference or entry.module)), scan_bytes(make(entry.module))]
     if not entry.is_drop_in:
         with use_autodiff():

@@ -16,22 +16,22 @@ except ImportError:
     torch = F = None  # type: ignore[assignment]
 
 
-def step(name: str, made: tuple[Any, ...]) -> Callable[[], Any] | None:
+def step(name: str, example: tuple[Any, ...]) -> Callable[[], Any] | None:
     """A function that computes value and gradient once, eagerly; None where there is none.
 
     Args:
         name: the catalogue's name of the layer.
-        made: an example of it.
+        example: an example of it.
     """
     if torch is None or name not in _LAYERS:
         return None
     torch.set_num_threads(2)
-    layer = next((part for part in made if isinstance(part, nnx.Module)), None)
-    inputs = [_tensor(a) for a in made if isinstance(a, jax.Array)]
+    layer = next((part for part in example if isinstance(part, nnx.Module)), None)
+    inputs = [_tensor(a) for a in example if isinstance(a, jax.Array)]
     compute = _LAYERS[name]
     if name in _POOLINGS:
         inputs = [_images(t).contiguous() for t in inputs]
-        compute = functools.partial(compute, **made[0].keywords)
+        compute = functools.partial(compute, **example[0].keywords)
     params = {} if layer is None else _parameters(layer, inputs[0].dtype)
     leaves = [t for t in (*inputs, *params.values()) if t.is_floating_point()]
     for leaf in leaves:

@@ -1,4 +1,4 @@
-"""What is timed and weighed: the value and gradient of a catalogue example, once and stacked."""
+"""The measured functions: value and gradient of a catalogue example, of one layer or a stack."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,16 +9,19 @@ from flax import nnx
 
 from flax_customgrad import use_autodiff
 
-Made = tuple[Any, ...]
+Example = tuple[Any, ...]
+"""What a maker of the catalogue returns: a layer or function, and its inputs."""
+
 Step = tuple[Any, tuple[Any, ...]]
 
 
 def variants(entry: Any, make: Any) -> dict[str, Callable[[], Step]]:
-    """Makers of the compiled step of what there is to compare with, first, and of ours.
+    """Makers of compiled steps: first that of the baseline, then that of ours.
 
     Args:
         entry: a catalogue entry.
-        make: one of its workloads. Without a reference in nnx, autodiff of the same layer is it.
+        make: one of its workloads. The baseline is the reference in nnx, or autodiff of the same
+            layer where there is none.
     """
     if entry.is_drop_in:
         return {
@@ -33,9 +36,9 @@ def variants(entry: Any, make: Any) -> dict[str, Callable[[], Step]]:
     return {"autodiff": by_autodiff, "ours": lambda: step(make(entry.module))}
 
 
-def step(made: Made) -> Step:
-    """A compiled value and gradient of an example for its parameters and inputs, and arguments."""
-    call, state, inputs = _taken_apart(made)
+def step(example: Example) -> Step:
+    """The compiled value and gradient of an example for parameters and inputs; its arguments."""
+    call, state, inputs = _split(example)
     floats = [i for i, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.floating)]
     out = jax.eval_shape(call, state, *inputs)
     g = jax.random.normal(jax.random.key(1), out.shape, out.dtype)
@@ -49,14 +52,17 @@ def step(made: Made) -> Step:
     return jax.jit(jax.value_and_grad(loss, wrt)).lower(*args).compile(), args
 
 
-def scan_bytes(made: Made, layers: int = 8) -> int | None:
-    """Temporary memory of the gradient of layers in a scan; None where outputs are no inputs.
+def scan_bytes(example: Example, layers: int = 8) -> int | None:
+    """Bytes of temporary memory of the gradient of layers in a scan.
 
     Args:
-        made: an example; its first input is what the layers hand on.
-        layers: how many.
+        example: an example; each layer passes its output on as the first input of the next.
+        layers: how many layers.
+
+    Returns:
+        The bytes; None if an output does not have the shape of that input.
     """
-    call, state, (x, *rest) = _taken_apart(made)
+    call, state, (x, *rest) = _split(example)
     if jax.eval_shape(call, state, x, *rest).shape != x.shape:
         return None
     stacked = jax.tree.map(lambda v: jnp.stack([v] * layers), state)
@@ -73,9 +79,9 @@ def scan_bytes(made: Made, layers: int = 8) -> int | None:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def _taken_apart(made: Made) -> tuple[Any, Any, tuple[Any, ...]]:
+def _split(example: Example) -> tuple[Any, Any, tuple[Any, ...]]:
     """A function of (state, *inputs), the state, and the inputs."""
-    first, *rest = made
+    first, *rest = example
     if not all(hasattr(x, "dtype") for x in rest if not isinstance(x, nnx.Module)):
         arrays = [x for x in rest if hasattr(x, "dtype")]
         return (lambda _, *inputs: first(*inputs, *rest[len(arrays) :])), {}, tuple(arrays)

@@ -21,7 +21,7 @@ class MLP(nnx.Module):
         self.layers = nnx.List([nnx.Linear(64, 64, rngs=rngs) for _ in range(depth)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """X of shape (batch, 64)."""
+        """Applies the layers to `x`, of shape (batch, 64)."""
         for layer in self.layers:
             x = nnx.relu(layer(x))
         return x
@@ -33,7 +33,7 @@ def gradient(model: MLP, x: jax.Array) -> nnx.State:
 
 
 def trace_and_lower(model: MLP, x: jax.Array) -> None:
-    """Traces and lowers the gradient, of which JAX remembers nothing."""
+    """Traces and lowers the gradient; JAX has nothing of it in its caches."""
     gc.collect()
     nnx.jit(lambda model, x: gradient(model, x)).lower(model, x)
 

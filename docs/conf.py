@@ -63,5 +63,5 @@ coverage_modules = [
     "flax_customgrad",
     "flax_customgrad.testing",
     "flax_customgrad.catalogue",
-    "flax_customgrad.model.convert",
+    "flax_customgrad.surrogate",
 ]

@@ -1,6 +1,7 @@
 """flax-customgrad: Flax NNX layers that each carry a hand-written backward pass."""
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from flax_customgrad import surrogate
@@ -20,13 +21,15 @@ from flax_customgrad.estimators.categorical.reinmax import ReinMax, reinmax
 from flax_customgrad.estimators.categorical.top_k import TopKST, top_k_st
 from flax_customgrad.estimators.codebook.fsq import FSQ
 from flax_customgrad.estimators.codebook.lfq import LFQ
+from flax_customgrad.estimators.codebook.nearest_code import nearest_code
 from flax_customgrad.estimators.codebook.residual_vq import ResidualVQ
 from flax_customgrad.estimators.codebook.rotation_trick import rotation_trick
 from flax_customgrad.estimators.codebook.sim_vq import SimVQ
 from flax_customgrad.estimators.codebook.straight_through_estimator import (
     straight_through_estimator,
 )
-from flax_customgrad.estimators.codebook.vector_quantizer import VectorQuantizer
+from flax_customgrad.estimators.codebook.usage import Quantized, codebook_perplexity
+from flax_customgrad.estimators.codebook.vector_quantizer import Codebook, VectorQuantizer
 from flax_customgrad.estimators.rounding.heaviside import SteHeaviside
 from flax_customgrad.estimators.rounding.rounding import (
     StochasticRound,
@@ -123,6 +126,7 @@ from flax_customgrad.low_bit.quant_layers.quant_linear import QuantLinear
 from flax_customgrad.low_bit.quant_layers.quant_linear_general import QuantLinearGeneral
 from flax_customgrad.low_bit.quant_layers.ternary_layers import TernaryConv, TernaryLinear
 from flax_customgrad.low_bit.quantizers.binary import BinaryActivation, BinaryWeight
+from flax_customgrad.low_bit.quantizers.codes import Codes
 from flax_customgrad.low_bit.quantizers.dorefa import DoReFaActivation, DoReFaWeight
 from flax_customgrad.low_bit.quantizers.ewgs import EWGS
 from flax_customgrad.low_bit.quantizers.fake_quant import FakeQuant, QuantStat
@@ -131,13 +135,15 @@ from flax_customgrad.low_bit.quantizers.lsq import LSQ
 from flax_customgrad.low_bit.quantizers.lsq_plus import LSQPlus
 from flax_customgrad.low_bit.quantizers.pact import PACT
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
+from flax_customgrad.low_bit.quantizers.scheme import Scheme
 from flax_customgrad.low_bit.quantizers.ternary_weights import TWN, AbsMean
 from flax_customgrad.low_bit.quantizers.tqt import TQT
 from flax_customgrad.low_bit.quantizers.ttq import TTQ
 from flax_customgrad.model.calibrate import calibrate
-from flax_customgrad.model.convert import Rule, convert, revert
+from flax_customgrad.model.convert import Rule, Where, convert, revert
 from flax_customgrad.model.pack import pack, unpack
 from flax_customgrad.model.size import Size, SizeReport, size_report
+from flax_customgrad.registry import moved
 from flax_customgrad.registry.public import publish
 
 if TYPE_CHECKING:
@@ -165,6 +171,8 @@ __all__ = [
     "BinaryLinear",
     "BinaryWeight",
     "BitLinear",
+    "Codebook",
+    "Codes",
     "Conv",
     "ConvTranspose",
     "CotangentError",
@@ -218,6 +226,7 @@ __all__ = [
     "QuantLinear",
     "QuantLinearGeneral",
     "QuantStat",
+    "Quantized",
     "Quantizer",
     "RMSNorm",
     "ReGLU",
@@ -225,6 +234,7 @@ __all__ = [
     "Residual",
     "ResidualVQ",
     "Rule",
+    "Scheme",
     "SimVQ",
     "Size",
     "SizeReport",
@@ -242,6 +252,7 @@ __all__ = [
     "VectorQuantizer",
     "WeightNorm",
     "WeightStandardization",
+    "Where",
     "XNORSign",
     "avg_pool",
     "backward_state",
@@ -251,6 +262,7 @@ __all__ = [
     "ceil_ste",
     "celu",
     "clip_ste",
+    "codebook_perplexity",
     "convert",
     "custom_vjp",
     "elu",
@@ -275,6 +287,7 @@ __all__ = [
     "min_pool",
     "mish",
     "n_m_sparsify",
+    "nearest_code",
     "pack",
     "pool",
     "reglu",
@@ -312,6 +325,7 @@ __all__ = [
 ]
 
 publish(globals(), __all__)
+moved.install(sys.modules[__name__])
 
 
 def __getattr__(name: str) -> Any:

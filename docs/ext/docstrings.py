@@ -1,22 +1,16 @@
-"""A Sphinx extension: docstrings are read as they were meant.
+"""A Sphinx extension: escapes what reStructuredText and napoleon would misread in a docstring.
 
-A shape such as (*batch, features) is no emphasis: reStructuredText reads a lone asterisk as the
-start of one and warns that it does not end. An absolute value |x| is no substitution. A sentence
-with a colon about a piece of data is no type with a description: napoleon takes what stands before
-the colon away. And the constructor of a Module is its `__init__`: the metaclass of NNX hides it
-from `inspect`.
+reStructuredText reads the asterisk of a shape such as (*batch, features) as the start of emphasis,
+and an absolute value |x| as a substitution. napoleon reads the text before a colon in the docstring
+of a variable as its type.
 """
 
-import ast
-import inspect
 import re
-import textwrap
 from typing import Any
 
-from flax import nnx
 from sphinx.application import Sphinx
 
-# What keeps its asterisks: code, emphasis that ends, an asterisk that is escaped already.
+# Asterisks to keep: in code, in emphasis that ends, and escaped ones.
 _KEPT = r"`[^`]*`|\*\*(?=\w)[^*`]*\*\*(?!\w)|\*(?=\w)[^*`]*(?<=\w)\*(?!\w)|\\\*"
 
 
@@ -25,22 +19,6 @@ def escaped(line: str) -> str:
     if line.lstrip().startswith((">>>", "...")):
         return line
     return re.sub(rf"({_KEPT})|\*(?=\S)|\|", lambda match: match[1] or rf"\{match[0]}", line)
-
-
-def constructor(cls: type[nnx.Module]) -> str:
-    """The arguments that a Module is made with, as they stand in its source, without types."""
-    for base in cls.__mro__:
-        if not inspect.isfunction(vars(base).get("__init__")):
-            continue
-        (function,) = ast.parse(textwrap.dedent(inspect.getsource(base.__init__))).body
-        arguments = function.args
-        if arguments.vararg is not None and arguments.kwarg is not None:
-            continue  # it hands everything on to the next class
-        arguments.args = arguments.args[1:]
-        for argument in (*arguments.args, *arguments.kwonlyargs):
-            argument.annotation = None
-        return f"({ast.unparse(arguments)})"
-    return "()"
 
 
 # Stands for a colon while napoleon looks at a line.
@@ -58,17 +36,8 @@ def _finish(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
     lines[:] = [escaped(line.replace(_COLON, ":")) for line in lines]
 
 
-def _sign(
-    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, returns: str
-) -> tuple[str, str] | None:
-    if what == "class" and issubclass(obj, nnx.Module):
-        return constructor(obj), returns
-    return None
-
-
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Registers what happens to a docstring before and behind napoleon, and to a signature."""
+    """Registers the changes to a docstring before and after napoleon."""
     app.connect("autodoc-process-docstring", _hide_colon, priority=400)
     app.connect("autodoc-process-docstring", _finish, priority=600)
-    app.connect("autodoc-process-signature", _sign)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,8 +1,8 @@
 """Checking a gradient: `check_vjp` for the layers of this library and for anybody's."""
 
 from flax_customgrad.registry.public import publish
-from flax_customgrad.testing.check_vjp import CHECKS, check_vjp
 from flax_customgrad.testing.report import GradientError, Report, Row
+from flax_customgrad.testing.vjp_check import CHECKS, check_vjp
 
 __all__ = ["CHECKS", "GradientError", "Report", "Row", "check_vjp"]
 

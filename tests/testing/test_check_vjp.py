@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 
 import flax_customgrad as fcg
 from flax_customgrad.testing import CHECKS, GradientError, check_vjp
-from flax_customgrad.testing.check_vjp import relative_error
+from flax_customgrad.testing.vjp_check import relative_error
 
 QUICK = ["autodiff", "finite_differences"]
 X = jax.random.normal(jax.random.key(0), (8, 3))

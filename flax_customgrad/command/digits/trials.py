@@ -26,7 +26,8 @@ from flax_customgrad.estimators.codebook.residual_vq import ResidualVQ
 from flax_customgrad.estimators.codebook.sim_vq import SimVQ
 from flax_customgrad.estimators.codebook.usage import Quantized
 from flax_customgrad.estimators.codebook.vector_quantizer import VectorQuantizer
-from flax_customgrad.estimators.rounding import heaviside, rounding, scaled_sign, sign, ternary
+from flax_customgrad.estimators.rounding import heaviside, rounding, scaled_sign, sign
+from flax_customgrad.estimators.rounding.ternary_step import SteTern
 from flax_customgrad.estimators.sparse.n_m import n_m_sparsify
 from flax_customgrad.estimators.sparse.n_m_linear import NMSparseLinear
 from flax_customgrad.estimators.spiking import spike_surrogates as surrogate
@@ -165,7 +166,7 @@ TRIALS: dict[str, Trial] = {
     "ApproxSign": _step(sign.ApproxSign()),
     "SwishSign": _step(sign.SwishSign()),
     "SteHeaviside": _step(heaviside.SteHeaviside()),
-    "SteTern": _weights(ternary.SteTern("twn")),
+    "SteTern": _weights(SteTern("twn")),
     "MagnitudeAwareSign": _weights(scaled_sign.MagnitudeAwareSign()),
     "XNORSign": _weights(scaled_sign.XNORSign()),
     "GumbelSoftmax": _choice(GumbelSoftmax),

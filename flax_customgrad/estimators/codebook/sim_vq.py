@@ -20,7 +20,7 @@ from flax import nnx
 from jax import lax
 
 from flax_customgrad.estimators.codebook.codebook_arguments import check_vectors
-from flax_customgrad.estimators.codebook.nearest import nearest
+from flax_customgrad.estimators.codebook.nearest_code import nearest_code
 from flax_customgrad.estimators.codebook.quantize_vectors import GradientEstimator, quantize_vectors
 from flax_customgrad.estimators.codebook.usage import Quantized, measure_usage
 from flax_customgrad.estimators.codebook.vector_quantizer import Codebook, default_codebook_init
@@ -104,7 +104,7 @@ class SimVQ(nnx.Module):
         """
         z = check_vectors(type(self).__name__, z, self.features)
         codes = self.codes()
-        indices = nearest(z, codes)
+        indices = nearest_code(z, codes)
         values, loss = quantize_vectors(
             (codes,), z, (indices,), self.commitment, True, self.gradient
         )

@@ -59,10 +59,10 @@ def measure_usage(indices: jax.Array, num_codes: int, axis_name: AxisName = None
     n = count_by_code(indices, num_codes)
     if axis_name is not None:
         n = lax.psum(n, axis_name)
-    return Usage(perplexity(n), jnp.mean(n > 0, dtype=jnp.float32))
+    return Usage(codebook_perplexity(n), jnp.mean(n > 0, dtype=jnp.float32))
 
 
-def perplexity(counts: jax.Array) -> jax.Array:
+def codebook_perplexity(counts: jax.Array) -> jax.Array:
     """Exp of the entropy of codes that occur so many times.
 
     Args:

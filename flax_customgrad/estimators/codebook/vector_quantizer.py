@@ -1,6 +1,6 @@
 """VectorQuantizer: each vector replaced by the nearest of a codebook.
 
-Its parts: `nearest` finds the codes, `quantize_vectors` has the gradient and the loss,
+Its parts: `nearest_code` finds the codes, `quantize_vectors` has the gradient and the loss,
 `moving_average` and `dead_codes` move a codebook that is not learned by gradient, and `usage`
 counts.
 
@@ -18,7 +18,7 @@ from jax import lax
 from flax_customgrad.estimators.codebook.codebook_arguments import check_vectors
 from flax_customgrad.estimators.codebook.dead_codes import replace_dead_codes
 from flax_customgrad.estimators.codebook.moving_average import MovingAverage, update_moving_average
-from flax_customgrad.estimators.codebook.nearest import nearest
+from flax_customgrad.estimators.codebook.nearest_code import nearest_code
 from flax_customgrad.estimators.codebook.quantize_vectors import GradientEstimator, quantize_vectors
 from flax_customgrad.estimators.codebook.usage import AxisName, Quantized, measure_usage
 from flax_customgrad.numerics.accumulation import accumulator
@@ -174,7 +174,7 @@ class VectorQuantizer(nnx.Module):
             of the codes, int32 of shape (...).
         """
         codes = self.codebook[...]
-        indices = nearest(z, codes)
+        indices = nearest_code(z, codes)
         if use_running_average is None:
             use_running_average = self.use_running_average
         if self.learning == "ema" and not use_running_average and z.size:

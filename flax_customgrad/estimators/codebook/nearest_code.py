@@ -33,7 +33,7 @@ _PRODUCTS = 2**22
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 64, 4096
 
 
-def nearest(x: jax.Array, codes: jax.Array, block: int | None = None) -> jax.Array:
+def nearest_code(x: jax.Array, codes: jax.Array, block: int | None = None) -> jax.Array:
     """The number of the code nearest to each vector; of equally near ones the first.
 
     Args:
@@ -51,17 +51,20 @@ def nearest(x: jax.Array, codes: jax.Array, block: int | None = None) -> jax.Arr
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from flax_customgrad.estimators.codebook.nearest import nearest
-        >>> nearest(jnp.array([[0.9, 0.2], [-3.0, 0.0]]), jnp.array([[1.0, 0.0], [-1.0, 0.0]]))
+        >>> import flax_customgrad as fcg
+        >>> codes = jnp.array([[1.0, 0.0], [-1.0, 0.0]])
+        >>> fcg.nearest_code(jnp.array([[0.9, 0.2], [-3.0, 0.0]]), codes)
         Array([0, 1], dtype=int32)
     """
     if codes.ndim != 2 or 0 in codes.shape or x.ndim == 0 or x.shape[-1] != codes.shape[1]:
         raise ValueError(
-            f"nearest: x has shape {x.shape} and codes {codes.shape}; write (..., features) and "
-            "(num_codes, features), with at least one code and one feature"
+            f"nearest_code: x has shape {x.shape} and codes {codes.shape}; write (..., features) "
+            "and (num_codes, features), with at least one code and one feature"
         )
     if block is not None and block < 1:
-        raise ValueError(f"nearest: block={block!r} must be a positive number of codes, or None")
+        raise ValueError(
+            f"nearest_code: block={block!r} must be a positive number of codes, or None"
+        )
     vectors = max(1, x.size // x.shape[-1])
     block = block or min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, _PRODUCTS // vectors))
     search = functools.partial(_search, block=min(block, codes.shape[0]))
