@@ -1,6 +1,7 @@
-"""The catalogue's entries of the straight-through family."""
+"""The catalogue's entries of rounding and signs with surrogate gradients."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -8,12 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_customgrad.estimators.rounding import heaviside, rounding, scaled_sign, sign, ternary_step
+from flax_customgrad.numerics.elementwise import elementwise_surrogate
 from flax_customgrad.registry.entry import Curve, Entry, Example
 from flax_customgrad.registry.examples import applied, made, normal
 
 
 def _few() -> jax.Array:
     return 1.5 * normal(8, 3)
+
+
+def _halves() -> jax.Array:
+    """Multiples of 1/2, so that bounds and ties are met."""
+    return jnp.round(3 * normal(8, 2, 3)) / 2
 
 
 def _many() -> jax.Array:
@@ -87,6 +94,7 @@ def _surrogate(
     examples: Mapping[str, Example],
     workload: Example,
     curves: Mapping[str, Curve],
+    operations: Mapping[Any, str] = MappingProxyType({}),
 ) -> Entry:
     return Entry(
         what.__name__,
@@ -101,6 +109,7 @@ def _surrogate(
         curves,
         examples,
         {"4096x1024": workload},
+        operations,
     )
 
 
@@ -130,8 +139,14 @@ _ROUNDING = (
         _clipped,
         examples={
             "passing": applied(_few, -1.0, 0.5),
-            "masked": applied(_few, -1.0, 0.5, gradient="masked"),
+            "masked, bounds that are met, for each feature": applied(
+                _halves,
+                lambda: jnp.array([[-1.0], [-0.5]]),
+                0.5,
+                gradient="masked",
+            ),
         },
+        operations={elementwise_surrogate: "masked, bounds that are met, for each feature"},
         workload=applied(_many, -1.0, 1.0, gradient="masked"),
         curves={
             "passing": Curve(lambda x: rounding.clip_ste(x, -1, 1)),

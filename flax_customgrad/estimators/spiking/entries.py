@@ -16,6 +16,8 @@ from jax import lax
 
 from flax_customgrad import surrogate
 from flax_customgrad.estimators.spiking import leaky, lif
+from flax_customgrad.estimators.spiking.fire import fire
+from flax_customgrad.estimators.spiking.leak import leak
 from flax_customgrad.registry.entry import Curve, Entry, Example
 from flax_customgrad.registry.examples import applied, normal
 
@@ -204,6 +206,21 @@ _LEARNED: dict[str, Any] = {"learn_decay": True, "learn_threshold": True}
 _leaky_cell = partial(_cell, _step_of_leaky, 1, spike=surrogate.atan)
 _lif_cell = partial(_cell, _step_of_lif, 2, spike=surrogate.atan)
 
+
+def _grid_of_neurons(cls: Any) -> tuple[Any, ...]:
+    """Decays and thresholds that are shared along an axis each, and one neuron on its threshold."""
+    cell = cls(
+        (2, 3),
+        decay=np.array([0.25, 0.5, 0.75]),
+        threshold=np.array([[0.5], [1.0]]),
+        spike=surrogate.atan,
+        reset_gradient=True,
+        **_LEARNED,
+    )
+    u, x = 0.6 + 0.7 * normal(8, 2, 3)[::-1], normal(8, 2, 3) / 2
+    return _step_of_leaky, cell, u.at[0, 0, 1].set(0.5), x.at[0, 0, 1].set(0.25)
+
+
 _CELLS = (
     Entry(
         "Leaky",
@@ -212,7 +229,7 @@ _CELLS = (
         None,
         "surrogate",
         keeps="the membrane; with a learned decay the one before the step, too",
-        gain="1 array a step, or 2, where autodiff keeps 1 to 4",
+        gain="composed of a leak and a fire: 1 array a step, or 2, where autodiff keeps 1 to 4",
         source="arXiv:1901.09948",
         formula=_leaky,
         examples={
@@ -221,10 +238,14 @@ _CELLS = (
             "no reset": _leaky_cell(reset="none"),
             "through the reset": _leaky_cell(reset_gradient=True, **_LEARNED),
             "through the reset to zero": _leaky_cell(reset="zero", reset_gradient=True),
-            "each neuron": _leaky_cell(decay=_FOUR, threshold=2 * _FOUR, **_LEARNED),
+            "two axes of neurons, through the reset": _grid_of_neurons,
         },
         workloads={
             "25 steps of 256x1024": lambda cls: (_over_time, cls(1024), normal(25, 256, 1024))
+        },
+        operations={
+            leak: "two axes of neurons, through the reset",
+            fire: "two axes of neurons, through the reset",
         },
     ),
     Entry(
@@ -234,7 +255,7 @@ _CELLS = (
         None,
         "surrogate",
         keeps="the membrane; with learned decays both states before the step, too",
-        gain="1 array a step, or 3, where autodiff keeps 1 to 5",
+        gain="composed of leaks and a fire: 1 array a step, or 3, where autodiff keeps 1 to 5",
         source="arXiv:1901.09948",
         formula=_lif,
         examples={

@@ -6,10 +6,12 @@ float32 (gate and up 2048x2816), jax.nn's and ours.
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from flax_customgrad.layers.activation import (
@@ -25,6 +27,7 @@ from flax_customgrad.layers.activation import (
     smooth,
     softmax,
 )
+from flax_customgrad.numerics.elementwise import elementwise
 from flax_customgrad.registry.entry import Entry, Example
 from flax_customgrad.registry.examples import applied, made, normal
 
@@ -59,6 +62,7 @@ def _function(
     name: str = "",
     examples: Mapping[str, Example] | None = None,
     workloads: Mapping[str, Example] = _WIDE,
+    operations: Mapping[Any, str] = MappingProxyType({}),
 ) -> Entry:
     """The entry of a function of flax.nnx or jax.nn; by default its example is the function alone.
 
@@ -70,6 +74,7 @@ def _function(
         name: its name, if it has another one than its own.
         examples: makers of small examples.
         workloads: makers of large ones.
+        operations: those that an example takes through every check.
     """
     name = name or function.__name__
     return Entry(
@@ -83,6 +88,7 @@ def _function(
         source,
         examples={"alone": applied(_few)} if examples is None else examples,
         workloads=workloads,
+        operations=operations,
     )
 
 
@@ -91,8 +97,8 @@ def _trained(*values: float) -> Example:
     return applied(_few, lambda: jnp.array(values))
 
 
-def _prelu(inputs: Callable[[], jax.Array]) -> Example:
-    return lambda cls: (cls(0.3), inputs())
+def _prelu(inputs: Callable[[], jax.Array], slope: Any = 0.3) -> Example:
+    return lambda cls: (cls(slope), inputs())
 
 
 _SILU = "453 MB -> 168; an infinite x has a value and a gradient"
@@ -141,7 +147,13 @@ _POINTWISE = (
         "x, alpha",
         "503 MB -> 168; float32 sum for alpha",
         "arXiv:1704.07483",
-        examples={"alone": applied(_few), "alpha for each feature": _trained(1.0, 0.5, 2.0)},
+        examples={
+            "alone": applied(_few),
+            "x and alpha both repeated": applied(
+                lambda: 2 * normal(8, 1, 3), lambda: jnp.array([[0.5], [2.0]])
+            ),
+        },
+        operations={elementwise: "x and alpha both repeated"},
     ),
     _function(
         piecewise.relu,
@@ -174,8 +186,14 @@ _POINTWISE = (
         keeps="x, negative_slope",
         gain="float32 sum for the slope; 201 MB -> 168",
         source="arXiv:1502.01852",
-        examples={"alone": _prelu(_few)},
+        examples={
+            "one slope": _prelu(_few),
+            "two slopes, x of three axes, one of size 1": _prelu(
+                lambda: normal(8, 2, 1), np.array([[-0.3], [1.5]])
+            ),
+        },
         workloads={"4096x1024": _prelu(_many), "4096x1024, bf16": _prelu(_many_bf16)},
+        operations={prelu.prelu: "two slopes, x of three axes, one of size 1"},
     ),
 )
 
@@ -184,7 +202,15 @@ def _mask() -> jax.Array:
     return jnp.arange(24).reshape(8, 3) % 5 > 0
 
 
-_ROWS = {"last axis": applied(_few), "two axes": applied(lambda: normal(8, 2, 3), (1, 2))}
+def _blocks() -> jax.Array:
+    """Rows of two axes, of which some hold their maximum more than once."""
+    return jnp.round(2 * normal(8, 1, 2, 3)) / 2
+
+
+def _mask_of_blocks() -> jax.Array:
+    return jnp.arange(16).reshape(8, 1, 2, 1) % 4 < 3
+
+
 _ROW_WORKLOADS = {**_WIDE_AND_BF16, "1024x4096": applied(lambda: normal(1024, 4096))}
 
 _SOFTMAX = (
@@ -192,15 +218,24 @@ _SOFTMAX = (
         softmax.softmax,
         "y",
         "an empty or infinite row has its limit, where jax.nn has NaN",
-        examples={**_ROWS, "where": applied(_few, -1, _mask)},
+        examples={
+            "last axis": applied(_few),
+            "where": applied(_few, -1, _mask),
+            "two axes, ties, where": applied(_blocks, (-1, 2), _mask_of_blocks),
+        },
         workloads=_ROW_WORKLOADS,
+        operations={softmax.softmax_of_rows: "two axes, ties, where"},
     ),
     _function(
         log_softmax.log_softmax,
         "y",
         "an empty or infinite row has its limit, where jax.nn has NaN",
-        examples=_ROWS,
+        examples={
+            "last axis": applied(_few),
+            "two axes, ties": applied(_blocks, (-1, 2)),
+        },
         workloads=_ROW_WORKLOADS,
+        operations={log_softmax.log_softmax_of_rows: "two axes, ties"},
     ),
     _function(
         logsumexp.logsumexp,
@@ -209,7 +244,9 @@ _SOFTMAX = (
         examples={
             "last axis": applied(_few, -1),
             "where": applied(_few, -1, None, True, False, _mask),
+            "two axes, ties, where": applied(_blocks, (-1, 2), None, False, False, _mask_of_blocks),
         },
+        operations={logsumexp.logsumexp_of_rows: "two axes, ties, where"},
         workloads={"4096x1024": applied(_many, -1)},
     ),
 )
@@ -221,7 +258,11 @@ def _gate_and_up(*shape: int, dtype: Any = jnp.float32) -> Example:
     )
 
 
-def _product(function: Callable[..., jax.Array], gain: str) -> Entry:
+def _product(
+    function: Callable[..., jax.Array],
+    gain: str,
+    operations: Mapping[Any, str] = MappingProxyType({}),
+) -> Entry:
     return Entry(
         function.__name__,
         "activation",
@@ -231,11 +272,12 @@ def _product(function: Callable[..., jax.Array], gain: str) -> Entry:
         keeps="gate, up",
         gain=gain,
         source="arXiv:2002.05202",
-        examples={"alone": _gate_and_up(8, 3)},
+        examples={"three axes, one of size 1": _gate_and_up(8, 1, 3)},
         workloads={
             "2048x2816": _gate_and_up(2048, 2816),
             "2048x2816, bf16": _gate_and_up(2048, 2816, dtype=jnp.bfloat16),
         },
+        operations=operations,
     )
 
 
@@ -247,7 +289,7 @@ def _gated_linear(cls: type[nnx.Module], gain: str) -> Entry:
         None,
         "exact",
         keeps="x, both projections and their kernels",
-        gain=gain,
+        gain=f"{gain}; composed of `Linear` and the product",
         source="arXiv:2002.05202",
         examples={"alone": made(6, 4, inputs=(lambda: normal(8, 6),))},
         workloads={"2048x1024 to 2816": made(1024, 2816, inputs=(lambda: normal(2048, 1024),))},
@@ -264,10 +306,11 @@ _GATED = (
         "arXiv:1612.08083",
         examples={
             "last axis": applied(lambda: normal(8, 6)),
-            "middle axis": applied(lambda: normal(8, 4, 3), 1),
+            "middle axis, beside one of size 1": applied(lambda: normal(8, 4, 1), -2),
         },
+        operations={glu.gated_halves: "middle axis, beside one of size 1"},
     ),
-    _product(gated.swiglu, _SWIGLU),
+    _product(gated.swiglu, _SWIGLU, {elementwise: "three axes, one of size 1"}),
     _product(gated.geglu, _GEGLU),
     _product(gated.reglu, _REGLU),
     _gated_linear(gated_linear.SwiGLU, _SWIGLU),

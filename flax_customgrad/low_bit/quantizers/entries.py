@@ -5,6 +5,7 @@ is added as a constant.
 """
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -16,13 +17,18 @@ from flax_customgrad.low_bit.quantizers.binary import BinaryActivation, BinaryWe
 from flax_customgrad.low_bit.quantizers.dorefa import DoReFaActivation, DoReFaWeight
 from flax_customgrad.low_bit.quantizers.ewgs import EWGS
 from flax_customgrad.low_bit.quantizers.fake_quant import FakeQuant
-from flax_customgrad.low_bit.quantizers.gradient_quant import DoReFaGradient, GradientQuant
+from flax_customgrad.low_bit.quantizers.gradient_quant import (
+    DoReFaGradient,
+    GradientQuant,
+    quantize_gradient,
+)
 from flax_customgrad.low_bit.quantizers.lsq import LSQ
 from flax_customgrad.low_bit.quantizers.lsq_plus import LSQPlus
 from flax_customgrad.low_bit.quantizers.pact import PACT
 from flax_customgrad.low_bit.quantizers.ternary_weights import TWN, AbsMean
 from flax_customgrad.low_bit.quantizers.tqt import TQT
 from flax_customgrad.low_bit.quantizers.ttq import TTQ
+from flax_customgrad.numerics.elementwise import elementwise_surrogate
 from flax_customgrad.registry.entry import Curve, Entry, Example
 from flax_customgrad.registry.examples import made, normal
 
@@ -45,6 +51,21 @@ def _made(*args: Any, call: Any = None, observed: bool = False, **kwargs: Any) -
         if observed:
             layer.observe(x)
         return (layer, x) if call is None else (call, layer, x)
+
+    return make
+
+
+def _on_the_grid(*args: Any, **kwargs: Any) -> Example:
+    """A quantizer in steps of 1/4, and x that meets ties and both bounds."""
+
+    def make(cls: Any) -> tuple[Any, ...]:
+        layer, x = cls(*args, **kwargs), jnp.round(6 * normal(8, 1, 11)) / 8
+        if isinstance(layer, LSQ):
+            layer.observe(x)
+            layer.scale[...] = jnp.full(layer.scale.shape, 0.25).at[..., 0].set(0.5)
+            if isinstance(layer, LSQPlus):
+                layer.offset[...] = jnp.full(layer.offset.shape, 0.125).at[..., 1].set(0)
+        return layer, x
 
     return make
 
@@ -213,6 +234,7 @@ def _entry(
     *,
     examples: Mapping[str, Example],
     curves: Mapping[str, Curve] | None = None,
+    operations: Mapping[Any, str] = MappingProxyType({}),
     **workload: Any,
 ) -> Entry:
     def large(cls: Any) -> tuple[Any, ...]:
@@ -233,6 +255,7 @@ def _entry(
         curves or {},
         examples,
         workloads,
+        operations,
     )
 
 
@@ -281,7 +304,11 @@ ENTRIES = (
         "a scale and an offset that train",
         "arXiv:2004.09576",
         _of(_lsq),
-        examples={"3 bits, features": _made(3, features=1, observed=True)},
+        examples={
+            "3 bits, features": _made(3, features=1, observed=True),
+            "2 bits, channels, both bounds": _on_the_grid(2, axis=-1),
+        },
+        operations={elementwise_surrogate: "2 bits, channels, both bounds"},
         bits=4,
     ),
     _entry(
@@ -290,7 +317,8 @@ ENTRIES = (
         "a bound that trains, from bits and not from x",
         "arXiv:1805.06085",
         _of(_pact),
-        examples={"2 bits": _made(2, alpha=0.8)},
+        examples={"2 bits": _made(2, alpha=0.8), "2 bits, bound met": _on_the_grid(2, alpha=0.75)},
+        operations={elementwise_surrogate: "2 bits, bound met"},
         curves=_curve(PACT, bits=2, alpha=1.0),
         bits=4,
     ),
@@ -320,6 +348,7 @@ ENTRIES = (
         "arXiv:1606.06160",
         _noisy,
         examples={"3 bits": made(3, inputs=(_few,), call=_counted)},
+        operations={quantize_gradient: "3 bits"},
     ),
     _entry(
         GradientQuant,
@@ -327,7 +356,12 @@ ENTRIES = (
         "a gradient of few bits",
         "arXiv:1502.02551",
         _nearest,
-        examples={"4 bits, nearest": _made(4, stochastic=False, axis=0)},
+        examples={
+            "4 bits, nearest, a range for each of two axes": made(
+                4, stochastic=False, axis=(0, -1), inputs=(lambda: normal(8, 3, 2),)
+            )
+        },
+        operations={quantize_gradient: "4 bits, nearest, a range for each of two axes"},
         stochastic=False,
     ),
     _entry(
