@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import flax_customgrad as fcg
+from flax_customgrad.contract.compat import overrides_hook
 from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.weight_norms.weight_norm import WeightNormConfig, weight_norm
 
@@ -91,6 +92,15 @@ def test_a_call_goes_through_the_hook_that_is_overridden(monkeypatch):
     monkeypatch.setattr(fcg.WeightNorm, "_weightnorm_inplace", seen)
     assert "custom_vjp" in str(jax.make_jaxpr(lambda x: nnx.clone(layer)(x))(jnp.ones((2, 6))))
     assert KERNEL in paths
+
+
+@pytest.mark.smoke
+def test_a_hook_that_nnx_does_not_have_fails_when_the_class_is_made():
+    def _renamed_inplace(self, path, param):
+        pass
+
+    with pytest.raises(AttributeError, match=r"overrides `nnx.WeightNorm._renamed_inplace`, which"):
+        overrides_hook(nnx.WeightNorm)(_renamed_inplace)
 
 
 def test_it_agrees_with_autodiff_of_nnx_in_float64():
