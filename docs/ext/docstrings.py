@@ -1,14 +1,23 @@
-"""A Sphinx extension: escapes what reStructuredText and napoleon would misread in a docstring.
+"""A Sphinx extension: docstrings and signatures as they are written in the source.
 
 reStructuredText reads the asterisk of a shape such as (*batch, features) as the start of emphasis,
 and an absolute value |x| as a substitution. napoleon reads the text before a colon in the docstring
-of a variable as its type.
+of a variable as its type. And `inspect` shows the default `jnp.float32` of an argument as a class
+in angle brackets, and the name of a type such as ArrayLike as the ten types that it stands for.
 """
 
+import ast
+import functools
+import inspect
 import re
+import sys
+import textwrap
 from typing import Any
 
+from flax import nnx
 from sphinx.application import Sphinx
+
+import flax_customgrad
 
 # Asterisks to keep: in code, in emphasis that ends, and escaped ones.
 _KEPT = r"`[^`]*`|\*\*(?=\w)[^*`]*\*\*(?!\w)|\*(?=\w)[^*`]*(?<=\w)\*(?!\w)|\\\*"
@@ -19,6 +28,66 @@ def escaped(line: str) -> str:
     if line.lstrip().startswith((">>>", "...")):
         return line
     return re.sub(rf"({_KEPT})|\*(?=\S)|\|", lambda match: match[1] or rf"\{match[0]}", line)
+
+
+def signature(function: Any) -> tuple[str, str] | None:
+    """The arguments of a function, without `self`, and what it returns; None without a source."""
+    try:
+        (node,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, TypeError, SyntaxError):
+        return None
+    if not isinstance(node, ast.FunctionDef):
+        return None
+    arguments = node.args
+    if arguments.args and arguments.args[0].arg in ("self", "cls"):
+        del arguments.args[0]
+    types = _Types(getattr(inspect.unwrap(function), "__globals__", {}).get("__name__", ""))
+    for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
+        if argument.annotation is not None:
+            argument.annotation = types.visit(argument.annotation)
+    returns = ast.unparse(types.visit(node.returns)) if node.returns else ""
+    return f"({ast.unparse(arguments)})", returns
+
+
+class _Types(ast.NodeTransformer):
+    """Takes a type out of quotes, and writes out a name that the library has for a type.
+
+    Args:
+        module: the module in whose source the type stands.
+    """
+
+    def __init__(self, module: str):
+        self._module = module
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        quoted = isinstance(node.value, str) and node.value.isidentifier()
+        return ast.Name(node.value) if quoted else node
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        return node if ast.unparse(node.value) == "Literal" else self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        if node.id in flax_customgrad.__all__:
+            return node
+        found = _alias(node.id, self._module)
+        return node if found is None else ast.parse(found, mode="eval").body
+
+
+@functools.cache
+def _alias(name: str, module: str) -> str | None:
+    """What a module of the library, or the one that it imports it from, calls by a name."""
+    if module.partition(".")[0] != "flax_customgrad":
+        return None
+    for node in ast.parse(inspect.getsource(sys.modules[module])).body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id=assigned)], value=value) if assigned == name:
+                call = isinstance(value, ast.Call)  # a TypeVar
+                return None if call else ast.unparse(_Types(module).visit(value))
+            case ast.ImportFrom(module=source, names=names) if source and any(
+                alias.name == name for alias in names
+            ):
+                return _alias(name, source)
+    return None
 
 
 # Stands for a colon while napoleon looks at a line.
@@ -36,8 +105,22 @@ def _finish(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
     lines[:] = [escaped(line.replace(_COLON, ":")) for line in lines]
 
 
+def _sign(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, shown: str | None, returns: str
+) -> tuple[str, str] | None:
+    if shown in (None, "()"):  # The page leaves the arguments out, or there are none.
+        return None
+    if what in ("function", "method"):
+        return signature(obj)
+    if what == "class" and issubclass(obj, nnx.Module):
+        found = signature(obj.__init__)
+        return found and (found[0], "")
+    return None
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Registers the changes to a docstring before and after napoleon."""
+    """Registers the changes to a docstring before and after napoleon, and to a signature."""
     app.connect("autodoc-process-docstring", _hide_colon, priority=400)
     app.connect("autodoc-process-docstring", _finish, priority=600)
+    app.connect("autodoc-process-signature", _sign)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
