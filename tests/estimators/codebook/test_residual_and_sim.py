@@ -8,37 +8,52 @@ import flax_customgrad as fcg
 
 
 def random(*shape, seed=0, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+call = nnx.jit(lambda layer, z: layer(z))
 
 
 def test_each_codebook_quantizes_what_the_last_has_left():
     layer, z = fcg.ResidualVQ(3, 16, 4, rngs=nnx.Rngs(0)), random(5, 7, 4)
-    out = layer(z)
-    left, loss = z, 0.0
-    for i, stage in enumerate(layer.stages):
-        found = stage(left)
-        np.testing.assert_array_equal(out.indices[..., i], found.indices)
-        np.testing.assert_allclose(out.perplexity[i], found.perplexity)
-        np.testing.assert_allclose(out.usage[i], found.usage)
-        left, loss = left - found.values, loss + found.loss
+
+    @nnx.jit
+    def in_turn(layer, z):
+        left, found = z, []
+        for stage in layer.stages:
+            found.append(stage(left))
+            left = left - found[-1].values
+        return layer(z), left, found
+
+    out, left, found = in_turn(layer, z)
+    for i, of_stage in enumerate(found):
+        np.testing.assert_array_equal(out.indices[..., i], of_stage.indices)
+        np.testing.assert_allclose(out.perplexity[i], of_stage.perplexity, rtol=1e-6)
+        np.testing.assert_allclose(out.usage[i], of_stage.usage)
     np.testing.assert_allclose(out.values, z - left, atol=1e-6)
-    np.testing.assert_allclose(out.loss, loss, rtol=1e-6)
+    np.testing.assert_allclose(out.loss, sum(f.loss for f in found), rtol=1e-6)
 
 
 def test_more_codebooks_leave_less():
     z = random(256, 4)
-    stages = [fcg.ResidualVQ(n, 16, 4, learning="ema", decay=0.0, rngs=nnx.Rngs(0)) for n in (1, 4)]
-    for layer in stages:
-        for _ in range(10):
-            layer(z)
-    few, many = (jnp.mean((layer(z).values - z) ** 2) for layer in stages)
+
+    @nnx.jit
+    def after_ten_steps(layers):
+        for layer in layers:
+            nnx.fori_loop(0, 10, lambda _, m: (m(z), m)[1], layer)
+        return [jnp.mean((layer(z).values - z) ** 2) for layer in layers]
+
+    few, many = after_ten_steps(
+        [fcg.ResidualVQ(n, 16, 4, learning="ema", decay=0.0, rngs=nnx.Rngs(0)) for n in (1, 4)]
+    )
     assert many < few / 2
 
 
 def test_the_estimator_comes_once():
     layer, z = fcg.ResidualVQ(5, 16, 4, rngs=nnx.Rngs(0)), random(8, 4)
     g = random(8, 4, seed=1)
-    np.testing.assert_array_equal(jax.grad(lambda z: jnp.sum(layer(z).values * g))(z), g)
+    gradient = jax.jit(jax.grad(lambda z: jnp.sum(layer(z).values * g)))
+    np.testing.assert_array_equal(gradient(z), g)
 
 
 def test_indices_alone_are_kept():
@@ -56,10 +71,10 @@ def test_moving_averages_of_residuals():
     layer = fcg.ResidualVQ(2, 16, 4, learning="ema", decay=0.5, rngs=nnx.Rngs(0))
     stages = [nnx.clone(stage) for stage in layer.stages]
     z = random(32, 4)
-    layer(z)
+    call(layer, z)
     left = z
     for stage, moved in zip(stages, layer.stages, strict=True):
-        left = left - stage(left).values
+        left = left - call(stage, left).values
         np.testing.assert_allclose(moved.codebook[...], stage.codebook[...], rtol=1e-6)
     layer.eval()
     assert all(stage.use_running_average for stage in layer.stages)
@@ -67,12 +82,13 @@ def test_moving_averages_of_residuals():
 
 def test_residuals_of_half_precision_are_in_float32():
     layer, z = fcg.ResidualVQ(4, 16, 4, rngs=nnx.Rngs(0)), random(64, 4, dtype=jnp.bfloat16)
-    out, expected = layer(z), layer(z.astype(jnp.float32))
+    out, expected = jax.jit(lambda z: (layer(z), layer(z.astype(jnp.float32))))(z)
     assert out.values.dtype == jnp.bfloat16
     np.testing.assert_array_equal(out.indices, expected.indices)
-    np.testing.assert_array_equal(out.values, expected.values.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(out.values, np.asarray(expected.values, jnp.bfloat16))
 
 
+@pytest.mark.smoke
 def test_residual_vq_errors():
     with pytest.raises(ValueError, match="ResidualVQ: num_quantizers=0 must be"):
         fcg.ResidualVQ(0, 16, 4, rngs=nnx.Rngs(0))
@@ -84,10 +100,15 @@ def test_residual_vq_errors():
 
 def test_sim_vq_moves_codes_without_vectors_too():
     layer, z = fcg.SimVQ(16, 4, rngs=nnx.Rngs(0)), random(1, 4)
-    before = layer.codes()
-    dlayer = nnx.grad(lambda m: m(z).loss)(layer)
-    layer.kernel[...] -= 0.1 * dlayer.kernel[...]
-    assert (jnp.abs(layer.codes() - before).max(-1) > 0).all()
+
+    @nnx.jit
+    def step(layer):
+        before, dlayer = layer.codes(), nnx.grad(lambda m: m(z).loss)(layer)
+        layer.kernel[...] -= 0.1 * dlayer.kernel[...]
+        return layer.codes() - before, dlayer
+
+    moved, dlayer = step(layer)
+    assert (np.abs(moved).max(-1) > 0).all()
     assert set(dlayer) == {"kernel"}
 
 
@@ -95,7 +116,7 @@ def test_sim_vq_values_are_nearest_mapped_codes():
     layer, z = fcg.SimVQ(16, 4, rngs=nnx.Rngs(0)), random(32, 4)
     codes = np.asarray(layer.codebook[...]) @ np.asarray(layer.kernel[...])
     nearest = np.argmin(((np.asarray(z)[:, None] - codes) ** 2).sum(-1), -1)
-    out = layer(z)
+    out = call(layer, z)
     np.testing.assert_array_equal(out.indices, nearest)
     np.testing.assert_allclose(out.values, codes[nearest], rtol=1e-5, atol=1e-6)
 

@@ -14,7 +14,10 @@ from flax_customgrad.estimators.codebook.vector_quantizer import Codebook
 
 
 def random(*shape, seed=0, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+call = nnx.jit(lambda layer, z: layer(z))
 
 
 def quantizer(num_codes=16, features=4, **kwargs):
@@ -35,7 +38,7 @@ def assert_close(got, expected, rtol=1e-5):
 
 def test_values_are_the_nearest_codes():
     layer, z = quantizer(), random(5, 7, 4)
-    out = layer(z)
+    out = call(layer, z)
     codes = np.asarray(layer.codebook[...])
     nearest = np.argmin(((np.asarray(z)[..., None, :] - codes) ** 2).sum(-1), -1)
     np.testing.assert_array_equal(out.indices, nearest)
@@ -52,12 +55,12 @@ def test_values_are_the_nearest_codes():
 @pytest.mark.parametrize("learning", ["loss", "ema"])
 def test_half_precision(dtype, learning):
     layer = quantizer(param_dtype=dtype, learning=learning)
-    out = layer(random(8, 4, dtype=dtype))
+    out = call(layer, random(8, 4, dtype=dtype))
     assert out.values.dtype == dtype
     assert out.loss.dtype == out.perplexity.dtype == jnp.float32
     assert layer.codebook.dtype == (dtype if learning == "loss" else jnp.float32)
     # Squares beyond 65504 would be infinite in float16.
-    assert jnp.isfinite(layer(jnp.full((3, 4), 1e4, dtype)).loss)
+    assert np.isfinite(call(layer, jnp.full((8, 4), 1e4, dtype)).loss)
 
 
 @pytest.mark.parametrize("learning", ["loss", "ema"])
@@ -69,7 +72,8 @@ def test_no_vectors(learning):
         out = layer(z)
         return out.values.sum() + out.loss, out
 
-    (_, dz), out = nnx.grad(total, argnums=(0, 1), has_aux=True)(layer, jnp.zeros((0, 4)))
+    gradient = nnx.jit(nnx.grad(total, argnums=(0, 1), has_aux=True))
+    (_, dz), out = gradient(layer, jnp.zeros((0, 4)))
     assert dz.shape == (0, 4)
     assert (out.loss, out.usage, out.perplexity) == (0, 0, 1)
     np.testing.assert_array_equal(layer.codebook[...], before)
@@ -78,17 +82,17 @@ def test_no_vectors(learning):
 def test_a_vector_with_nan_stays_one_and_spoils_nothing_else():
     layer = quantizer(learning="ema", dead_below=0.999)
     z = random(8, 4)
-    out = layer(z.at[3, 2].set(jnp.nan))
+    out = call(layer, z.at[3, 2].set(jnp.nan))
     assert out.indices[3] == 16
-    assert jnp.isnan(out.values[3]).all()
-    assert jnp.isfinite(jnp.delete(out.values, 3, 0)).all()
+    assert np.isnan(out.values[3]).all()
+    assert np.isfinite(np.delete(out.values, 3, 0)).all()
     assert all(np.isfinite(part).all() for part in statistics(layer))
 
 
 def test_perplexity_of_equal_and_of_single_codes():
-    assert codebook_perplexity(jnp.full(8, 3)) == pytest.approx(8)
-    assert codebook_perplexity(jnp.array([0, 5, 0])) == 1
-    assert codebook_perplexity(jnp.zeros(4)) == 1
+    counts = np.full(8, 3), np.array([0, 5, 0]), np.zeros(4)
+    found = jax.jit(lambda counts: [codebook_perplexity(n) for n in counts])(counts)
+    np.testing.assert_allclose(found, [8, 1, 1], rtol=1e-6)
 
 
 # The gradient: its formula is in the catalogue.
@@ -98,11 +102,17 @@ def test_perplexity_of_equal_and_of_single_codes():
 def test_the_loss_is_taken_before_the_estimator(gradient):
     """Of the estimator's output it would be 0, or its gradient for z would be."""
     layer, z = quantizer(gradient=gradient), random(8, 4)
-    codes, loss = layer.codebook[...], lambda m, z: m(z).loss
-    dlayer, dz = nnx.grad(loss, argnums=(0, 1))(layer, z)
-    apart = z - codes[layer(z).indices]
-    np.testing.assert_allclose(dz, 0.25 * 2 * apart / z.size, rtol=1e-5)
-    dcodes = jnp.zeros_like(codes).at[layer(z).indices].add(-2 * apart / z.size)
+
+    def loss(layer, z):
+        out = layer(z)
+        return out.loss, out.indices
+
+    (dlayer, dz), indices = nnx.jit(nnx.grad(loss, argnums=(0, 1), has_aux=True))(layer, z)
+    codes, indices = np.asarray(layer.codebook[...]), np.asarray(indices)
+    difference = z - codes[indices]
+    np.testing.assert_allclose(dz, 0.25 * 2 * difference / z.size, rtol=1e-5)
+    dcodes = np.zeros_like(codes)
+    np.add.at(dcodes, indices, -2 * difference / z.size)
     np.testing.assert_allclose(dlayer.codebook[...], dcodes, rtol=1e-5, atol=1e-8)
 
 
@@ -137,7 +147,7 @@ def test_statistics_follow_their_formula():
     for seed in range(3):
         z = random(6, 5, 4, seed=seed)
         before = nnx.clone(layer)
-        out = layer(z)
+        out = call(layer, z)
         assert_close(statistics(layer), moved(before, z, out.indices))
         # The values are of the codebook before.
         np.testing.assert_array_equal(out.values, before.codebook[...][out.indices])
@@ -159,7 +169,7 @@ def test_no_drift_where_vectors_are_the_codes():
     layer = quantizer(learning="ema", epsilon=1e-12)
     codes = layer.codebook[...]
     for _ in range(20):
-        layer(codes)
+        call(layer, codes)
     np.testing.assert_allclose(layer.codebook[...], codes, rtol=1e-5)
 
 
@@ -177,6 +187,7 @@ def test_eval_and_train_switch_the_updates():
     assert (layer.codebook[...] != before).any()
 
 
+@pytest.mark.smoke
 def test_codes_of_a_moving_average_are_no_parameters():
     layer = quantizer(learning="ema", dead_below=0.5)
     assert not nnx.state(layer, nnx.Param)
@@ -233,8 +244,8 @@ def test_inside_scan():
 def test_dead_codes_become_vectors_of_the_batch():
     layer = quantizer(learning="ema", decay=0.5, dead_below=0.6)
     z = 0.1 * random(64, 4) + 5
-    nearest_before = layer(z, use_running_average=True).indices
-    layer(z)
+    nearest_before = nnx.jit(lambda m, z: m(z, use_running_average=True).indices)(layer, z)
+    call(layer, z)
     codes, counts, sums = statistics(layer)
     dead = ~np.isin(np.arange(16), nearest_before)
     found = (codes[dead][:, None] == np.asarray(z)).all(-1)
@@ -247,23 +258,23 @@ def test_dead_codes_become_vectors_of_the_batch():
 def test_no_more_codes_are_replaced_than_there_are_vectors():
     layer = quantizer(learning="ema", decay=0.5, dead_below=0.6)
     before, z = layer.codebook[...], random(3, 4)
-    layer(z)
+    call(layer, z)
     assert (layer.codebook[...] != before).any(-1).sum() <= 6
 
 
 def test_every_call_draws_anew():
     layer = quantizer(learning="ema", decay=0.5, dead_below=1e9)
     z = random(64, 4)
-    layer(z)
+    call(layer, z)
     first = layer.codebook[...]
-    layer(z)
+    call(layer, z)
     assert (layer.codebook[...] != first).any(-1).sum() > 8
 
 
 def test_codes_in_use_are_left_alone():
     with_reset, without = quantizer(learning="ema", dead_below=1e-3), quantizer(learning="ema")
-    with_reset(random(8, 4))
-    without(random(8, 4))
+    call(with_reset, random(8, 4))
+    call(without, random(8, 4))
     assert_close(statistics(with_reset), statistics(without), rtol=0)
 
 
@@ -291,7 +302,7 @@ def test_in_shard_map_axis_name_adds_up(check_vma):
     layer = quantizer(learning="ema", decay=0.8, axis_name="data")
     expected = quantizer(learning="ema", decay=0.8)
     z = random(32, 4)
-    whole = expected(z)
+    whole = call(expected, z)
     graphdef, state = nnx.split(layer)
 
     def local(state, z):
