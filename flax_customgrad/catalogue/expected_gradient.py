@@ -38,6 +38,11 @@ def _of_nnx(entry: Entry, layer: Any) -> Any:
     if to_layer is not None:
         return to_layer(layer)
     set_class(layer, entry.reference)  # type: ignore[arg-type]
+    # What it is made of as well: LoRALinear holds a LoRA.
+    for _, part in nnx.iter_modules(layer):
+        of_nnx = getattr(nnx, type(part).__name__, type(part))
+        if isinstance(of_nnx, type) and isinstance(part, of_nnx):
+            set_class(part, of_nnx)
     return layer
 
 
