@@ -52,7 +52,8 @@ class Fp8Einsum(Einsum, Fp8Layer):
         delayed: the histories and scales, a `DelayedScaling`; None with current scaling.
 
     Raises:
-        ValueError: an argument is out of its range, or an operation is injected.
+        ValueError: `scaling` is neither word, `history` is below 1 or `margin` not from 0 to 15; or
+            `einsum_op` or `promote_dtype` is the user's own.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg

@@ -50,8 +50,8 @@ class Fp8Layer:
             The layer.
 
         Raises:
-            TypeError: it is another layer.
-            ValueError: an argument is out of its range, or an operation is injected.
+            TypeError: the layer is of another class of nnx, or computes something else.
+            ValueError: as for the constructor.
         """
         fp8: Any = adopt(cls, layer, cls._reference)  # type: ignore[type-var]
         fp8._set_scaling(scaling, history, margin)

@@ -198,7 +198,7 @@ class FrozenLinear(nnx.Module):
             A new layer, whose scales have the dtype of the kernel.
 
         Raises:
-            TypeError: the layer is another one, which may compute otherwise.
+            TypeError: the layer is of another class, which may compute something else.
             ValueError: a weight is not finite; a `dot_general` or `promote_dtype` of the user's
                 own.
         """

@@ -247,7 +247,7 @@ class QLoRALinear(NF4Linear):
             A new layer, whose scales, A and B have the dtype of the kernel.
 
         Raises:
-            TypeError: the layer is another one, which may compute otherwise.
+            TypeError: the layer is of another class, which may compute something else.
             ValueError: as in the constructor.
         """
         return super().from_layer(layer, lora_rank=lora_rank, rngs=rngs, **kwargs)

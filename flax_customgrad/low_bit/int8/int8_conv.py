@@ -163,8 +163,8 @@ class Int8Conv(Conv, Int8Layer):
         noise: the stream that stochastic rounding draws from, or None.
 
     Raises:
-        ValueError: an argument is another word, or does not go with the backward; or an operation
-            is injected.
+        ValueError: an argument is none of the words above, or does not go with `backward`; or
+            `conv_general_dilated` or `promote_dtype` is the user's own.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg

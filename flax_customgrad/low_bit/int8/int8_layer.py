@@ -67,8 +67,8 @@ class Int8Layer:
             The layer.
 
         Raises:
-            TypeError: it is another layer.
-            ValueError: an operation is injected, or an argument is as for the constructor.
+            TypeError: the layer is of another class of nnx, or computes something else.
+            ValueError: as for the constructor, or stochastic rounding has no `rngs`.
         """
         int8: Any = adopt(cls, layer, cls._reference)  # type: ignore[type-var]
         int8._set_rounding(

@@ -127,8 +127,8 @@ class Int8Linear(Linear, Int8Layer):
         noise: the stream that stochastic rounding draws from, or None.
 
     Raises:
-        ValueError: an argument is another word, or does not go with the backward; or an operation
-            is injected.
+        ValueError: an argument is none of the words above, or does not go with `backward`; or
+            `dot_general` or `promote_dtype` is the user's own.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg

@@ -154,8 +154,8 @@ class MXLinear(Linear):
         residuals: what is kept of the input between the passes.
 
     Raises:
-        ValueError: a word is another one; block is below 1; an operation such as `dot_general` is
-            given, which this layer cannot call.
+        ValueError: an argument is none of the words above; `block` is below 1; `dot_general` or
+            `promote_dtype` is the user's own, which this layer cannot call.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -235,7 +235,7 @@ class MXLinear(Linear):
             The layer.
 
         Raises:
-            TypeError: it is another layer.
+            TypeError: the layer is no `nnx.Linear`, or computes something else.
             ValueError: as for the constructor.
         """
         _check("MXLinear", format, gradient, block, scale, residuals)

@@ -130,8 +130,8 @@ class NVFP4Linear(Linear):
         rngs: the stream that each call draws from, or None.
 
     Raises:
-        ValueError: `residuals` is another word; an operation such as `dot_general` is given, which
-            this layer cannot call.
+        ValueError: `residuals` is neither word; `dot_general` or `promote_dtype` is the user's own,
+            which this layer cannot call.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -212,7 +212,7 @@ class NVFP4Linear(Linear):
             The layer.
 
         Raises:
-            TypeError: it is another layer.
+            TypeError: the layer is no `nnx.Linear`, or computes something else.
             ValueError: as for the constructor.
         """
         check_word("NVFP4Linear", "residuals", residuals, RESIDUALS)
