@@ -94,6 +94,8 @@ class LoRA(nnx.LoRA):
         >>> layer = fcg.LoRA(3, 2, 4, rngs=nnx.Rngs(0))
         >>> layer(jnp.ones((16, 3))).shape
         (16, 4)
+
+    Source: arXiv:2106.09685
     """
 
     def __call__(self, x: jax.Array, **kwargs: Any) -> jax.Array:
@@ -146,6 +148,8 @@ class LoRALinear(nnx.LoRALinear, Linear):
         >>> layer = fcg.LoRALinear(3, 4, lora_rank=2, rngs=nnx.Rngs(0))
         >>> layer(jnp.ones((16, 3))).shape
         (16, 4)
+
+    Source: arXiv:2106.09685
     """
 
     def __init__(
