@@ -22,12 +22,30 @@ _HEAD = (
 )
 _WIDTHS = (26, 14, 25, 35)
 
+_TITLES = {
+    "conv": "Convolution",
+    "weight_norms": "Normalization of weights",
+    "activation": "Activations",
+    "rounding": "Straight-through estimators",
+    "categorical": "Categorical choices",
+    "codebook": "Codebooks",
+    "sparse": "N:M sparsity",
+    "fp8": "fp8 layers",
+    "quant_layers": "Quantized layers",
+    "frozen": "Frozen weights",
+    "int8": "int8 layers",
+    "spiking": "Spiking neurons",
+    "shaping": "Gradient shaping",
+    "feedback": "Feedback alignment",
+}
+"""Headings of families whose name alone is none."""
+
 
 def markdown(entries: Iterable[catalogue.Entry]) -> str:
     """The catalogue as MyST Markdown."""
     sections = []
     for family, layers in itertools.groupby(entries, lambda entry: entry.family):
-        title = family.replace("_", " ").capitalize()
+        title = _TITLES.get(family, family.replace("_", " ").capitalize())
         options = f":header-rows: 1\n:widths: {' '.join(map(str, _WIDTHS))}\n:class: catalogue"
         rows = "\n".join(map(_listed, [_HEAD, *map(_row, layers)]))
         sections.append(f"## {title}\n\n```{{list-table}}\n{options}\n\n{rows}\n```\n")

@@ -59,7 +59,6 @@ class BackwardState:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
         >>> from flax import nnx
 
-    from flax_customgrad.contract import compat
         >>> @fcg.custom_vjp
         ... def watch(x, history):
         ...     return x
@@ -196,7 +195,6 @@ def backward_state(model: Any) -> Values:
         >>> import flax_customgrad as fcg
         >>> from flax import nnx
 
-    from flax_customgrad.contract import compat
         >>> layer = fcg.Fp8Linear(4, 3, history=2, rngs=nnx.Rngs(0))
         >>> fcg.backward_state(layer)['delayed']['scale']
         Array([1., 1., 1.], dtype=float32)
