@@ -58,7 +58,6 @@ class BackwardState:
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
         >>> from flax import nnx
-
         >>> @fcg.custom_vjp
         ... def watch(x, history):
         ...     return x
@@ -194,7 +193,6 @@ def backward_state(model: Any) -> Values:
     Example:
         >>> import flax_customgrad as fcg
         >>> from flax import nnx
-
         >>> layer = fcg.Fp8Linear(4, 3, history=2, rngs=nnx.Rngs(0))
         >>> fcg.backward_state(layer)['delayed']['scale']
         Array([1., 1., 1.], dtype=float32)
