@@ -3,7 +3,7 @@
     forward   y       = a one-hot sample from p0 = softmax(logits), at temperature 1
     backward  p1      = (y + softmax(logits / temperature)) / 2
               dlogits = 2 J(p1) g - J(p0) g / 2,  J(p) g = p (g - sum p g)
-    kept      the logits and the temperature, which the caller holds, and sample, the index of the 1 in y
+    kept      logits and temperature, which the caller holds, and sample, the index of the 1 in y
     at a tie  the lower index is taken
 
 The straight-through estimator is a first-order approximation of the gradient of the expected loss;
