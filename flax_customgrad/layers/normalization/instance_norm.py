@@ -35,7 +35,7 @@ class InstanceNorm(nnx.InstanceNorm, Norm):
 
     Args:
         residual: what the backward keeps, "input" or "output". The output costs nothing where the
-            next layer keeps it anyway, as a Linear does, and wants a scale without zeros.
+            next layer keeps it anyway, as a Linear does, but needs a scale without zeros.
 
     Raises:
         ValueError: `residual` is neither, or it is "output" and an element of the scale is 0.

@@ -53,7 +53,7 @@ class NormConfig:
     """The choices of a normalization that are not arrays.
 
     Attributes:
-        axes: what shares statistics, and along what scale and bias vary.
+        axes: the axes that share statistics, and those along which scale and bias vary.
         epsilon: added to the variance.
         dtype: dtype of the output, in which nnx rounds the input as well.
         centered: whether the mean is taken out.
@@ -153,7 +153,7 @@ def _bwd(
     chex.assert_shape([*found[:4], dmean, dvariance], axes.statistic_shape(g.shape))
     scale = axes.along(params["scale"], g.shape) if "scale" in params else 1
 
-    # First over the axes without features: dscale and dbias want no more.
+    # First over the axes without features: dscale and dbias need no more.
     sum_g, sum_gx = axes.sum_plain(g), axes.sum_plain(g * x_hat)
     partial = {"scale": sum_gx, "bias": sum_g}
     grads = {name: axes.parameter_sum(partial[name], p) for name, p in params.items()}
@@ -279,9 +279,8 @@ class Norm:
         Args:
             x: input of any shape, float.
             mask: binary, broadcastable to x; or None.
-            axes: what shares statistics.
-            *promoted_with: arrays that have a say in the dtype of the output, beside x, scale and
-                bias.
+            axes: the axes that share statistics.
+            *promoted_with: further arrays that the dtype of the output is promoted with.
             centered: whether the mean is taken out.
         """
         params = self._scale_and_bias()

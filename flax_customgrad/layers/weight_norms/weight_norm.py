@@ -37,7 +37,7 @@ class WeightNormConfig:
     """The choices that are not arrays.
 
     Attributes:
-        axes: what shares a norm, and along what the scale varies.
+        axes: the axes that share a norm, and those along which the scale varies.
         epsilon: added to the squared norm; `unit_norm` says how.
         dtype: dtype of the result.
     """
