@@ -18,36 +18,27 @@ PIECEWISE = ["relu", "relu6", "hard_tanh", "hard_sigmoid", "hard_silu", "leaky_r
 class Pair(NamedTuple):
     """A function of this library and that of flax.nnx, or of jax.nn where nnx exports none."""
 
-    name: str
     ours: Callable[..., Any]
     theirs: Callable[..., Any]
 
     @classmethod
     def of(cls, name: str) -> "Pair":
         """The pair of that name."""
-        return cls(name, getattr(fcg, name), getattr(nnx, name, getattr(jax.nn, name, None)))
-
-    def called_with(self, name: str, **kwargs: Any) -> "Pair":
-        """The pair with some arguments fixed."""
-        return Pair(name, *(functools.partial(f, **kwargs) for f in (self.ours, self.theirs)))
+        return cls(getattr(fcg, name), getattr(nnx, name, getattr(jax.nn, name, None)))
 
 
-def _pairs() -> list[Pair]:
-    pairs = [Pair.of(name) for name in SMOOTH + PIECEWISE]
-    pairs.append(Pair.of("gelu").called_with("gelu, exact", approximate=False))
-    for policy in ("bits", "output"):
-        ours = functools.partial(fcg.relu, residual=policy)
-        pairs.append(Pair(f"relu, {policy}", ours, nnx.relu))
+@pytest.fixture(scope="session")
+def pointwise() -> dict[str, Pair]:
+    """Every pointwise function with its default parameters, by name."""
+    pairs = {name: Pair.of(name) for name in SMOOTH + PIECEWISE}
+    pairs["gelu, exact"] = Pair(*(functools.partial(f, approximate=False) for f in pairs["gelu"]))
+    for residual in ("bits", "output"):
+        ours = functools.partial(fcg.relu, residual=residual)
+        pairs[f"relu, {residual}"] = Pair(ours, nnx.relu)
     return pairs
 
 
-@pytest.fixture(params=_pairs(), ids=lambda pair: pair.name)
-def pointwise(request: pytest.FixtureRequest) -> Pair:
-    """Each pointwise function with its default parameters."""
-    return request.param
-
-
-@pytest.fixture(params=["elu", "celu", "leaky_relu", "squareplus"])
-def parametrized(request: pytest.FixtureRequest) -> Pair:
-    """Each function of (x, parameter)."""
-    return Pair.of(request.param)
+@pytest.fixture(scope="session")
+def parametrized() -> dict[str, Pair]:
+    """Every function of (x, parameter), by name."""
+    return {name: Pair.of(name) for name in ("elu", "celu", "leaky_relu", "squareplus")}

@@ -14,19 +14,24 @@ ELEMENTS = 2**20
 
 @HALF
 def test_value_and_derivative_are_rounded_once(pointwise, dtype):
+    @jax.jit
     def results(x, g):
-        y, vjp = jax.vjp(pointwise.ours, x)
-        return y, vjp(g)[0]
+        def value_and_cotangent(f):
+            y, vjp = jax.vjp(f, x)
+            return y, vjp(g)[0]
+
+        return {name: value_and_cotangent(pair.ours) for name, pair in pointwise.items()}
 
     x, g = (jax.random.normal(jax.random.key(i), (2000,), dtype) for i in range(2))
-    half = jax.jit(results)(3 * x, g)
+    half = results(3 * x, g)
     with jax.enable_x64(True):
         full = results((3 * x).astype(jnp.float64), g.astype(jnp.float64))
-    for a, b in zip(half, full, strict=True):
-        assert a.dtype == dtype
-        # Beside the one rounding what float32 loses where a formula cancels.
-        tolerance = {"rtol": 0.51 * float(jnp.finfo(dtype).eps), "atol": 5e-7}
-        np.testing.assert_allclose(np.asarray(a, np.float64), b, **tolerance)
+    for name in pointwise:
+        for a, b in zip(half[name], full[name], strict=True):
+            assert a.dtype == dtype
+            # Beside the one rounding what float32 loses where a formula cancels.
+            tolerance = {"rtol": 0.51 * float(jnp.finfo(dtype).eps), "atol": 5e-7}
+            np.testing.assert_allclose(np.asarray(a, np.float64), b, **tolerance, err_msg=name)
 
 
 def one_signed(dtype):
@@ -35,26 +40,30 @@ def one_signed(dtype):
 
 
 @HALF
-@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-def test_the_slope_of_prelu(dtype, param_dtype):
+def test_the_slope_of_prelu(dtype):
     """A million terms of one sign: nnx loses 60% of the sum in bfloat16, and all in float16."""
     x, g = one_signed(dtype)
-    layer = fcg.PReLU(param_dtype=param_dtype)
+    layers = [
+        m.PReLU(param_dtype=param_dtype)
+        for param_dtype in (jnp.float32, jnp.bfloat16)
+        for m in (fcg, nnx)
+    ]
 
-    def gradient(layer):
-        def loss(layer, x, g):
+    @nnx.jit
+    def gradients(layers, x, g):
+        def loss(layer):
             return jnp.sum((layer(x) * g).astype(jnp.float32))
 
-        return nnx.jit(nnx.grad(loss))(layer, x, g).negative_slope[...]
+        return [nnx.grad(loss)(layer).negative_slope[...] for layer in layers]
 
-    got = gradient(layer)
     x64, g64 = np.asarray(x, np.float64), np.asarray(g, np.float64)
     expected = np.sum(np.where(x64 < 0, x64 * g64, 0))
-    assert got.dtype == param_dtype
-    np.testing.assert_allclose(float(got), expected, rtol=1e-6 if got.dtype == "float32" else 3e-3)
-    with np.errstate(invalid="ignore"):
-        theirs = float(gradient(nnx.PReLU(param_dtype=param_dtype)))
-    assert not abs(theirs - expected) < 0.3 * abs(expected)
+    wide, their_wide, narrow, their_narrow = gradients(layers, x, g)
+    assert (wide.dtype, narrow.dtype) == (jnp.float32, jnp.bfloat16)
+    np.testing.assert_allclose(float(wide), expected, rtol=1e-6)
+    np.testing.assert_allclose(float(narrow), expected, rtol=3e-3)
+    for theirs in (their_wide, their_narrow):
+        assert not abs(float(theirs) - expected) < 0.3 * abs(expected)
 
 
 @HALF
@@ -62,10 +71,15 @@ def test_a_parameter_of_a_function(parametrized, dtype):
     x, g = one_signed(dtype)
     p = jnp.full((x.shape[-1],), 0.5)
 
-    def gradient(x, g):
-        return jax.jit(jax.grad(lambda p, x, g: jnp.sum(parametrized.ours(x, p) * g)))(p, x, g)
+    @jax.jit
+    def gradients(p, x, g):
+        def total(p, f):
+            return jnp.sum(f(x, p) * g)
 
-    got = gradient(x, g)
+        return {name: jax.grad(total)(p, pair.ours) for name, pair in parametrized.items()}
+
+    got = gradients(p, x, g)
     with jax.enable_x64(True):
-        expected = gradient(x.astype(jnp.float64), g.astype(jnp.float64))
-    np.testing.assert_allclose(got, expected, rtol=2e-6)
+        expected = gradients(p, x.astype(jnp.float64), g.astype(jnp.float64))
+    for name in parametrized:
+        np.testing.assert_allclose(got[name], expected[name], rtol=2e-6, err_msg=name)
