@@ -64,7 +64,9 @@ ENTRIES = (
         formula=_sr_ste,
         curves={"beside a weight of 1, decay 0.2": Curve(_beside_one)},
         examples={
-            "2 of 3 with ties, 4-D, a traced decay": applied(_with_ties, 2, 3, jnp.float32(0.1)),
+            "2 of 3 with ties, 4-D, a traced decay": applied(
+                _with_ties, 2, 3, lambda: jnp.float32(0.1)
+            ),
             "2 of 4, first axis": applied(lambda: normal(8, 6), 2, 4, 0.1, axis=0),
         },
         operations={prune: "2 of 3 with ties, 4-D, a traced decay"},
