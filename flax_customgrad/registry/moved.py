@@ -21,7 +21,7 @@ class _MovedModule(types.ModuleType):
 
     def __init__(self, package: types.ModuleType, name: str, names: dict[str, str]):
         super().__init__(f"{package.__name__}.{name}", "Moved: see the warning.")
-        self.__path__: list[str] = []
+        self.__path__ = []
         self._package = package
         self._names = names
 
