@@ -1,5 +1,7 @@
 """Rounding and clipping: the value to the bit, the gradient as stated, above all at the bounds."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,17 +34,20 @@ def gradient(f, x):
     return jax.vjp(f, x)[1](g)[0], g
 
 
-@pytest.mark.parametrize("ours", ROUNDINGS, ids=lambda f: f.__name__)
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rounds_to_the_bit_and_passes_the_gradient(ours, dtype):
-    x = array(POINTS, dtype)
-    y = ours(x)
-    assert y.dtype == x.dtype
-    expected = ROUNDINGS[ours](np.asarray(x, np.float64))
-    np.testing.assert_array_equal(np.asarray(y, np.float64), expected)
-    dx, g = gradient(ours, x)
-    np.testing.assert_array_equal(dx, g)
-    assert np.isnan(ours(jnp.asarray(np.nan, dtype)))
+def test_rounds_to_the_bit_and_passes_the_gradient(dtype):
+    @jax.jit
+    def program(x):
+        return [(f(x), *gradient(f, x)) for f in ROUNDINGS]
+
+    x = array([*POINTS, np.nan], dtype)
+    for reference, (y, dx, g) in zip(ROUNDINGS.values(), program(x), strict=True):
+        assert y.dtype == x.dtype
+        expected = reference(np.asarray(x, np.float64))
+        np.testing.assert_array_equal(np.asarray(y, np.float64), expected)
+        np.testing.assert_array_equal(dx, g)
+        assert np.isnan(y[-1])
 
 
 def test_rounding_keeps_nothing():
@@ -58,23 +63,35 @@ def test_integers_stay_and_have_no_gradient():
 
 def test_clip_is_not_halved_at_a_bound():
     # The trap: jnp.clip has derivative 1/2 where a value is rounded onto the bound.
-    naive = jax.vmap(jax.grad(lambda x: jnp.clip(fcg.round_ste(x), -1, 1)))
-    ours = jax.vmap(jax.grad(lambda x: fcg.clip_ste(fcg.round_ste(x), -1, 1, gradient="masked")))
-    x = jnp.array([-1.6, -1.4, -1.0, -0.8, 0.2, 0.8, 1.0, 1.4, 1.6])
-    np.testing.assert_array_equal(naive(x)[1:4], 0.5)
-    np.testing.assert_array_equal(ours(x), [0, 1, 1, 1, 1, 1, 1, 1, 0])
+    @jax.jit
+    @jax.vmap
+    def gradients(x):
+        naive = jax.grad(lambda x: jnp.clip(fcg.round_ste(x), -1, 1))
+        ours = jax.grad(lambda x: fcg.clip_ste(fcg.round_ste(x), -1, 1, gradient="masked"))
+        return naive(x), ours(x)
+
+    naive, ours = gradients(jnp.array([-1.6, -1.4, -1.0, -0.8, 0.2, 0.8, 1.0, 1.4, 1.6]))
+    np.testing.assert_array_equal(naive[1:4], 0.5)
+    np.testing.assert_array_equal(ours, [0, 1, 1, 1, 1, 1, 1, 1, 0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("how", ["pass_through", "masked"])
-def test_clip(how, dtype):
-    x = array(POINTS, dtype)
-    f = lambda x: fcg.clip_ste(x, -0.5, 2.5, gradient=how)  # noqa: E731
-    np.testing.assert_array_equal(f(x), jnp.clip(x, -0.5, 2.5))
-    dx, g = gradient(f, x)
+def test_clip(dtype):
+    @jax.jit
+    def program(x):
+        def results(how):
+            f = functools.partial(fcg.clip_ste, low=-0.5, high=2.5, gradient=how)
+            return f(x), *gradient(f, x)
+
+        return jnp.clip(x, -0.5, 2.5), {how: results(how) for how in ("pass_through", "masked")}
+
+    x = array([*POINTS, np.nan], dtype)
+    expected, found = program(x)
     inside = (np.asarray(x, np.float64) >= -0.5) & (np.asarray(x, np.float64) <= 2.5)
-    np.testing.assert_array_equal(dx, np.where(inside | (how == "pass_through"), g, 0))
-    assert np.isnan(f(jnp.asarray(np.nan, dtype)))
+    for how, (y, dx, g) in found.items():
+        np.testing.assert_array_equal(np.asarray(y, np.float64), np.asarray(expected, np.float64))
+        np.testing.assert_array_equal(dx, np.where(inside | (how == "pass_through"), g, 0))
+        assert np.isnan(y[-1])
 
 
 def test_bounds_may_be_arrays_and_traced_and_have_no_gradient():
@@ -95,7 +112,7 @@ def test_an_infinite_cotangent_beyond_the_bounds_is_zero():
 def test_stochastic_rounding_is_right_in_the_mean_and_lands_beside():
     x = jnp.arange(-12, 13) / 4
     keys = jax.random.split(jax.random.key(0), 4000)
-    y = jax.vmap(lambda key: fcg.stochastic_round(x, key))(keys)
+    y = jax.jit(jax.vmap(lambda key: fcg.stochastic_round(x, key)))(keys)
     assert ((y == jnp.floor(x)) | (y == jnp.floor(x) + 1)).all()
     np.testing.assert_allclose(y.mean(0), x, atol=0.04)
     np.testing.assert_array_equal(y[:, ::4], np.broadcast_to(x[::4], y[:, ::4].shape))

@@ -44,33 +44,52 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_value_and_gradient_in_every_dtype(name):
-    layer, value, factor = LAYERS[name]
-    for dtype in DTYPES:
-        with jax.enable_x64(dtype == "float64"), np.errstate(over="ignore"):
-            x = jnp.asarray(POINTS, dtype)
-            y, pullback = jax.vjp(layer, x)
-            assert y.dtype == x.dtype
-            # A threshold of 0.05 is not representable: it is compared in the dtype of x.
-            wide = np.asarray(x, np.float64)
-            near = np.abs(np.abs(wide) - 0.05) < 1e-3
-            expected = value(wide)
-            np.testing.assert_array_equal(np.asarray(y, np.float64)[~near], expected[~near])
-            g = np.arange(1.0, x.size + 1)
-            (dx,) = pullback(jnp.asarray(g, dtype))
-            tolerance = {"float64": 1e-12, "float32": 2e-6}.get(dtype, 1e-2)
-            np.testing.assert_allclose(
-                np.asarray(dx, np.float64), g * factor(wide), rtol=tolerance, atol=tolerance
-            )
+@jax.jit
+def values_and_gradients(x, g):
+    """Of every layer."""
+
+    def both(layer):
+        y, pullback = jax.vjp(layer, x)
+        return y, pullback(g)[0]
+
+    return {name: both(layer) for name, (layer, *_) in LAYERS.items()}
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_no_number_and_infinity(name):
-    layer, value, _ = LAYERS[name]
-    assert np.isnan(layer(jnp.nan))
-    np.testing.assert_array_equal(layer(jnp.array([-np.inf, np.inf])), value(np.array([-9, 9.0])))
-    assert np.isfinite(jax.grad(lambda x: layer(x).sum())(jnp.array([-np.inf, np.inf]))).all()
+@pytest.mark.smoke
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_value_and_gradient(dtype):
+    with jax.enable_x64(dtype == "float64"), np.errstate(over="ignore"):
+        x = jnp.asarray(POINTS, dtype)
+        g = np.arange(1.0, x.size + 1)
+        found = values_and_gradients(x, jnp.asarray(g, dtype))
+    wide = np.asarray(x, np.float64)
+    # A threshold of 0.05 is not representable: it is compared in the dtype of x.
+    near = np.abs(np.abs(wide) - 0.05) < 1e-3
+    tolerance = {"float64": 1e-12, "float32": 2e-6}.get(dtype, 1e-2)
+    for name, (_, value, factor) in LAYERS.items():
+        y, dx = found[name]
+        assert y.dtype == x.dtype
+        y, expected = np.asarray(y, np.float64), value(wide)
+        np.testing.assert_array_equal(y[~near], expected[~near], err_msg=name)
+        dx, expected = np.asarray(dx, np.float64), g * factor(wide)
+        np.testing.assert_allclose(dx, expected, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def test_no_number_and_infinity():
+    for name, (y, dx) in values_and_gradients(
+        jnp.array([-np.inf, np.inf, np.nan]), jnp.ones(3)
+    ).items():
+        _, value, _ = LAYERS[name]
+        np.testing.assert_array_equal(y[:2], value(np.array([-9, 9.0])), err_msg=name)
+        assert np.isnan(y[2]), name
+        assert np.isfinite(dx[:2]).all(), name
+
+
+def test_eager_as_compiled():
+    x = jnp.asarray(POINTS, jnp.float32)
+    compiled = values_and_gradients(x, x)
+    for name, (layer, *_) in LAYERS.items():
+        np.testing.assert_array_equal(layer(x), compiled[name][0], err_msg=name)
 
 
 def test_a_threshold_is_compared_as_the_dtype_has_it():
@@ -90,16 +109,24 @@ def test_twn_takes_its_threshold_from_the_array():
 def test_scaled_signs_per_channel():
     w = jnp.array([[0.5, -2.0, 1.0], [-0.25, 0.0, 3.0]])
     scale = np.array([0.375, 1.0, 2.0])
-    for axis, a in ((-1, scale), (1, scale), (0, np.array([[3.5 / 3], [3.25 / 3]]))):
-        for cls in (fcg.MagnitudeAwareSign, fcg.XNORSign):
-            np.testing.assert_allclose(cls(channel_axis=axis)(w), a * sign(np.asarray(w)), 1e-6)
-    mask = np.abs(w) <= 1
     g = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    pullback = jax.vjp(fcg.MagnitudeAwareSign(), w)[1]
-    np.testing.assert_allclose(pullback(jnp.asarray(g, jnp.float32))[0], g * scale * mask, 1e-6)
-    pullback = jax.vjp(fcg.XNORSign(), w)[1]
-    expected = g * (1 / 2 + scale * mask)
-    np.testing.assert_allclose(pullback(jnp.asarray(g, jnp.float32))[0], expected, 1e-6)
+    scales = {-1: scale, 1: scale, 0: np.array([[3.5 / 3], [3.25 / 3]])}
+
+    @jax.jit
+    def both(w, g):
+        def values_and_gradient(cls):
+            values = [cls(channel_axis=axis)(w) for axis in scales]
+            return values, jax.vjp(cls(), w)[1](g)[0]
+
+        return values_and_gradient(fcg.MagnitudeAwareSign), values_and_gradient(fcg.XNORSign)
+
+    (values, magnitude_aware), (xnor_values, xnor) = both(w, jnp.asarray(g, jnp.float32))
+    for y, xnor_y, a in zip(values, xnor_values, scales.values(), strict=True):
+        np.testing.assert_allclose(y, a * sign(np.asarray(w)), 1e-6)
+        np.testing.assert_array_equal(xnor_y, y)
+    mask = np.abs(w) <= 1
+    np.testing.assert_allclose(magnitude_aware, g * scale * mask, 1e-6)
+    np.testing.assert_allclose(xnor, g * (1 / 2 + scale * mask), 1e-6)
 
 
 def test_scales_are_summed_in_float32():

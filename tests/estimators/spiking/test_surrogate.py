@@ -30,37 +30,49 @@ SURROGATES = {
 every_surrogate = pytest.mark.parametrize("name", SURROGATES)
 
 
-def slope_of(function, u, g=1.0):
-    return jax.jit(lambda u, g: jax.vjp(function, u)[1](g)[0])(u, jnp.full_like(u, g))
+def cotangent(function, u, g=1.0):
+    return jax.vjp(function, u)[1](jnp.full_like(u, g))[0]
 
 
-@every_surrogate
-def test_value_and_gradient_in_every_dtype(name):
-    factor, default, integral = SURROGATES[name]
-    calls = {
-        default: getattr(surrogate, name),
-        5.0: functools.partial(getattr(surrogate, name), slope=5.0),
-    }
-    for dtype in ("float16", "bfloat16", "float32", "float64"):
-        with jax.enable_x64(dtype == "float64"), np.errstate(over="ignore"):
-            u = jnp.asarray(POINTS, dtype)
-            wide = np.asarray(u, np.float64)
-            g = np.arange(1.0, u.size + 1)
-            tolerance = {"float64": 1e-12, "float32": 2e-6, "float16": 1e-3}.get(dtype, 1e-2)
-            for slope, function in calls.items():
-                y = function(u)
-                assert y.dtype == u.dtype
-                np.testing.assert_array_equal(np.asarray(y, np.float64), wide > 0)
+@pytest.mark.smoke
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_value_and_gradient(dtype):
+    slopes = {name: (default, 5.0) for name, (_, default, _) in SURROGATES.items()}
+
+    @jax.jit
+    def program(u, g):
+        def results(name, slope, normalize):
+            function = getattr(surrogate, name)
+            if slope != SURROGATES[name][1]:
+                function = functools.partial(function, slope=slope)
+            function = functools.partial(function, normalize=normalize)
+            return function(u), cotangent(function, u, g)
+
+        return {
+            name: [[results(name, slope, normalize) for normalize in (False, True)] for slope in ks]
+            for name, ks in slopes.items()
+        }
+
+    with jax.enable_x64(dtype == "float64"), np.errstate(over="ignore"):
+        u = jnp.asarray(POINTS, dtype)
+        g = np.arange(1.0, u.size + 1)
+        found = program(u, jnp.asarray(g, dtype))
+    wide = np.asarray(u, np.float64)
+    tolerance = {"float64": 1e-12, "float32": 2e-6, "float16": 1e-3}.get(dtype, 1e-2)
+    for name, (factor, _, integral) in SURROGATES.items():
+        for slope, pair in zip(slopes[name], found[name], strict=True):
+            with np.errstate(over="ignore"):
                 expected = g * factor(wide, slope)
-                for scale in (1, 1 / integral(slope)):
-                    got = slope_of(functools.partial(function, normalize=scale != 1), u, g)
-                    assert got.dtype == u.dtype
-                    np.testing.assert_allclose(
-                        np.asarray(got, np.float64),
-                        scale * expected,
-                        rtol=tolerance,
-                        atol=tolerance * 1e-3,
-                    )
+            for (y, du), scale in zip(pair, (1, 1 / integral(slope)), strict=True):
+                assert y.dtype == du.dtype == u.dtype
+                np.testing.assert_array_equal(np.asarray(y, np.float64), wide > 0, err_msg=name)
+                np.testing.assert_allclose(
+                    np.asarray(du, np.float64),
+                    scale * expected,
+                    rtol=tolerance,
+                    atol=tolerance * 1e-3,
+                    err_msg=f"{name}, {slope}",
+                )
 
 
 @every_surrogate
@@ -69,38 +81,53 @@ def test_no_number_stays_none(name):
     assert getattr(surrogate, name)(jnp.zeros((0, 3))).shape == (0, 3)
 
 
-@every_surrogate
-def test_far_from_the_threshold_nothing_is_left_of_the_gradient(name):
-    for dtype in ("float16", "bfloat16", "float32"):
-        u = jnp.array([-6e4, -1e3, 1e3, 6e4, jnp.inf, -jnp.inf], dtype)
-        for slope in (0.5, 1e4, 1e38):
-            got = slope_of(functools.partial(getattr(surrogate, name), slope=slope), u)
-            assert (np.abs(np.asarray(got, np.float32)) < 1e-3 * max(1, slope / 1e4)).all()
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_far_from_the_threshold_nothing_is_left_of_the_gradient(dtype):
+    slopes = np.array([0.5, 1e4, 1e38])
+
+    @jax.jit
+    def program(u):
+        def far(name, slope):
+            return cotangent(functools.partial(getattr(surrogate, name), slope=slope), u)
+
+        return {name: [far(name, slope) for slope in slopes.tolist()] for name in SURROGATES}
+
+    for name, found in program(jnp.array([-6e4, -1e3, 1e3, 6e4, jnp.inf, -jnp.inf], dtype)).items():
+        bound = 1e-3 * np.maximum(1, slopes / 1e4)
+        assert (np.abs(np.asarray(found, np.float32)) < bound[:, None]).all(), name
 
 
-@every_surrogate
-def test_normalized_it_integrates_to_one(name):
+def test_normalized_it_integrates_to_one():
     # With u = tan(t), which reaches to infinity.
-    for slope in (1.0, 2.5):
-        function = functools.partial(getattr(surrogate, name), slope=slope, normalize=True)
-        with jax.enable_x64(True):
-            t = (np.arange(200_000) + 0.5) * (np.pi / 200_000) - np.pi / 2
-            density = np.asarray(slope_of(function, jnp.tan(t)))
-        assert (density >= 0).all()
-        mean = (density / np.cos(t) ** 2).mean()
-        assert mean * np.pi == pytest.approx(1, abs=1e-5)
+    @jax.jit
+    def densities(u):
+        def density(name, slope):
+            function = functools.partial(getattr(surrogate, name), slope=slope, normalize=True)
+            return cotangent(function, u)
+
+        return {(name, k): density(name, k) for name in SURROGATES for k in (1.0, 2.5)}
+
+    with jax.enable_x64(True):
+        t = (np.arange(200_000) + 0.5) * (np.pi / 200_000) - np.pi / 2
+        for case, density in densities(jnp.tan(t)).items():
+            assert (density >= 0).all(), case
+            mean = (density / np.cos(t) ** 2).mean()
+            assert mean * np.pi == pytest.approx(1, abs=1e-5), case
 
 
 def test_both_sides_of_the_threshold_are_positive():
-    for name in SURROGATES:
-        got = slope_of(getattr(surrogate, name), jnp.array([-0.3, 0.3]))
-        assert got[0] == got[1] > 0
+    @jax.jit
+    def program(u):
+        return {name: cotangent(getattr(surrogate, name), u) for name in SURROGATES}
+
+    for name, du in program(jnp.array([-0.3, 0.3])).items():
+        assert du[0] == du[1] > 0, name
 
 
 def test_the_bounds_of_the_boxcar_are_inside_it():
     u = jnp.array([-0.26, -0.25, 0.25, 0.26])
     for dtype in (jnp.float32, jnp.bfloat16):
-        got = slope_of(functools.partial(surrogate.boxcar, slope=4), u.astype(dtype))
+        got = cotangent(functools.partial(surrogate.boxcar, slope=4), u.astype(dtype))
         np.testing.assert_array_equal(got, [0, 1, 1, 0])
     assert fcg.residual_bytes(surrogate.boxcar, jnp.ones(1000)) == 1000
 
