@@ -18,7 +18,7 @@ import flax_customgrad as fcg
 from flax_customgrad import catalogue
 from flax_customgrad.__main__ import main
 from flax_customgrad.command.digits import comparison, data, figure, progress
-from flax_customgrad.command.digits.comparison import Comparison, LayerPair, RunResult
+from flax_customgrad.command.digits.comparison import RunComparison, LayerPair, RunResult
 from flax_customgrad.command.digits.network import Network
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -116,7 +116,7 @@ def _comparison(**changes):
     outcome = RunResult([2.0, 1.0], 0.98, [1e-3, 2e-3, 3e-3], 100)
     layer = LayerPair("dense", nnx.Linear, fcg.Linear)
     return dataclasses.replace(
-        Comparison(2, 0, [layer], {"dense/kernel": 3e-7, "dense/bias": 0.0}, outcome, outcome),
+        RunComparison(2, 0, [layer], {"dense/kernel": 3e-7, "dense/bias": 0.0}, outcome, outcome),
         **changes,
     )
 

@@ -65,7 +65,7 @@ class RunResult:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """A plain and a converted run.
 
     Attributes:
@@ -118,7 +118,7 @@ class Comparison:
         return reasons
 
 
-def compare(steps: int, seed: int, show: AbstractContextManager[Watch]) -> Comparison:
+def compare(steps: int, seed: int, show: AbstractContextManager[Watch]) -> RunComparison:
     """Trains both networks step by step, then measures them.
 
     Args:
@@ -149,7 +149,7 @@ def compare(steps: int, seed: int, show: AbstractContextManager[Watch]) -> Compa
             RunResult(run.losses, run.test_accuracy(test), times, run.residual_bytes(batch))
             for run, times in zip((plain, converted), seconds, strict=True)
         ]
-    return Comparison(steps, seed, pairs, gradients, *results)
+    return RunComparison(steps, seed, pairs, gradients, *results)
 
 
 def _differences(got: nnx.State, expected: nnx.State) -> dict[str, float]:

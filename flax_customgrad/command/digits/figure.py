@@ -6,14 +6,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from flax_customgrad.command.digits.comparison import GRADIENT_TOLERANCE, Comparison
+from flax_customgrad.command.digits.comparison import GRADIENT_TOLERANCE, RunComparison
 
 # From the palette of Okabe and Ito, which most colour-blind readers can tell apart.
 _PLAIN, _CONVERTED = "#56B4E9", "#D55E00"
 _SMALLEST, _LARGEST = 1e-9, 10.0
 
 
-def save(result: Comparison, path: Path) -> None:
+def save(result: RunComparison, path: Path) -> None:
     """Draws the figure of a comparison and saves it as PNG."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -24,7 +24,7 @@ def save(result: Comparison, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _draw_losses(axes: Axes, result: Comparison) -> None:
+def _draw_losses(axes: Axes, result: RunComparison) -> None:
     steps = range(1, result.steps + 1)
     marker = "o" if result.steps == 1 else None
     for run, name, style in (
@@ -38,7 +38,7 @@ def _draw_losses(axes: Axes, result: Comparison) -> None:
     axes.legend(frameon=False)
 
 
-def _draw_gradients(axes: Axes, result: Comparison) -> None:
+def _draw_gradients(axes: Axes, result: RunComparison) -> None:
     names, differences = list(result.gradients), list(result.gradients.values())
     # A bar on a logarithmic axis has to end somewhere, for a difference of 0 and for one of inf.
     lengths = [min(max(difference, _SMALLEST), _LARGEST) for difference in differences]

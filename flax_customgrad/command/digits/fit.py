@@ -12,16 +12,16 @@ from flax_customgrad.command.digits.data import Batch
 
 _BATCH, _RATE = 64, 3e-3
 
-Network = TypeVar("Network", bound=nnx.Module)
+AnyNetwork = TypeVar("AnyNetwork", bound=nnx.Module)
 
 
 def fit(
-    network: Network,
-    loss: Callable[[Network, Batch], jax.Array],
+    network: AnyNetwork,
+    loss: Callable[[AnyNetwork, Batch], jax.Array],
     train: Batch,
     steps: int,
     key: jax.Array,
-) -> Network:
+) -> AnyNetwork:
     """Trains a network with Adam; the learning rate falls from 3e-3 to 0 by a cosine.
 
     Args:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flax_customgrad import catalogue
-from flax_customgrad.command.digits.comparison import Comparison, LayerPair
+from flax_customgrad.command.digits.comparison import RunComparison, LayerPair
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _PREFIXES = {"flax": "nnx.", "flax_customgrad": "fcg."}
 
 
-def make(result: Comparison, figure: Path) -> "Table":
+def make(result: RunComparison, figure: Path) -> "Table":
     """The table of a comparison, with a caption that says where its figure is."""
     import rich.box
     from rich.table import Table
@@ -40,7 +40,7 @@ def make(result: Comparison, figure: Path) -> "Table":
     return table
 
 
-def _measures(result: Comparison) -> Iterator[tuple[str, ...]]:
+def _measures(result: RunComparison) -> Iterator[tuple[str, ...]]:
     """The measurements: the name of each, both values, and how they compare."""
     from rich.filesize import decimal
 
