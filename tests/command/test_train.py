@@ -18,7 +18,7 @@ import flax_customgrad as fcg
 from flax_customgrad import catalogue
 from flax_customgrad.__main__ import main
 from flax_customgrad.command.digits import comparison, data, figure, progress
-from flax_customgrad.command.digits.comparison import RunComparison, LayerPair, RunResult
+from flax_customgrad.command.digits.comparison import LayerPair, RunComparison, RunResult
 from flax_customgrad.command.digits.network import Network
 
 PNG = b"\x89PNG\r\n\x1a\n"

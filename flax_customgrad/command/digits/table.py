@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flax_customgrad import catalogue
-from flax_customgrad.command.digits.comparison import RunComparison, LayerPair
+from flax_customgrad.command.digits.comparison import LayerPair, RunComparison
 
 if TYPE_CHECKING:
     from rich.table import Table
