@@ -19,7 +19,8 @@ def agrees(quantizer, name):
         y = quantizer(x)
         return jnp.sum(y * COTANGENT), y
 
-    (dquantizer, dx), y = nnx.grad(total, argnums=(0, 1), has_aux=True)(quantizer, X)
+    gradient = nnx.jit(nnx.grad(total, argnums=(0, 1), has_aux=True))
+    (dquantizer, dx), y = gradient(quantizer, X)
     found = {"values": y, "dx": dx}
     if "dscale" in FROZEN[name]:
         found["dscale"] = dquantizer.scale[...].reshape(np.shape(FROZEN[name]["dscale"]))
