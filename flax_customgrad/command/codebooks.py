@@ -1,4 +1,4 @@
-"""Trains autoencoders with a codebook in the middle, and shows how much of it each way uses."""
+"""Trains autoencoders with a codebook, and shows how much of it each way of learning uses."""
 
 import argparse
 import time

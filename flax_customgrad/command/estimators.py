@@ -1,4 +1,4 @@
-"""Trains a network through each straight-through and surrogate gradient, beside one without.
+"""Trains a network through each straight-through and surrogate gradient, beside a control.
 
 Each network has two hidden blocks whose gradient passes through the estimator. Its control is the
 same network with that gradient set to zero.

@@ -1,4 +1,4 @@
-"""Trains a network in few bits, beside the same in float32 and one whose gradient is zero.
+"""Trains quantized networks, each beside float32 and a control whose gradient is zero.
 
 Two hidden layers are quantized. In the control no gradient passes through them.
 """

@@ -1,4 +1,4 @@
-"""Trains a network on handwritten digits, plainly and converted, and compares the two."""
+"""Trains a network on handwritten digits, plain and converted, and compares the two."""
 
 import argparse
 import os
