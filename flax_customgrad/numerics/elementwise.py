@@ -131,7 +131,7 @@ def _primal(f: Elementwise, x: jax.Array, parameters: tuple[Any, ...]) -> Any:
 def _fwd_of(operation: CustomVJP) -> Callable[..., tuple[Any, Residuals]]:
     def fwd(x: jax.Array, parameters: tuple[Any, ...], f: Elementwise) -> tuple[Any, Residuals]:
         y = operation(x, parameters, f)
-        shapes = (x.shape, *(p.shape if has_gradient(p) else None for p in parameters))
+        shapes = (jnp.shape(x), *(p.shape if has_gradient(p) else None for p in parameters))
         return y, Residuals(f.residuals(x, y, *parameters), shapes, f)
 
     return fwd
