@@ -56,7 +56,7 @@ class Sampler(nnx.Module):
             logits: array of any shape, float; -inf masks a class.
             temperature: takes the place of the layer's; it may be traced.
             deterministic: takes the place of the layer's; if true, nothing is sampled.
-            rngs: takes the place of the layer's; a key will do.
+            rngs: takes the place of the layer's; a key is taken as well.
 
         Returns:
             Array like logits, that of the function of the same name.

@@ -147,7 +147,7 @@ def _singular_z() -> jax.Array:
 
 
 def _singular_q() -> jax.Array:
-    """Beside vectors of `_singular_z` that are zero, and beside others: 0, opposite and equal."""
+    """Zero vectors, where `_singular_z` has some and elsewhere; opposite and equal ones."""
     z = _singular_z()
     q = _four_axes_too().at[0, 0, 0].set(0).at[1, 0, 0].set(0)
     return q.at[2].set(-2 * z[2]).at[3].set(z[3])

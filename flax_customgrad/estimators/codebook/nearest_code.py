@@ -6,8 +6,8 @@ The last term is the same for every code, and the first is part of the product: 
 `[-2 x, 1] [code, |code|^2]^T` is that of the distances. The product is taken for a block of
 codes at a time, beside a running minimum: 65536 codes and 16384 vectors need a block of 17 MB
 rather than 4.3 GB of distances. Blocks are of codes and not of vectors, so that vectors that a mesh
-has spread stay where they are. The last block overlaps the one before, so that any number of codes
-will do.
+has spread stay where they are. The last block overlaps the one before, so that the number of codes
+may be any.
 
 The place of the minimum is found by looking for its value, which XLA on a CPU vectorizes: on two
 cores argmin takes 430 ms for 8192 codes of 64 and 16384 vectors, this 190, the products alone 145.

@@ -129,7 +129,7 @@ def n_m_sparsify(
             Conv the last but one.
 
     Returns:
-        Array like `w`; NaN is kept beside the n largest.
+        Array like `w`; NaN is kept in addition to the n largest.
 
     Raises:
         TypeError: the weights are not floating.

@@ -44,8 +44,8 @@ class FeedbackConv(Conv):
     """A convolution that sends its error back through a fixed random kernel.
 
     Constructor, parameters, initial values and results are those of `Conv`, and so of
-    `flax.nnx.Conv`; `feedback` is beside them. A mask on the kernel holds for the feedback as well:
-    what is not connected sends nothing back. Inside `use_autodiff` the backward stays.
+    `flax.nnx.Conv`; `feedback` is one Variable more. A mask on the kernel holds for the feedback as
+    well: what is not connected sends nothing back. Inside `use_autodiff` the backward stays.
 
     Args:
         in_features: number of input features.

@@ -33,7 +33,7 @@ class FeedbackLinear(Linear):
     """A linear layer that sends its error back through a fixed random matrix.
 
     Constructor, parameters, initial values and results are those of `Linear`, and so of
-    `flax.nnx.Linear`; `feedback` is beside them. Inside `use_autodiff` the backward stays.
+    `flax.nnx.Linear`; `feedback` is one Variable more. Inside `use_autodiff` the backward stays.
 
     Args:
         in_features: number of input features.

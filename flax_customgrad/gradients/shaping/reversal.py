@@ -32,7 +32,7 @@ def gradient_reversal(x: Any, strength: NumberOrArray = 1.0) -> jax.Array:
 
     Args:
         x: array of any shape. Integers have no gradient and pass as they are.
-        strength: what the gradient is multiplied by, beside -1: a number, or an array that
+        strength: what the gradient is multiplied by, apart from -1: a number, or an array that
             broadcasts to x. It gets no gradient.
 
     Returns:

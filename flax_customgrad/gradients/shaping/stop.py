@@ -99,7 +99,7 @@ class StopGradient(nnx.Module):
 
     Attributes:
         start: the first step at which the gradient is stopped.
-        stop: the step from which on it is let through, or None for never.
+        stop: the step from which on it passes, or None for never.
         every: the distance from each step at which it is stopped to the next.
 
     Raises:
