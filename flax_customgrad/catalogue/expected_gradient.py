@@ -1,5 +1,6 @@
 """What the gradient of an example is compared with: a formula, or the layer of nnx itself."""
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,10 @@ def expected(entry: Entry, example: tuple[Any, ...]) -> dict[str, Any]:
     if entry.reference is None:
         return {}
     if entry.is_function:
-        return {"reference": partial(entry.reference, **keywords)}
+        # What a function of ours takes beyond that of nnx changes what is kept, and no gradient.
+        known = inspect.signature(entry.reference).parameters
+        common = {name: value for name, value in keywords.items() if name in known}
+        return {"reference": partial(entry.reference, **common)}
     call = _call if isinstance(first, nnx.Module) else first
     return {"reference": lambda layer, *inputs: call(_of_nnx(entry, layer), *inputs)}
 

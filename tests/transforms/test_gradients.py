@@ -47,14 +47,10 @@ EXAMPLES = [
 ]
 
 # What JAX itself cannot do here, and so is skipped: an Explicit mesh asks jnp.take for a sharding
-# that it does not take, axis 0 of that product is a batch axis of the kernel, and power iteration
-# sums over split features.
-FROZEN = {"QLoRALinear"}
+# that it does not take, and power iteration sums over split features.
+FROZEN = {"NF4Linear", "QLoRALinear"}
 CANNOT = {
     ("Embed", "mesh", "Explicit axes"),
-    ("LinearGeneral", "shard_map", "check_vma=True"),
-    ("LinearGeneral", "shard_map", "check_vma=False"),
-    ("LinearGeneral", "mesh", "Explicit axes"),
     ("SpectralNorm", "mesh", "Explicit axes"),
     # Features in groups.
     ("Conv", "mesh", "Explicit axes"),
