@@ -6,9 +6,9 @@
     kept      f.residuals(x, y, p...)
 
 There are two operations over these rules. `elementwise` is exact: its backward is the derivative of
-its forward, `use_autodiff` lets JAX differentiate it, and so do second derivatives. The backward of
+its forward, and inside `use_autodiff` JAX differentiates the forward itself. The backward of
 `elementwise_surrogate` is meant to be another one, such as that of a straight-through estimator: it
-stays in force everywhere, and second derivatives of what it returns are taken of it again.
+stays in force everywhere, and y has this derivative also where a second one is taken.
 
 A backward is computed in float32, or in float64 for float64, and rounded once, to the dtype of what
 it belongs to. Outside of a jit each pass is one compiled call.
@@ -129,6 +129,8 @@ def _primal(f: Elementwise, x: jax.Array, parameters: tuple[Any, ...]) -> Any:
 
 
 def _fwd_of(operation: CustomVJP) -> Callable[..., tuple[Any, Residuals]]:
+    """The forward rule of an operation, which calls it: y keeps the derivative of a surrogate."""
+
     def fwd(x: jax.Array, parameters: tuple[Any, ...], f: Elementwise) -> tuple[Any, Residuals]:
         y = operation(x, parameters, f)
         shapes = (jnp.shape(x), *(p.shape if has_gradient(p) else None for p in parameters))

@@ -27,7 +27,7 @@ def _scaled_sign(w: jax.Array, a: jax.Array, *rest: Any) -> jax.Array:
     return a * sign(w)
 
 
-def _keep(w: jax.Array, a: jax.Array, clip_value: float, *n: int) -> tuple[Any, ...]:
+def _keep_mask_and_scale(w: jax.Array, a: jax.Array, clip_value: float, *n: int) -> tuple[Any, ...]:
     return *keep_within(w, clip_value), a, *n
 
 
@@ -39,8 +39,10 @@ def _xnor_backward(g: jax.Array, mask: jax.Array, a: jax.Array, n: jax.Array) ->
     return g * (1 / n + jnp.where(mask, a, 0))
 
 
-_MAGNITUDE_AWARE_SIGN = Step("MagnitudeAwareSign", _scaled_sign, _magnitude_aware_backward, _keep)
-_XNOR_SIGN = Step("XNORSign", _scaled_sign, _xnor_backward, _keep)
+_MAGNITUDE_AWARE_SIGN = Step(
+    "MagnitudeAwareSign", _scaled_sign, _magnitude_aware_backward, _keep_mask_and_scale
+)
+_XNOR_SIGN = Step("XNORSign", _scaled_sign, _xnor_backward, _keep_mask_and_scale)
 
 
 class MagnitudeAwareSign(nnx.Module):

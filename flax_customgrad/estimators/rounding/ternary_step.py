@@ -27,11 +27,11 @@ def _ternary(x: jax.Array, threshold: Any, *clip_value: Any) -> jax.Array:
     return jnp.where(jnp.abs(x) <= threshold, 0, sign(x))
 
 
-def _keep(x: jax.Array, threshold: Any, clip_value: float) -> tuple[jax.Array]:
+def _keep_mask(x: jax.Array, threshold: Any, clip_value: float) -> tuple[jax.Array]:
     return keep_within(x, clip_value)
 
 
-_TERNARY = Step("SteTern", _ternary, masked, _keep)
+_TERNARY = Step("SteTern", _ternary, masked, _keep_mask)
 _TERNARY_STRAIGHT_THROUGH = Step("SteTern", _ternary, straight_through, keep_none)
 
 

@@ -39,7 +39,7 @@ from flax_customgrad.numerics.hyperbolic import sech_squared
 from flax_customgrad.numerics.packing import masked
 
 
-def _spike(name: str, p: Callable[[jax.Array], jax.Array]) -> Step:
+def _spike_step(name: str, p: Callable[[jax.Array], jax.Array]) -> Step:
     """A step of (u, slope, peak), with the surrogate gradient p."""
 
     def backward(g: jax.Array, u: jax.Array, slope: jax.Array, peak: jax.Array) -> jax.Array:
@@ -49,11 +49,11 @@ def _spike(name: str, p: Callable[[jax.Array], jax.Array]) -> Step:
     return Step(name, heaviside, backward)
 
 
-_FAST_SIGMOID = _spike("fast_sigmoid", lambda v: jnp.square(1 / (1 + v)))
-_ATAN = _spike("atan", lambda v: 1 / (1 + jnp.square(jnp.pi / 2 * v)))
-_SIGMOID = _spike("sigmoid", lambda v: sech_squared(v / 2))  # 4 s(v) (1 - s(v))
-_TRIANGULAR = _spike("triangular", lambda v: jnp.maximum(1 - v, 0))
-_EXPONENTIAL = _spike("piecewise_exponential", lambda v: jnp.exp(-v))
+_FAST_SIGMOID = _spike_step("fast_sigmoid", lambda v: jnp.square(1 / (1 + v)))
+_ATAN = _spike_step("atan", lambda v: 1 / (1 + jnp.square(jnp.pi / 2 * v)))
+_SIGMOID = _spike_step("sigmoid", lambda v: sech_squared(v / 2))  # 4 s(v) (1 - s(v))
+_TRIANGULAR = _spike_step("triangular", lambda v: jnp.maximum(1 - v, 0))
+_EXPONENTIAL = _spike_step("piecewise_exponential", lambda v: jnp.exp(-v))
 
 
 def fast_sigmoid(u: ArrayLike, slope: ArrayLike = 25.0, *, normalize: bool = False) -> jax.Array:

@@ -5,7 +5,6 @@ float32 (gate and up 2048x2816), jax.nn's and ours.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -44,9 +43,15 @@ def _many_bf16() -> jax.Array:
     return normal(4096, 1024, dtype=jnp.bfloat16)
 
 
-def _many_bits(relu: Any) -> tuple[Any, ...]:
-    """Relu with a choice that that of nnx does not have."""
-    return (partial(relu, residual="bits") if relu is piecewise.relu else relu), _many()
+def _relu(residual: str, inputs: Callable[[], jax.Array]) -> Example:
+    """An example with an argument that relu of nnx does not have."""
+
+    def make(relu: Any) -> tuple[Any, ...]:
+        if relu is not piecewise.relu:
+            return relu, inputs()
+        return (lambda x: relu(x, residual=residual)), inputs()
+
+    return make
 
 
 _WIDE = {"4096x1024": applied(_many)}
@@ -161,10 +166,10 @@ _POINTWISE = (
         "67 MB -> 38 with bits",
         examples={
             "mask": applied(_few),
-            "bits": applied(lambda: 2 * normal(8, 11), residual="bits"),
-            "output": applied(_few, residual="output"),
+            "bits": _relu("bits", lambda: 2 * normal(8, 11)),
+            "output": _relu("output", _few),
         },
-        workloads={**_WIDE_AND_BF16, "4096x1024, bits": _many_bits},
+        workloads={**_WIDE_AND_BF16, "4096x1024, bits": _relu("bits", _many)},
     ),
     _function(piecewise.relu6, "a mask", "as nnx"),
     _function(piecewise.hard_tanh, "a mask", "134 MB -> 67"),
