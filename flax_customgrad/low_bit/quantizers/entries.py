@@ -60,11 +60,9 @@ def _on_the_grid(*args: Any, **kwargs: Any) -> Example:
 
     def make(cls: Any) -> tuple[Any, ...]:
         layer, x = cls(*args, **kwargs), jnp.round(6 * normal(8, 1, 11)) / 8
-        if isinstance(layer, LSQ):
-            layer.observe(x)
-            layer.scale[...] = jnp.full(layer.scale.shape, 0.25).at[..., 0].set(0.5)
-            if isinstance(layer, LSQPlus):
-                layer.offset[...] = jnp.full(layer.offset.shape, 0.125).at[..., 1].set(0)
+        if isinstance(layer, LSQPlus):
+            layer.scale = nnx.Param(jnp.full((1, 1, 11), 0.25).at[..., 0].set(0.5))
+            layer.offset = nnx.Param(jnp.full((1, 1, 11), 0.125).at[..., 1].set(0))
         return layer, x
 
     return make
