@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from flax_customgrad import surrogate
 from flax_customgrad.estimators.spiking import leaky, lif
+from flax_customgrad.estimators.spiking import spike_surrogates as surrogate
 from flax_customgrad.estimators.spiking.fire import fire
 from flax_customgrad.estimators.spiking.leak import leak
 from flax_customgrad.registry.entry import Curve, Entry, Example
