@@ -4,6 +4,9 @@ reStructuredText reads the asterisk of a shape such as (*batch, features) as the
 and an absolute value |x| as a substitution. napoleon reads the text before a colon in the docstring
 of a variable as its type. And `inspect` shows the default `jnp.float32` of an argument as a class
 in angle brackets, and the name of a type such as ArrayLike as the ten types that it stands for.
+
+A public name says that it is defined where users import it from (`registry.public`), so viewcode is
+told where its source is.
 """
 
 import ast
@@ -68,7 +71,10 @@ class _Types(ast.NodeTransformer):
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
         if node.id in flax_customgrad.__all__:
-            return node
+            # A type of flax by the same name, such as Size, must not become a link to ours.
+            theirs = getattr(sys.modules.get(self._module), node.id, None)
+            ours = theirs is None or theirs is getattr(flax_customgrad, node.id)
+            return node if ours else ast.Name(theirs.__name__)
         found = _alias(node.id, self._module)
         return node if found is None else ast.parse(found, mode="eval").body
 
@@ -108,19 +114,39 @@ def _finish(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
 def _sign(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, shown: str | None, returns: str
 ) -> tuple[str, str] | None:
-    if shown in (None, "()"):  # The page leaves the arguments out, or there are none.
-        return None
     if what in ("function", "method"):
         return signature(obj)
-    if what == "class" and issubclass(obj, nnx.Module):
+    if what != "class" or shown in (None, "()"):  # The page leaves the arguments out.
+        return None
+    if issubclass(obj, nnx.Module):
         found = signature(obj.__init__)
         return found and (found[0], "")
+    # As Sphinx writes a Callable of any arguments.
+    return shown.replace("Callable[[...], ", "Callable[..., "), returns
+
+
+def _source_of(app: Sphinx, module: str, attribute: str) -> str | None:
+    """The module whose source defines an attribute of a public module."""
+    name = attribute.partition(".")[0]
+    value = getattr(sys.modules.get(module), name, None)
+    for path, candidate in list(sys.modules.items()):
+        is_ours = path.partition(".")[0] == "flax_customgrad"
+        if is_ours and vars(candidate).get(name) is value and name in _definitions(path):
+            return path
     return None
 
 
+@functools.cache
+def _definitions(module: str) -> set[str]:
+    """The classes and functions that the source of a module defines."""
+    body = ast.parse(inspect.getsource(sys.modules[module])).body
+    return {node.name for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Registers the changes to a docstring before and after napoleon, and to a signature."""
+    """Registers what becomes of a docstring before and after napoleon, a signature and a source."""
     app.connect("autodoc-process-docstring", _hide_colon, priority=400)
     app.connect("autodoc-process-docstring", _finish, priority=600)
     app.connect("autodoc-process-signature", _sign)
+    app.connect("viewcode-follow-imported", _source_of)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -78,7 +78,9 @@ def _linked(source: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([\\`*_|<>\[\]{}$])", r"\\\1", text)
+    """A text that Markdown shows as it is; what stands in backticks is code."""
+    pattern = r"(`[^`]+`)|([\\`*_|<>\[\]{}$])"
+    return re.sub(pattern, lambda match: match[1] or rf"\{match[2]}", text)
 
 
 def _write(app: Sphinx, docname: str, source: list[str]) -> None:
