@@ -1,6 +1,7 @@
 """Smooth activations, and their derivatives as functions of x alone.
 
-With s the sigmoid, s(x) = 1 / (1 + exp(-x)), and P the normal distribution function:
+With s the sigmoid, s(x) = 1 / (1 + exp(-x)), P the normal distribution function,
+a = 2 sqrt(2 / pi) and c = 0.044715 a:
 
     gelu, erf    y = x P(x)                         dx = g (P(x) + x exp(-x^2 / 2) / sqrt(2 pi))
     gelu, tanh   y = x s(x (a + c x^2))             dx = g s (1 + x (1 - s) (a + 3 c x^2))
@@ -14,10 +15,10 @@ With s the sigmoid, s(x) = 1 / (1 + exp(-x)), and P the normal distribution func
     soft_sign    y = x / (1 + |x|)                  dx = g / (1 + |x|)^2
     kept         x, and b
 
-Where a formula meets 0 times infinity, x is clipped to where the function is its
-limit already to the last bit, beyond every rounding of float64: those clips are what makes an
-infinite x give a value and a gradient. The sigmoid is that of x itself, which XLA can share between
-the passes; the clips of the passes differ, because XLA would share them too, as one more array.
+Where a formula meets 0 times infinity, x is clipped at a bound beyond which the function equals its
+limit to the last bit, in float64 too: so an infinite x has a value and a gradient. The sigmoid is
+that of x itself, which XLA can share between the passes; the clips of the passes differ, because
+XLA would share them too, as one more array.
 """
 
 import functools
@@ -30,8 +31,8 @@ from jax.typing import ArrayLike
 
 from flax_customgrad.layers.activation.pointwise import Pointwise
 
-# gelu(x) = x Phi(x), with Phi the normal distribution. The approximate form is x (1 + tanh(u)) / 2,
-# which is x s(v) with v = 2 u and s the sigmoid: for negative x that loses no digits.
+# gelu(x) = x P(x). The approximate form is x (1 + tanh(u)) / 2, which is x s(v) with v = 2 u:
+# for negative x that loses no digits.
 
 _A = 2 * math.sqrt(2 / math.pi)
 _C = 0.044715 * _A

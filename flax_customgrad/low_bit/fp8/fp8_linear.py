@@ -37,8 +37,8 @@ class Fp8Linear(Linear, Fp8Layer):
     and the arguments below. Parameters, their names and initial values are those of
     `flax.nnx.Linear`.
 
-    The histories and scales of delayed scaling, that of the gradient included, are
-    `BackwardState`s: the backward pass writes them, and an optimizer need not know of them. A
+    The histories and scales of delayed scaling, that of the gradient included, are held in a
+    `BackwardState` each: the backward pass writes them, and an optimizer need not know of them. A
     forward alone, as in evaluation, writes nothing. Each gradient is one step; where an optimizer
     steps after several, as in gradient accumulation, `begin_step` says where a step begins. Within
     a step the histories take the maximum, also over calls of one layer.

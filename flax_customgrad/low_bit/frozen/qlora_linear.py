@@ -136,7 +136,7 @@ qlora_linear.defvjp(_fwd, _bwd)
 class QLoRALinear(NF4Linear):
     """`NF4Linear` with a kernel of low rank that is trained: y = x W + (alpha / rank) x A B + b.
 
-    What is trained are the two `nnx.LoRAParam`s, named as in `flax.nnx.LoRA`; the rest is
+    What is trained are A and B, each an `nnx.LoRAParam`, named as in `flax.nnx.LoRA`; the rest is
     `Frozen`. It keeps the input and codes between the passes, and dequantizes in the forward and
     again in the backward.
 
