@@ -1,8 +1,8 @@
 """The catalogue: one entry per layer, which the tests, the command line, benchmarks and docs read.
 
-An entry says what a layer is, where it comes from and what its backward keeps, and makes examples
-of it: small ones on which its gradient is checked, and workloads on which it is timed. The entries
-of a family stand in its folder, in `entries.py`.
+An entry records what a layer is, its source and what its backward keeps, and makes examples of it:
+small ones on which its gradient is checked, and workloads on which it is timed. The entries of a
+family are in its folder, in `entries.py`.
 """
 
 from typing import Any
@@ -63,8 +63,11 @@ def entries() -> tuple[Entry, ...]:
 def find(name: str) -> Entry:
     """The entry of a layer.
 
+    Args:
+        name: the public name of the layer.
+
     Raises:
-        KeyError: there is none; the error lists the names.
+        KeyError: no layer has that name; the error lists the names.
     """
     for entry in entries():
         if entry.name == name:
@@ -73,7 +76,7 @@ def find(name: str) -> Entry:
 
 
 def drop_ins() -> dict[type[nnx.Module], Any]:
-    """From each flax.nnx layer to the Module of this library that takes its place."""
+    """Maps each flax.nnx layer to the Module of this library that replaces it."""
     return {e.reference: e.module for e in entries() if e.is_drop_in and not e.is_function}  # type: ignore[misc]
 
 

@@ -1,4 +1,4 @@
-"""What the gradient of an example is compared with: a formula, or the layer of nnx itself."""
+"""The expected gradient of an example: that of a formula, or of the layer of nnx itself."""
 
 import inspect
 from functools import partial
@@ -15,11 +15,11 @@ def expected(entry: Entry, example: tuple[Any, ...]) -> dict[str, Any]:
 
     Args:
         entry: the entry of the layer.
-        example: what one of the entry's makers of examples made of `entry.module`.
+        example: what one of the entry's makers of examples returned for `entry.module`.
 
     Returns:
         The formula of a surrogate; for a drop-in the layer or function of nnx itself, so that a
-        wrong value is found too; nothing for what is neither: JAX differentiates it itself.
+        wrong value is found too; nothing for any other, which JAX differentiates itself.
     """
     first = example[0]
     keywords = first.keywords if isinstance(first, partial) else {}
@@ -28,21 +28,21 @@ def expected(entry: Entry, example: tuple[Any, ...]) -> dict[str, Any]:
     if entry.reference is None:
         return {}
     if entry.is_function:
-        # What a function of ours takes beyond that of nnx changes what is kept, and no gradient.
+        # An argument that nnx's function does not have changes what is kept, and no gradient.
         known = inspect.signature(entry.reference).parameters
         common = {name: value for name, value in keywords.items() if name in known}
         return {"reference": partial(entry.reference, **common)}
     call = _call if isinstance(first, nnx.Module) else first
-    return {"reference": lambda layer, *inputs: call(_of_nnx(entry, layer), *inputs)}
+    return {"reference": lambda layer, *inputs: call(_to_nnx(entry, layer), *inputs)}
 
 
-def _of_nnx(entry: Entry, layer: Any) -> Any:
-    """A layer of this library as that of nnx which it stands for, in its place."""
+def _to_nnx(entry: Entry, layer: Any) -> Any:
+    """Turns a layer of this library into the layer of nnx that it replaces."""
     to_layer = getattr(entry.module, "to_layer", None)
     if to_layer is not None:
         return to_layer(layer)
     set_class(layer, entry.reference)  # type: ignore[arg-type]
-    # What it is made of as well: LoRALinear holds a LoRA.
+    # So do the layers that it holds: LoRALinear holds a LoRA.
     for _, part in nnx.iter_modules(layer):
         of_nnx = getattr(nnx, type(part).__name__, type(part))
         if isinstance(of_nnx, type) and isinstance(part, of_nnx):

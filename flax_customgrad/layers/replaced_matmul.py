@@ -1,7 +1,7 @@
 """Checks shared by layers that replace nnx's matmul: with an int8, fp8 or quantized product.
 
-Such a layer cannot call an operation of the user's own, takes floating arrays only, and takes the
-place of a layer that holds the same parameters.
+Such a layer cannot call an operation of the user's own, takes floating arrays only, and replaces a
+layer that holds the same parameters.
 """
 
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ _INJECTABLE = {
 
 
 def operands(layer: nnx.Module, x: Any, *names: str) -> tuple[Parameters, jax.Array]:
-    """The parameters of a layer and its input, checked, as they go into an operation.
+    """The parameters and the input of a layer, checked, as an operation takes them.
 
     Args:
         layer: the layer.
@@ -70,7 +70,7 @@ def checked(layer: Any, params: Parameters, x: Any) -> tuple[Parameters, jax.Arr
 
 
 def adopt(cls: type[L], layer: Any, reference: type) -> L:
-    """Turns a layer of nnx, or a drop-in, into one of another class that holds the same, in place.
+    """Turns a layer of nnx, or a drop-in, into another class with the same parameters, in place.
 
     Args:
         cls: the class that the layer becomes.
@@ -82,7 +82,7 @@ def adopt(cls: type[L], layer: Any, reference: type) -> L:
 
     Raises:
         TypeError: the layer is not an instance of `reference`, or its class has a `__call__` of
-            its own, which `cls` would not call.
+            its own, which `cls` would not run.
         ValueError: an operation was injected into the layer.
     """
     if not isinstance(layer, reference):
@@ -101,7 +101,7 @@ def adopt(cls: type[L], layer: Any, reference: type) -> L:
 
 
 def refuse_injected(name: str, layer: Any) -> None:
-    """Refuses a layer with an injected operation, which the product of this library replaces.
+    """Refuses a layer with an injected operation, which this library would not call.
 
     Args:
         name: the name of the class, for the error.

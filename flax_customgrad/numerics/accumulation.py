@@ -1,4 +1,4 @@
-"""Sums in float32, or wider where an array is wider: how every backward adds up."""
+"""Float32 accumulation: the dtype in which every backward sums, and sums in it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,25 +14,30 @@ def accumulator(*arrays: Any) -> Any:
 
 
 def total(g: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """The sum over axes in the accumulator's dtype; what the gradient of a bias is.
+    """Sums over axes in the accumulator's dtype, such as for the gradient of a bias.
 
     Args:
         g: array of any shape, float.
         axes: the axes to sum over, which are dropped.
+
+    Returns:
+        Array without those axes, float32 or wider.
     """
     return lax.reduce_sum(g.astype(accumulator(g)), axes)
 
 
 def fusion_barrier(x: jax.Array) -> jax.Array:
-    """An array as it is, which XLA on a CPU does not take apart for the next sum over it.
+    """Barrier: stops XLA on a CPU from fusing what leads to an array into the next sum over it.
 
-    Such a sum it hands to a library, together with the products, additions and maxima that lead to
-    it, and stores each of their terms. Rounding is not taken along, and to the array's own
-    precision it changes nothing. 2x2 averages that are summed up take 3 arrays without it, and 1.7
-    times as long.
+    XLA hands such a sum to a library, together with the products, additions and maxima that lead to
+    it, and stores each of their terms. A rounding stops that, and one to the array's own precision
+    changes no value. Without it, summing 2x2 averages stores 3 arrays and takes 1.7 times as long.
 
     Args:
         x: array of any shape, float.
+
+    Returns:
+        The same array.
     """
     limits = jnp.finfo(x.dtype)
     return lax.reduce_precision(x, limits.nexp, limits.nmant)

@@ -1,6 +1,6 @@
-"""Checks of the arguments of constructors and functions: what is wrong with one, and what is right.
+"""Checks of the arguments of constructors and functions.
 
-Each takes the name of the layer and that of the argument, which its error names.
+Each check takes the name of the layer. Its error names the layer, the argument and what is allowed.
 """
 
 import math
@@ -18,7 +18,7 @@ def check_positive(layer: str, argument: str, value: Any) -> Any:
     Args:
         layer: the name of the layer, for the error.
         argument: the name of the argument, for the error.
-        value: a number or an array; or a traced one, whose value is not known.
+        value: a number, or an array of any shape; a traced one is not checked.
 
     Returns:
         The value.
@@ -50,7 +50,7 @@ def check_nonnegative(layer: str, argument: str, value: float) -> None:
 
 
 def check_size(layer: str, argument: str, value: Any) -> None:
-    """Refuses a size that is no positive integer.
+    """Refuses a size that is not a positive integer.
 
     Args:
         layer: the name of the layer, for the error.
@@ -58,14 +58,14 @@ def check_size(layer: str, argument: str, value: Any) -> None:
         value: the size.
 
     Raises:
-        ValueError: the size is no integer, or below 1.
+        ValueError: the size is not an integer, or below 1.
     """
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{layer}: {argument}={value!r} must be an integer of at least 1")
 
 
 def check_clip_value(layer: str, clip_value: float | None) -> float | None:
-    """Refuses a bound on where a gradient passes that is not positive.
+    """Refuses a `clip_value`, the bound within which a gradient passes, that is not positive.
 
     Args:
         layer: the name of the layer, for the error.
@@ -86,16 +86,16 @@ def check_clip_value(layer: str, clip_value: float | None) -> float | None:
 
 
 def check_word(layer: str, argument: str, value: Any, words: Iterable[str]) -> None:
-    """Refuses a word that is not one of those an argument may be.
+    """Refuses a word that is not among the allowed ones.
 
     Args:
         layer: the name of the layer, for the error.
         argument: the name of the argument, for the error.
-        value: what was given.
-        words: what may be given.
+        value: the argument.
+        words: the allowed values.
 
     Raises:
-        ValueError: the value is none of the words.
+        ValueError: the value is not one of the words.
     """
     words = tuple(words)
     if value not in words:
@@ -103,18 +103,18 @@ def check_word(layer: str, argument: str, value: Any, words: Iterable[str]) -> N
 
 
 def check_bits(layer: str, bits: Any, least: int = 2) -> int:
-    """Refuses a number of bits that is no integer, or too small or large for a code in a byte.
+    """Refuses a number of bits that is not an integer, or with which a code does not fit a byte.
 
     Args:
         layer: the name of the layer, for the error.
-        bits: the number.
-        least: how few there may be.
+        bits: the number of bits.
+        least: the smallest number allowed.
 
     Returns:
-        The number.
+        The number of bits.
 
     Raises:
-        ValueError: it is no integer from the least to 8.
+        ValueError: `bits` is not an integer from `least` to 8.
     """
     if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= 8:
         raise ValueError(f"{layer}: bits={bits!r} must be an integer from {least} to 8")

@@ -1,4 +1,4 @@
-"""Broadcasting: which shapes fit, and the sum that a broadcast array gets for its gradient."""
+"""Broadcasting: which shapes fit, and the gradient of an array that was broadcast."""
 
 from collections.abc import Sequence
 
@@ -15,14 +15,14 @@ def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
 
 
 def sum_to_shape(g: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """What a broadcast array gets of a gradient: the sum over the axes along which it was repeated.
+    """The gradient of a broadcast array: summed over the axes along which it was repeated.
 
     Args:
-        g: a gradient, of the shape that was broadcast to.
-        shape: the shape before.
+        g: the gradient of the result, an array of the shape that was broadcast to, float.
+        shape: the shape before broadcasting.
 
     Returns:
-        An array of that shape; float32 or wider where anything was summed.
+        Array of the shape before; float32 or wider where anything was summed.
     """
     lead = g.ndim - len(shape)
     repeated = [lead + i for i, n in enumerate(shape) if n == 1 != g.shape[lead + i]]

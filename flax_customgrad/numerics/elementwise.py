@@ -1,4 +1,4 @@
-"""Functions of each element of an array, with a backward: what all of them share.
+"""Elementwise functions with a hand-written backward: the operations that all of them share.
 
     forward   y  = f(x, p...)                   x and the parameters p broadcast against each other
     backward  dx = f.cotangents(g, kept...)     summed to the shape of x
@@ -7,11 +7,11 @@
 
 There are two operations over these rules. `elementwise` is exact: its backward is the derivative of
 its forward, and inside `use_autodiff` JAX differentiates the forward itself. The backward of
-`elementwise_surrogate` is meant to be another one, such as that of a straight-through estimator: it
-stays in force everywhere, and y has this derivative also where a second one is taken.
+`elementwise_surrogate` is meant to differ from the derivative, as a straight-through estimator
+does: it is used everywhere, also inside `use_autodiff` and where y is differentiated twice.
 
 A backward is computed in float32, or in float64 for float64, and rounded once, to the dtype of what
-it belongs to. Outside of a jit each pass is one compiled call.
+it is the gradient of. Outside of a jit each pass is one compiled call.
 """
 
 from abc import ABC, abstractmethod
@@ -29,7 +29,7 @@ from flax_customgrad.numerics.inline_jit import inline_jit
 
 
 class Elementwise(ABC):
-    """A function of each element with its backward; a subclass is a frozen dataclass."""
+    """An elementwise function with its backward; a subclass is a frozen dataclass."""
 
     @abstractmethod
     def primal(self, x: jax.Array, /, *parameters: Any) -> Any:
@@ -62,18 +62,21 @@ class Elementwise(ABC):
             *kept: what `residuals` returned, floating arrays in float32 or wider.
 
         Returns:
-            The cotangent of x, and those of the parameters, None for one that has none; or that of
-            x alone. They may be as large as g: they are summed to the shape of what they belong to.
+            The cotangents of x and of the parameters, None for one without; or that of x alone.
+            They may have the shape of g: each is summed to the shape of its argument afterwards.
         """
 
 
 def in_float32(f: Callable[..., jax.Array], dtype: Any, *arrays: jax.Array) -> jax.Array:
-    """A function of arrays, in float32 where the result has half precision, and rounded once.
+    """Computes a function in float32 where the result has half precision, and rounds once.
 
     Args:
         f: the function.
         dtype: dtype of the result.
         *arrays: its arguments, arrays of any shape.
+
+    Returns:
+        What the function returns, in that dtype.
     """
     return in_dtype(f(*widened(dtype, *arrays)), dtype)
 
@@ -82,9 +85,8 @@ class Residuals(NamedTuple):
     """What the backward of an elementwise function keeps.
 
     Attributes:
-        kept: what the function says.
-        shapes: that of x, and of each parameter that may have a gradient, None for a number or
-            integers.
+        kept: what `f.residuals` returned.
+        shapes: those of x and of each parameter with a gradient; None for a number or integers.
         f: the function.
     """
 
@@ -168,5 +170,5 @@ elementwise_surrogate.defvjp(_fwd_of(elementwise_surrogate), _bwd)
 
 
 def has_gradient(parameter: Any) -> bool:
-    """Whether a parameter is a floating array: a number of Python has no gradient."""
+    """Whether a parameter is a floating array; a Python number has no gradient."""
     return isinstance(parameter, jax.Array) and jnp.issubdtype(parameter.dtype, jnp.floating)

@@ -1,4 +1,4 @@
-"""`inline_jit`: one compiled call where nobody compiles, and nothing at all inside of a jit."""
+"""`inline_jit`: compiles a function that is called outside of a jit; inside one it does nothing."""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +10,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def inline_jit(*, static_argnums: int | tuple[int, ...] = 0) -> Callable[[F], F]:
-    """Compiles a function for calls outside of any jit, so that no array in between is stored.
+    """Compiles a function for calls outside of any jit, so that no intermediate array is stored.
 
     Inside of a jit its operations become those of the caller, as if it were not decorated.
 

@@ -4,15 +4,18 @@ from flax import nnx
 
 
 def fork_stream(drawing: str, collection: str, rngs: nnx.Rngs | None) -> nnx.RngStream:
-    """A stream to draw from, forked off.
+    """Forks a stream of random numbers.
 
     Args:
         drawing: what draws from it, for the error: a layer and its argument.
         collection: the stream of `rngs` to fork.
         rngs: the streams.
 
+    Returns:
+        The new stream.
+
     Raises:
-        ValueError: there are none.
+        ValueError: `rngs` is None.
     """
     if rngs is None:
         raise ValueError(f"{drawing} draws noise: write rngs=nnx.Rngs(0)")

@@ -3,9 +3,9 @@
     pack    byte[..., j] = sum_k code[..., j n + k] 2^(bits k),  n = 8 / bits codes to a byte
     unpack  code[..., j n + k] = byte[..., j] 2^-(bits k)  modulo 2^bits
 
-The first code is in the lowest bits. The last byte of an axis is filled up with zeros. Of one bit
-it is `jnp.packbits(bitorder="little")`, which adds up 8 integers of 32 bits where this is 7 ors of
-bytes, element by element.
+The first code is in the lowest bits. The last byte of an axis is filled up with zeros. For one bit
+the result is that of `jnp.packbits(bitorder="little")`, which adds up 8 integers of 32 bits, where
+this takes 7 bitwise ors of bytes.
 """
 
 from typing import Any
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 
 
 def packed_width(bits: int) -> int:
-    """How many bits a code takes: the next of 1, 2, 4 and 8.
+    """How many bits a packed code takes: the next of 1, 2, 4 and 8.
 
     Args:
-        bits: from 1 to 8.
+        bits: how many bits a code has, from 1 to 8.
 
     Raises:
-        ValueError: bits out of range.
+        ValueError: `bits` is not from 1 to 8.
     """
     for width in (1, 2, 4, 8):
         if 1 <= bits <= width:
@@ -30,7 +30,7 @@ def packed_width(bits: int) -> int:
 
 
 def pack_bits(codes: jax.Array, bits: int) -> jax.Array:
-    """Puts codes of a few bits side by side, along the last axis.
+    """Packs codes of a few bits into bytes, along the last axis.
 
     Args:
         codes: integers in [0, 2^bits), of shape (..., n).
@@ -54,7 +54,7 @@ def pack_bits(codes: jax.Array, bits: int) -> jax.Array:
 
 
 def unpack_bits(packed: jax.Array, bits: int, n: int) -> jax.Array:
-    """The codes again.
+    """The codes that `pack_bits` has packed.
 
     Args:
         packed: uint8 array of shape (..., ceil(n bits / 8)).
@@ -76,7 +76,7 @@ def is_packable(shape: tuple[int, ...], sharding: Any = None) -> bool:
     """Whether the last axis can be packed: there is one, and no mesh splits it.
 
     Args:
-        shape: of the codes.
+        shape: the shape of the codes.
         sharding: their sharding, as `jax.typeof` has it, or None.
     """
     spec: tuple[Any, ...] = tuple(getattr(sharding, "spec", ()))
@@ -84,20 +84,26 @@ def is_packable(shape: tuple[int, ...], sharding: Any = None) -> bool:
 
 
 def pack_mask(mask: jax.Array) -> jax.Array:
-    """Keeps a mask in a bit an element, or a byte where the last axis cannot be packed.
+    """Packs a mask into one bit per element, where the last axis can be packed.
 
     Args:
-        mask: booleans of any shape.
+        mask: array of bool, of any shape.
+
+    Returns:
+        uint8 array of shape (..., ceil(n / 8)); or the mask, where its last axis cannot be packed.
     """
     return pack_bits(mask, 1) if is_packable(mask.shape, jax.typeof(mask).sharding) else mask
 
 
 def masked(g: jax.Array, mask: jax.Array) -> jax.Array:
-    """An array where a mask that `pack_mask` kept is true, and 0 elsewhere.
+    """An array where a mask is true, and 0 elsewhere.
 
     Args:
         g: array of any shape.
-        mask: what was kept for a mask of that shape.
+        mask: what `pack_mask` returned for a mask of that shape.
+
+    Returns:
+        Array like g.
     """
     if mask.dtype != jnp.bool:
         mask = unpack_bits(mask, 1, g.shape[-1]).astype(jnp.bool)

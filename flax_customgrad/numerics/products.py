@@ -7,7 +7,7 @@ gradient to the compute dtype, https://github.com/jax-ml/jax/issues/34330, and s
 A product of a backward is laid out and sharded like the array whose gradient it is.
 
 Under vmap with shared parameters JAX asks a custom gradient for that of each example and then sums,
-so a batch of weight gradients exists for a moment. Leading axes of the input cost no such array.
+so the weight gradients of all examples are stored at once. Leading axes of the input avoid that.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from flax_customgrad.numerics.sharding import explicit_sharding
 
 @dataclass(frozen=True)
 class MatmulConfig:
-    """The choices of a layer that are not arrays.
+    """The arguments of a layer's product that are not arrays.
 
     Attributes:
         dtype: dtype of the computation, or None to infer it from inputs and parameters.
@@ -40,7 +40,7 @@ class MatmulConfig:
     out_sharding: Any = None
 
     def promote(self, *arrays: jax.Array | None) -> tuple[Any, ...]:
-        """The arrays in the dtype of the computation, as `nnx` promotes them; None stays None."""
+        """Casts arrays to the dtype of the computation, as nnx promotes them; None stays None."""
         found = {a.dtype for a in arrays if a is not None}
         if len(found) == 1 and self.dtype in (None, *found):
             return arrays
@@ -56,12 +56,12 @@ class MatmulConfig:
 
 
 def parameter_gradient(lhs: jax.Array, rhs: jax.Array, numbers: Any, **where: Any) -> jax.Array:
-    """A product summed over the batch: what the gradient of a kernel is.
+    """The gradient of a kernel: a product summed over the batch.
 
     Args:
         lhs: array of any shape.
         rhs: array of any shape.
-        numbers: which axes meet, as `lax.dot_general` takes them: ((lhs_contracting,
+        numbers: the axes to contract and to batch, as for `lax.dot_general`: ((lhs_contracting,
             rhs_contracting), (lhs_batch, rhs_batch)).
         **where: `like`, `order` and `precision` of `product`.
 
@@ -72,12 +72,12 @@ def parameter_gradient(lhs: jax.Array, rhs: jax.Array, numbers: Any, **where: An
 
 
 def input_gradient(lhs: jax.Array, rhs: jax.Array, numbers: Any, **where: Any) -> jax.Array:
-    """A product summed over features: what the gradient of an input is.
+    """The gradient of an input: a product summed over features.
 
     Args:
         lhs: array of any shape.
         rhs: array of any shape.
-        numbers: which axes meet, as for `parameter_gradient`.
+        numbers: the axes to contract and to batch, as for `parameter_gradient`.
         **where: `like`, `order` and `precision` of `product`.
 
     Returns:
@@ -97,12 +97,12 @@ def product(
     order: Sequence[int] | None = None,
     precision: Any = None,
 ) -> jax.Array:
-    """`lax.dot_general`, laid out and sharded like what it is a gradient of.
+    """`lax.dot_general`, laid out and sharded like the array whose gradient it is.
 
     Args:
         lhs: array of any shape.
         rhs: array of any shape.
-        numbers: which axes meet.
+        numbers: the axes to contract and to batch.
         dtype: dtype of the result.
         like: the array whose gradient this is.
         order: which axis of `like` each axis of the product is; None where they agree. Axes of
@@ -110,7 +110,7 @@ def product(
         precision: `jax.lax.Precision`.
 
     Returns:
-        An array with its axes in the order of `like`'s.
+        An array with the axes in the order of `like`.
     """
     out = lax.dot_general(
         lhs,

@@ -1,4 +1,4 @@
-"""Sharding: where a result lies on a mesh with Explicit axes, and over which devices it varies."""
+"""Sharding on a mesh with Explicit axes, and over which devices a value varies."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from flax_customgrad.contract.compat import varying_axes
 
 
 def explicit_sharding(aval: Any, order: Sequence[int] | None = None) -> NamedSharding | None:
-    """The sharding of an array where it is part of the array's type, for a product to ask for.
+    """The sharding of an array where it is part of the array's type, to ask for in a product.
 
     Args:
         aval: the type of an array, `jax.typeof(array)`.
@@ -29,12 +29,15 @@ def explicit_sharding(aval: Any, order: Sequence[int] | None = None) -> NamedSha
 
 
 def with_auto_axes(function: Callable[..., Any], specs: Any, *arrays: Any) -> Any:
-    """Applies a function; on a mesh with Explicit axes the compiler decides what lies where.
+    """Applies a function within which, on a mesh with Explicit axes, the compiler shards arrays.
 
     Args:
         function: a function of arrays.
-        specs: where its results shall lie, a `PartitionSpec` for each.
+        specs: the sharding of its results, a `PartitionSpec` for each.
         *arrays: trees of arrays.
+
+    Returns:
+        What the function returns.
     """
     found = (explicit_sharding(jax.typeof(a)) for a in jax.tree.leaves(arrays))
     on_mesh = next((sharding for sharding in found if sharding is not None), None)
@@ -45,17 +48,17 @@ def with_auto_axes(function: Callable[..., Any], specs: Any, *arrays: Any) -> An
         specs,
         is_leaf=lambda spec: isinstance(spec, PartitionSpec),
     )
-    on_any = jax.sharding.auto_axes(function, out_sharding=shardings)
-    return on_any(*arrays)  # pyright: ignore[reportCallIssue]
+    with_auto = jax.sharding.auto_axes(function, out_sharding=shardings)
+    return with_auto(*arrays)  # pyright: ignore[reportCallIssue]
 
 
 def explicit_spec(array: jax.Array) -> PartitionSpec:
-    """Where an array lies on a mesh with Explicit axes; everywhere if on none."""
+    """The `PartitionSpec` of an array on a mesh with Explicit axes; replicated elsewhere."""
     sharding = explicit_sharding(jax.typeof(array))
     return PartitionSpec(*(None,) * array.ndim) if sharding is None else sharding.spec
 
 
 def varying_like(a: jax.Array, like: jax.Array) -> jax.Array:
-    """An array that varies over the devices of a `shard_map` wherever another does."""
+    """Makes an array vary over the devices of a `shard_map` wherever another does."""
     missing = varying_axes(like) - varying_axes(a)
     return lax.pcast(a, tuple(sorted(missing)), to="varying") if missing else a

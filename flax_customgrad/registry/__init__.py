@@ -1,1 +1,1 @@
-"""What the library knows of itself: its operations, and what a catalogue entry is."""
+"""The registry: operations by name, the type of a catalogue entry, and public names."""

@@ -1,4 +1,4 @@
-"""`Entry`: what the catalogue says of one layer, and how its examples are made."""
+"""`Entry`: what the catalogue records of one layer, and the makers of its examples."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -8,17 +8,17 @@ import jax
 from flax import nnx
 
 Example = Callable[[Any], tuple[Any, ...]]
-"""Makes what `check_vjp` takes of the given class or function: (layer, *inputs), or
+"""Makes the arguments of `check_vjp` from a class or function: (layer, *inputs), or
 (function, layer, *inputs), or (function, *inputs)."""
 
 
 class Curve(NamedTuple):
-    """A function of a number, which shows a surrogate: the documentation draws it.
+    """A function of one number that shows a surrogate gradient; the documentation draws it.
 
     Attributes:
         function: takes and returns arrays of one shape, element by element.
-        low: where its graph begins.
-        high: where it ends.
+        low: the left end of its graph.
+        high: the right end.
     """
 
     function: Callable[[jax.Array], jax.Array]
@@ -32,7 +32,7 @@ class Entry:
 
     Attributes:
         name: its public name, `flax_customgrad.<name>`.
-        family: the folder that it lives in.
+        family: the folder that holds it.
         module: the class, or the function.
         reference: the class or function of flax.nnx (or jax.nn) that it stands in for; None where
             there is none.
@@ -40,7 +40,7 @@ class Entry:
             it is meant to differ.
         keeps: what the backward keeps.
         gain: what the hand-written backward is for, in a few words.
-        source: paper or issue behind it; empty where the mathematics is elementary.
+        source: its paper or issue; empty where the mathematics is elementary.
         formula: of a surrogate, what its backward is meant to return, stated independently of how
             it is computed: a function of what an example is called with and of the output's
             cotangent, `formula(*args, g, **keywords)`, one cotangent per argument. The arguments
@@ -50,9 +50,9 @@ class Entry:
             function to use, `module` or `reference`; inputs have a leading axis of 8, one per
             device of a mesh.
         workloads: makers of examples of a realistic size by name, for benchmarks.
-        operations: the operations of `custom_vjp` that this layer stands for in the tests, each
-            with the name of the example that takes it through every check: one that has whatever
-            the operation can get wrong.
+        operations: the operations of `custom_vjp` that the tests run through this layer, each with
+            the name of the example that goes through every check: one that has whatever the
+            operation can get wrong.
     """
 
     name: str
@@ -71,17 +71,17 @@ class Entry:
 
     @property
     def is_function(self) -> bool:
-        """Whether it is a function of arrays, and no Module."""
+        """Whether it is a function of arrays, and not a Module."""
         return not (isinstance(self.module, type) and issubclass(self.module, nnx.Module))
 
     @property
     def stands_for(self) -> str:
-        """What it takes the place of, which has the same name; empty where there is nothing."""
+        """The full name of what it replaces, such as `nnx.Linear`; empty where there is nothing."""
         if self.reference is None:
             return ""
         return f"{'nnx' if hasattr(nnx, self.name) else 'jax.nn'}.{self.name}"
 
     @property
     def is_drop_in(self) -> bool:
-        """Whether it takes the place of something in flax.nnx; `convert` swaps Modules."""
+        """Whether it replaces a layer or function of flax.nnx; `convert` swaps Modules."""
         return self.reference is not None

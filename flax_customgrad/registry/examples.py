@@ -1,4 +1,4 @@
-"""How the examples of an entry are made: inputs, a layer built and called, a function applied."""
+"""Makers of examples for catalogue entries: inputs, a layer that is called, a function applied."""
 
 from functools import partial
 from typing import Any
@@ -16,6 +16,9 @@ def normal(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
     Args:
         *shape: the shape.
         dtype: a floating dtype.
+
+    Returns:
+        Array of that shape and dtype.
     """
     return jax.random.normal(jax.random.key(sum(shape)), shape, dtype)
 
@@ -32,8 +35,8 @@ def made(*args: Any, inputs: tuple[Any, ...], call: Any = None, **kwargs: Any) -
 
     def make(cls: Any) -> tuple[Any, ...]:
         layer = cls(*args, **kwargs, rngs=nnx.Rngs(0))
-        made = tuple(x() if callable(x) else x for x in inputs)
-        return (layer, *made) if call is None else (call, layer, *made)
+        arrays = tuple(x() if callable(x) else x for x in inputs)
+        return (layer, *arrays) if call is None else (call, layer, *arrays)
 
     return make
 

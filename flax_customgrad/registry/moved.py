@@ -13,11 +13,11 @@ _MOVED = {
     "linear": {},
     "linear.linear": {"Linear": "Linear"},
 }
-"""By module, below the package: its names, and what they are called in the package."""
+"""For each old module below the package: its names, and their public names now."""
 
 
 class _MovedModule(types.ModuleType):
-    """A module that is no more, whose names are found in the package."""
+    """An old module that no longer exists; its names are looked up in the package."""
 
     def __init__(self, package: types.ModuleType, name: str, names: dict[str, str]):
         super().__init__(f"{package.__name__}.{name}", "Moved: see the warning.")

@@ -12,14 +12,14 @@ _PACKAGE = __name__.partition(".")[0]
 _operations: dict[str, Any] = {}
 
 OPERATIONS: Mapping[str, Any] = MappingProxyType(_operations)
-"""From the place of each operation, such as `layers.linear.linear.linear`, to the operation."""
+"""Each operation by its path below the package, such as `layers.linear.linear.linear`."""
 
 
 def register(operation: Any, fun: Callable[..., Any]) -> None:
-    """Notes an operation down, where it is one of the library's own and no local one.
+    """Registers an operation of this library; one of a user, or a local one, is left out.
 
     Args:
-        operation: what `custom_vjp` made.
+        operation: what `custom_vjp` returned.
         fun: the function that was decorated.
     """
     package, _, module = getattr(fun, "__module__", "").partition(".")

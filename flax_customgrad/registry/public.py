@@ -1,4 +1,4 @@
-"""What a public name looks like from outside: where it says it comes from, and how it prints."""
+"""Public names as users see them: their module, their printed form and their signature."""
 
 import dataclasses
 import inspect
@@ -9,10 +9,10 @@ from flax import nnx
 
 
 def publish(namespace: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Makes public classes and functions say the module that users import them from.
+    """Sets `__module__` of public classes and functions to the module that users import them from.
 
-    Which file of the package a layer is written in is nobody's business, and no part of a pickle
-    or a checkpoint. A layer prints as `flax_customgrad.Linear(...)`, apart from that of nnx.
+    The file that defines a layer is a detail, which no pickle or checkpoint should depend on. A
+    layer prints as `flax_customgrad.Linear(...)`, to tell it from that of nnx.
 
     Args:
         namespace: the globals of a public module.
@@ -28,7 +28,7 @@ def publish(namespace: Mapping[str, Any], names: Iterable[str]) -> None:
 
 
 class _ConstructorSignature:
-    """What `inspect.signature` finds of a Module: its constructor, which nnx's metaclass hides."""
+    """Shows `inspect.signature` the constructor of a Module, which nnx's metaclass hides."""
 
     def __get__(self, layer: Any, cls: type) -> inspect.Signature:
         if layer is not None:
@@ -41,7 +41,7 @@ class _ConstructorSignature:
 
 
 def _repr(layer: nnx.Module) -> Iterator[Any]:
-    """What nnx shows of a layer, with the full name of its class where that is public."""
+    """The representation of nnx, with the full name of the class where that is public."""
     cls = type(layer)
     heading, *rest = nnx.Module.__nnx_repr__(layer)
     if cls.__module__.partition(".")[0] == "flax_customgrad":

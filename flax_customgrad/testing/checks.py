@@ -1,7 +1,8 @@
-"""The checks, each a generator of comparisons: which case, what the gradient is, what it should be.
+"""The checks, each a generator of comparisons: a case, the gradient, and its expected value.
 
-What it should be always comes from the reference by autodiff, without the transform under test: a
-batch is a Python loop, a mesh is one device. Only second derivatives have to be transformed alike.
+The expected value always comes from autodiff of the reference, without the transform under test: a
+batch is a Python loop, a mesh is one device. Only for second derivatives is the reference
+transformed as well.
 """
 
 import functools
@@ -37,7 +38,7 @@ class Comparison(NamedTuple):
         case: which variant of the check.
         run: computes the gradient of a function of the problem's arguments: of the function under
             test; and, where that fails, of the reference, to see whether JAX can do it at all.
-        expected: computes what the gradient should be.
+        expected: computes the expected gradient.
         of: the names of what is compared, or one for all; by default each argument that has a
             gradient.
     """

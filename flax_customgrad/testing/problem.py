@@ -1,8 +1,8 @@
-"""A function under test, as pure functions of arrays: what every transform of JAX can take.
+"""A function under test, as pure functions of arrays, to which every transform of JAX applies.
 
 The arguments (modules, States, arrays, static values) are packed into a list of arrays. What is
 compared is the gradient of one number, a weighted sum of sines of the output: its second
-derivatives vanish for no argument, and the weights leave no sum over the batch to chance.
+derivatives vanish for no argument, and every element has a weight of its own.
 """
 
 import functools
@@ -27,10 +27,10 @@ class Problem:
 
     Attributes:
         fn: the function whose gradient is checked; takes the arguments.
-        reference: a function of the same arguments that autodiff is trusted to differentiate.
+        reference: a function of the same arguments, whose derivative by autodiff is expected.
         args: the arguments.
         arrays: the arrays among them.
-        packed: what is left of them.
+        packed: the arguments without their arrays.
         names: the name of each array, such as "m.kernel".
         differentiable: positions of the arrays that have a gradient.
         parameters: positions of the arrays that belong to a Module, State or dict.
@@ -54,7 +54,7 @@ class Problem:
         arg_names: Sequence[str],
         dtype: Any,
     ) -> "Problem":
-        """Converts the arguments to a dtype and takes them apart.
+        """Converts the arguments to a dtype and separates the arrays from the rest.
 
         Args:
             fn: the function under test.
@@ -71,9 +71,9 @@ class Problem:
         for arg, name in zip(packed.positions(), arg_names, strict=True):
             leaves = by_path(arg) if is_parameters(arg) else [((), arg)]
             for path, leaf in leaves:
-                # Statistics and counters are Variables, but no Params: they have no gradient.
+                # Statistics and counters are Variables but not Params: they have no gradient.
                 fixed = isinstance(leaf, nnx.Variable) and not isinstance(leaf, nnx.Param)
-                # A static number is a leaf as well, and no position.
+                # A static number is a leaf as well, but not a position.
                 for position in (p for p in jax.tree.leaves(leaf) if isinstance(p, Position)):
                     names[position] = ".".join(map(str, (name, *path))).lstrip(".")
                     if is_parameters(arg):
@@ -97,7 +97,7 @@ class Problem:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """Positions of the arrays that are no parameters: the ones that a batch varies."""
+        """Positions of the arrays that are not parameters: those that differ within a batch."""
         return tuple(i for i in range(len(self.arrays)) if i not in self.parameters)
 
     def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,7 +105,7 @@ class Problem:
         return lambda *arrays: fn(*self.packed.unpack(arrays))
 
     def value(self, fn: Callable[..., Any]) -> Gradient:
-        """What `fn` returns for the arrays, flat."""
+        """What `fn` returns for the arrays, as a flat tuple."""
         return tuple(jax.tree.leaves(self.apply(fn)(*self.arrays)))
 
     def objective(self, fn: Callable[..., Any]) -> Callable[..., jax.Array]:
@@ -123,7 +123,7 @@ class Problem:
         )
 
     def of_differentiable(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of the arrays as one of those that have a gradient, the others fixed."""
+        """`fn` as a function of the arrays that have a gradient, the others fixed."""
         return lambda *values: fn(*replaced(self.arrays, self.differentiable, values))
 
     @functools.cached_property
@@ -133,7 +133,7 @@ class Problem:
 
     @functools.cached_property
     def expected_value(self) -> Gradient:
-        """What the reference returns for the arrays, flat."""
+        """What the reference returns for the arrays, as a flat tuple."""
         return self.value(self.reference)
 
     @functools.cached_property
@@ -160,7 +160,7 @@ def replaced(
 
 
 def weigh(out: Any) -> jax.Array:
-    """A number that depends on every element of an output in its own way."""
+    """A number that depends on every element of an output in a different way."""
     total = jnp.zeros(())
     for leaf in _floating(out):
         weights = np.cos(1.0 + np.arange(leaf.size)).reshape(leaf.shape)
@@ -216,7 +216,7 @@ def _cast(array: Any, dtype: Any, narrow: bool = True) -> Any:
 
 
 def _cast_variable(variable: Any, dtype: Any) -> Any:
-    """A Variable in another dtype; statistics, which are no Params, are never narrowed."""
+    """A Variable in another dtype; statistics, which are not Params, are never narrowed."""
     narrow = isinstance(variable, nnx.Param) or not isinstance(variable, nnx.Variable)
     return jax.tree.map(lambda array: _cast(array, dtype, narrow), variable)
 

@@ -1,4 +1,4 @@
-"""What a check found: rows, the table that a person reads, and the error that a failure raises."""
+"""The report of a check: its rows, the table that is printed, and the error that is raised."""
 
 import io
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ class Row:
 
 
 class GradientError(AssertionError):
-    """A gradient is not what it should be.
+    """A gradient differs from its expected value.
 
     Attributes:
         report: the `Report` with every row.
@@ -73,8 +73,8 @@ class Report:
         return [row for row in self.rows if row.status == "failed"]
 
     def __rich__(self) -> "Group":
-        """One line per check and case, with the worst argument of each; below it what was said."""
-        # Here and not above: a gradient can be checked where rich is not installed.
+        """A table with one line per check and case, for its worst argument; then the notes."""
+        # Imported here, so that a gradient can be checked where rich is not installed.
         import rich.box
         from rich.console import Group
         from rich.table import Table

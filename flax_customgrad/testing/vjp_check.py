@@ -1,4 +1,4 @@
-"""`check_vjp`: proves the gradient of a layer or function under everything that JAX does to it."""
+"""`check_vjp`: checks the gradient of a layer or function, alone and under JAX's transforms."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +28,8 @@ _EXACT = {
     "shard_map": checks.shard_map,
 }
 
-# Not inside another compiled function: eager execution, and programs on several devices.
-_ON_THEIR_OWN = ("autodiff", "mesh")
+# Never inside another compiled function: eager execution, and programs on several devices.
+_RUN_ALONE = ("autodiff", "mesh")
 
 CHECKS = (*_EXACT, "dtypes", "residuals")
 """The names of the checks, in the order in which they run."""
@@ -52,9 +52,9 @@ def check_vjp(
     tolerances: Mapping[str, float] | None = None,
     raises: bool = True,
 ) -> Report:
-    """Compares a gradient with what it should be, plainly and under the transforms of JAX.
+    """Compares a gradient with its expected value, alone and under the transforms of JAX.
 
-    Everything but `dtypes` runs in float64, where a mistake cannot pass for rounding.
+    Everything but `dtypes` runs in float64, where a mistake cannot be taken for rounding.
 
     Args:
         fn: a layer, called with `args`; or a function of `args`, the first of which may be a
@@ -67,8 +67,8 @@ def check_vjp(
             custom gradient give the plain function.
         formula: for a gradient that is meant to differ from the derivative: a function of the
             arguments and of the output's cotangent, `formula(*args, g)`, that returns what a
-            backward returns, one cotangent per argument. It takes the place of the reference, and
-            finite differences are left out.
+            backward returns, one cotangent per argument. It replaces the reference, and finite
+            differences are left out.
         checks: which of `CHECKS` to run:
             `autodiff` (value and gradient of the reference), `finite_differences`, `jit`, `vmap`
             (parameters batched and shared), `scan`, `remat`, `second_order` (grad of grad, jvp of
@@ -79,14 +79,14 @@ def check_vjp(
             the same rounded inputs.
         tolerances: the error allowed per dtype, relative to the largest expected value; by default
             1e-9 for float64, 2e-6 for float32, 4e-3 for float16 and 3e-2 for bfloat16.
-        raises: whether a failure raises.
+        raises: whether a failed comparison raises `GradientError`.
 
     Returns:
         A `Report`; `print` shows it as a table.
 
     Raises:
         GradientError: a comparison failed; it names the check, the argument and how far off.
-        ValueError: a check does not exist, or `reference` and `formula` are both given.
+        ValueError: one of `checks` does not exist, or both `reference` and `formula` are given.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -121,9 +121,9 @@ def check_vjp(
         exact = [c for c in _EXACT if c in checks]
         if formula is not None and "finite_differences" in exact:
             exact.remove("finite_differences")
-        # What the reference cannot do either is JAX's limit; but that is no excuse without any
-        # transform, nor for a function that is its own reference.
-        together = [c for c in exact if c not in _ON_THEIR_OWN]
+        # A check that the reference fails as well is a limit of JAX, and skipped; not so without a
+        # transform, or where a function is its own reference.
+        together = [c for c in exact if c not in _RUN_ALONE]
         if formula is not None and "second_order" in together:
             together.remove("second_order")  # JAX has no forward mode of a formula
         computed = _in_one_program(problem, together)
@@ -156,16 +156,16 @@ def _has_custom_gradient(problem: Problem) -> bool:
 
 
 def _in_one_program(problem: Problem, names: Sequence[str]) -> dict[tuple[str, int], Any]:
-    """Runs comparisons in one compiled program, which takes a fraction of the time that each takes.
+    """Runs comparisons in one compiled program, which is much faster than one program for each.
 
     Args:
         problem: the function, its reference and its arguments.
         names: the checks.
 
     Returns:
-        What the gradient is and what it should be, by check and number of the comparison. One that
-        cannot be traced is left out, and all are where the program cannot be compiled: what is
-        wrong then shows when each runs on its own.
+        The gradient and its expected value, by check and number of the comparison. A comparison
+        that cannot be traced is left out. Where the program cannot be compiled all are left out:
+        the error then shows when each runs alone.
     """
 
     def program(arrays: list[jax.Array]) -> tuple[Any, Any, dict[tuple[str, int], Any]]:
@@ -199,7 +199,7 @@ def _compare(
         check: the name of the check.
         comparison: what to compare.
         tolerance: the error allowed.
-        excuse: a function that, by failing as well, turns a failure into a skip; None for none.
+        excuse: a function that turns a failure into a skip if it fails as well; or None.
     """
     case = comparison.case
     try:
@@ -208,17 +208,17 @@ def _compare(
     except checks.Skip as reason:
         return [Row(check, case, status="skipped", note=str(reason))]
     except Exception as error:
-        return [_of_error(check, comparison, excuse, error)]
+        return [_row_of_error(check, comparison, excuse, error)]
     return _rows(problem, check, comparison, got, expected, tolerance)
 
 
-def _of_error(
+def _row_of_error(
     check: str,
     comparison: checks.Comparison,
     excuse: Callable[..., Any] | None,
     error: Exception,
 ) -> Row:
-    """A failure; or, where the excuse fails as well, something that JAX cannot do here."""
+    """A failed row; or a skipped one, where the excuse fails as well: JAX cannot do this here."""
     if excuse is not None:
         try:
             comparison.expected()
