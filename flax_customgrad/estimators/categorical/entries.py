@@ -23,7 +23,7 @@ def _few() -> jax.Array:
     return 2 * normal(8, 5)
 
 
-def _rows_first() -> jax.Array:
+def _first_axis() -> jax.Array:
     return 2 * normal(8, 4, 3)
 
 
@@ -34,7 +34,7 @@ def _masked() -> jax.Array:
 
 
 def _masked_with_ties() -> jax.Array:
-    """The same in halves of whole numbers, so that some rows have classes that are as likely."""
+    """The same rounded to multiples of 1/2, so that classes of some rows are equally likely."""
     return jnp.round(_masked()) / 2
 
 
@@ -70,7 +70,7 @@ def _noise(logits: jax.Array, key: jax.Array | None) -> jax.Array:
 
 
 # Formulas: autodiff of a softmax; for ReinMax of two, one of which has the value p1. A masked class
-# has a logit so low that its weight is 0, as 0 times infinity would be NaN.
+# gets a finite logit so low that its weight is 0: 0 times infinity would be NaN.
 
 
 def _finite(logits: jax.Array) -> jax.Array:
@@ -120,10 +120,10 @@ def _reinmax(
     return 2 * of_p1 - of_p0 / 2, None, None
 
 
-def _of_layer(formula: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+def _layer_formula(formula: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """The formula of a layer, from that of a function of the logits, a key and a temperature."""
 
-    def of_layer(layer: Any, logits: jax.Array, g: jax.Array) -> tuple[Any, jax.Array]:
+    def formula_of_layer(layer: Any, logits: jax.Array, g: jax.Array) -> tuple[Any, jax.Array]:
         key = nnx.clone(layer.rngs)() if getattr(layer, "sample", True) else None
         if not isinstance(layer.temperature, nnx.Param):
             return None, formula(logits, key, layer.temperature, g, axis=layer.axis)[0]
@@ -133,11 +133,11 @@ def _of_layer(formula: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[An
             dtemperature = jnp.zeros_like(temperature)
         return nnx.State({"temperature": dtemperature}), dlogits
 
-    return of_layer
+    return formula_of_layer
 
 
 def _on_a_copy(layer: Any, x: jax.Array) -> jax.Array:
-    """Calls a layer that counts its samples where `check_vjp` calls it more than once."""
+    """Calls a copy: each call of a layer draws another key, and `check_vjp` calls it repeatedly."""
     return nnx.clone(layer)(x)
 
 
@@ -145,7 +145,7 @@ def _layer(*args: Any, inputs: Callable[[], jax.Array] = _few, **kwargs: Any) ->
     return made(*args, inputs=(inputs,), call=_on_a_copy, **kwargs)
 
 
-def _learning(*args: Any, **kwargs: Any) -> Example:
+def _learned_temperature(*args: Any, **kwargs: Any) -> Example:
     """An example of a layer whose temperature is a parameter."""
     return lambda cls: _layer(*args, nnx.Param(jnp.asarray(0.7)), **kwargs)(cls)
 
@@ -178,7 +178,7 @@ ENTRIES = (
             "hard": applied(_few, _key, _temperature),
             "soft": applied(_few, _key, _temperature, hard=False),
             "hard, a temperature a row": applied(_few, _key, _temperatures),
-            "soft, first axis": applied(_rows_first, _key, 0.5, hard=False, axis=1),
+            "soft, first axis": applied(_first_axis, _key, 0.5, hard=False, axis=1),
             "soft, masked, 4-D, a temperature an example": applied(
                 _masked, _key, _temperature_an_example, hard=False, axis=-2
             ),
@@ -199,9 +199,9 @@ ENTRIES = (
         keeps="the soft sample",
         gain="the same, with keys of its own",
         source="arXiv:1611.01144",
-        formula=_of_layer(_softmax),
+        formula=_layer_formula(_softmax),
         examples={
-            "soft, a learned temperature": _learning(hard=False),
+            "soft, a learned temperature": _learned_temperature(hard=False),
             "hard, first axis": _layer(1.5, axis=0),
         },
         workloads={"4096x1024": _layer(0.7, inputs=_many)},
@@ -220,7 +220,7 @@ ENTRIES = (
         examples={
             "last axis": applied(_few, _key, _temperature),
             "first axis, a temperature a row": applied(
-                _rows_first, _key, lambda: 1.5 + 0.1 * normal(8, 1, 3), axis=1
+                _first_axis, _key, lambda: 1.5 + 0.1 * normal(8, 1, 3), axis=1
             ),
             "masked, 4-D, a temperature an example": applied(
                 _masked, _key, _temperature_an_example, axis=-2
@@ -241,8 +241,11 @@ ENTRIES = (
         keeps="logits, the index of the sample",
         gain="the same, with keys of its own",
         source="arXiv:2304.08612",
-        formula=_of_layer(_reinmax),
-        examples={"last axis": _layer(1.5), "a temperature that could learn": _learning()},
+        formula=_layer_formula(_reinmax),
+        examples={
+            "last axis": _layer(1.5),
+            "a temperature that could learn": _learned_temperature(),
+        },
         workloads={"4096x1024": _layer(1.5, inputs=_many)},
     ),
     Entry(
@@ -259,7 +262,7 @@ ENTRIES = (
         examples={
             "2 of 5": applied(_few, 2, _temperature),
             "2 of 4, first axis, a temperature a row": applied(
-                _rows_first, 2, lambda: 1.5 + 0.1 * normal(8, 1, 3), axis=1
+                _first_axis, 2, lambda: 1.5 + 0.1 * normal(8, 1, 3), axis=1
             ),
             "3 of 5 sampled": _three_sampled,
             "2 of 4, masked, with ties, 4-D, a temperature an example": applied(
@@ -278,9 +281,9 @@ ENTRIES = (
         keeps="the softmax",
         gain="the same as a layer",
         source="arXiv:1903.06059",
-        formula=_of_layer(_softmax),
+        formula=_layer_formula(_softmax),
         examples={
-            "2 of 5 sampled, a learned temperature": _learning(2, sample=True),
+            "2 of 5 sampled, a learned temperature": _learned_temperature(2, sample=True),
             "2 of 5": _layer(2, 0.7),
         },
         workloads={"4096x1024": _layer(32, inputs=_many)},

@@ -1,6 +1,6 @@
 """The catalogue's entries of the codebook family.
 
-A formula finds codes by all distances, and sums over codes by their indicator.
+A formula finds the nearest codes by all distances, and sums over codes by one-hot vectors.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def _straight_through(z: jax.Array, q: jax.Array, g: jax.Array) -> tuple[jax.Arr
 
 
 def _rotated(z: jax.Array, q: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
-    """The formula of arXiv:2410.06424, and what it leaves open: vectors that are 0 or opposite."""
+    """The formula of arXiv:2410.06424, with its undefined cases: vectors that are 0 or opposite."""
 
     def dot(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.sum(a * b, -1, keepdims=True)
@@ -61,10 +61,10 @@ def _nearest(z: jax.Array, codes: jax.Array) -> jax.Array:
     return jax.nn.one_hot(jnp.argmin(distances, -1), len(codes), dtype=codes.dtype)
 
 
-def _of_the_loss(
+def _loss_gradients(
     z: jax.Array, chosen: jax.Array, codes: jax.Array, commitment: float, dloss: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradients of beta mean((z - sg q)^2) + mean((sg z - q)^2) for z and for the codes."""
+    """The gradients of `beta mean((z - sg q)^2) + mean((sg z - q)^2)` for z and for the codes."""
     of_difference = 2 * dloss * (z - chosen @ codes) / z.size
     return commitment * of_difference, -jnp.einsum("...k,...f->kf", chosen, of_difference)
 
@@ -73,7 +73,7 @@ def _vector_quantizer(layer: VectorQuantizer, z: jax.Array, g: Quantized) -> Gra
     codes = layer.codebook[...]
     chosen = _nearest(z, codes)
     dz, _ = _ESTIMATORS[layer.gradient](z, chosen @ codes, g.values)
-    dz_of_loss, dcodes = _of_the_loss(z, chosen, codes, layer.commitment, g.loss)
+    dz_of_loss, dcodes = _loss_gradients(z, chosen, codes, layer.commitment, g.loss)
     learned = layer.learning == "loss"
     return nnx.State({"codebook": dcodes}) if learned else None, dz + dz_of_loss
 
@@ -83,7 +83,7 @@ def _residual_vq(layer: ResidualVQ, z: jax.Array, g: Quantized) -> Gradients:
     for i, stage in enumerate(layer.stages):
         codes = stage.codebook[...]
         chosen = _nearest(z - total, codes)
-        dresidual, dcodes = _of_the_loss(z - total, chosen, codes, stage.commitment, g.loss)
+        dresidual, dcodes = _loss_gradients(z - total, chosen, codes, stage.commitment, g.loss)
         dz_of_loss += dresidual
         dstages[i] = {"codebook": dcodes}
         total += chosen @ codes
@@ -97,7 +97,7 @@ def _sim_vq(layer: SimVQ, z: jax.Array, g: Quantized) -> Gradients:
     codes = codebook @ layer.kernel[...]
     chosen = _nearest(z, codes)
     dz, _ = _ESTIMATORS[layer.gradient](z, chosen @ codes, g.values)
-    dz_of_loss, dcodes = _of_the_loss(z, chosen, codes, layer.commitment, g.loss)
+    dz_of_loss, dcodes = _loss_gradients(z, chosen, codes, layer.commitment, g.loss)
     return nnx.State({"kernel": codebook.T @ dcodes}), dz + dz_of_loss
 
 
@@ -147,14 +147,14 @@ def _singular_z() -> jax.Array:
 
 
 def _singular_q() -> jax.Array:
-    """Zero vectors, where `_singular_z` has some and elsewhere; opposite and equal ones."""
+    """Zero vectors, where `_singular_z` has some and elsewhere; opposite and equal vectors."""
     z = _singular_z()
     q = _four_axes_too().at[0, 0, 0].set(0).at[1, 0, 0].set(0)
     return q.at[2].set(-2 * z[2]).at[3].set(z[3])
 
 
 def _on_the_step() -> jax.Array:
-    """Features of which some are exactly where the sign changes, or -0."""
+    """Features of which some are 0, where the sign changes, or -0."""
     return normal(8, 1, 3, 5).at[::2, 0, 1, 2].set(0).at[::3, 0, 0, 0].set(-0.0)
 
 
@@ -167,8 +167,8 @@ def _many() -> jax.Array:
 
 
 _INPUTS = {"inputs": (_few,)}
-# The formula is told of a layer as its forward leaves it.
-_SETTLED = {"use_running_average": True, **_INPUTS}
+# A formula reads the codebook after the forward, which must not have changed it.
+_FIXED_CODEBOOK = {"use_running_average": True, **_INPUTS}
 
 
 def _without_rngs(*args: Any, inputs: Callable[[], jax.Array], **kwargs: Any) -> Example:
@@ -176,12 +176,14 @@ def _without_rngs(*args: Any, inputs: Callable[[], jax.Array], **kwargs: Any) ->
     return lambda cls: (cls(*args, **kwargs), inputs())
 
 
-def _of_values(*args: Any, **kwargs: Any) -> Example:
+def _values_workload(*args: Any, **kwargs: Any) -> Example:
     return made(*args, inputs=(_many,), call=_values, **kwargs)
 
 
-def _to_numbers(estimator: Callable[[jax.Array, jax.Array], jax.Array], low: float = -2.0) -> Curve:
-    """Numbers as vectors of one feature, and the nearest of -1.5, -0.5, 0.5 and 1.5."""
+def _curve_of_numbers(
+    estimator: Callable[[jax.Array, jax.Array], jax.Array], low: float = -2.0
+) -> Curve:
+    """The curve of an estimator on numbers, with the nearest of -1.5, -0.5, 0.5 and 1.5."""
 
     def function(x: jax.Array) -> jax.Array:
         nearest = jnp.clip(jnp.floor(x), -2, 1) + 0.5
@@ -201,7 +203,7 @@ ENTRIES = (
         gain="the value is q to the bit",
         source="arXiv:1308.3432",
         formula=_straight_through,
-        curves={"": _to_numbers(straight_through_estimator)},
+        curves={"": _curve_of_numbers(straight_through_estimator)},
         examples={"4-D, an axis of size 1": applied(_four_axes, _four_axes_too)},
         operations={straight_through_estimator: "4-D, an axis of size 1"},
         workloads={"16384x64": applied(_many, lambda: _many()[::-1])},
@@ -216,7 +218,7 @@ ENTRIES = (
         gain="as long as it should be for opposite vectors; norms of 1e-30 and 1e30",
         source="arXiv:2410.06424",
         formula=_rotated,
-        curves={"": _to_numbers(rotation_trick, low=0.1)},
+        curves={"": _curve_of_numbers(rotation_trick, low=0.1)},
         examples={"4-D, zero, opposite and equal vectors": applied(_singular_z, _singular_q)},
         operations={rotation_trick: "4-D, zero, opposite and equal vectors"},
         workloads={"16384x64": applied(_many, lambda: _many()[::-1])},
@@ -234,10 +236,10 @@ ENTRIES = (
         examples={
             "loss": made(16, 4, **_INPUTS),
             "rotation, ema": made(
-                16, 4, gradient="rotation", learning="ema", commitment=0.5, **_SETTLED
+                16, 4, gradient="rotation", learning="ema", commitment=0.5, **_FIXED_CODEBOOK
             ),
         },
-        workloads={"8192 codes, 16384x64": _of_values(8192, 64)},
+        workloads={"8192 codes, 16384x64": _values_workload(8192, 64)},
     ),
     Entry(
         "ResidualVQ",
@@ -253,10 +255,10 @@ ENTRIES = (
             "rotation, loss, two codebooks, 4-D": made(
                 2, 16, 4, gradient="rotation", commitment=0.5, inputs=(_four_axes,)
             ),
-            "straight through, ema": made(2, 16, 4, learning="ema", **_SETTLED),
+            "straight through, ema": made(2, 16, 4, learning="ema", **_FIXED_CODEBOOK),
         },
         operations={quantize_vectors: "rotation, loss, two codebooks, 4-D"},
-        workloads={"4 x 1024 codes, 16384x64": _of_values(4, 1024, 64)},
+        workloads={"4 x 1024 codes, 16384x64": _values_workload(4, 1024, 64)},
     ),
     Entry(
         "SimVQ",
@@ -271,7 +273,7 @@ ENTRIES = (
         examples={
             "rotation": made(16, 4, **_INPUTS),
         },
-        workloads={"8192 codes, 16384x64": _of_values(8192, 64)},
+        workloads={"8192 codes, 16384x64": _values_workload(8192, 64)},
     ),
     Entry(
         "FSQ",

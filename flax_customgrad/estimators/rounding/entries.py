@@ -31,18 +31,18 @@ def _key() -> jax.Array:
     return jax.random.key(0)
 
 
-def _of_module(*args: Any, inputs: Callable[[], jax.Array] = _few, **kwargs: Any) -> Example:
+def _layer(*args: Any, inputs: Callable[[], jax.Array] = _few, **kwargs: Any) -> Example:
     return lambda cls: (cls(*args, **kwargs), inputs())
 
 
-# Formulas, each the gradient of a function of x.
+# Formulas: each returns the gradients of a function, given its arguments and g.
 
 
-def _pass(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+def _straight_through(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
     return (g,)
 
 
-def _pass_beside_key(x: jax.Array, key: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
+def _straight_through_and_key(x: jax.Array, key: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
     return g, None
 
 
@@ -84,8 +84,8 @@ def _xnor(layer: Any, w: jax.Array, g: jax.Array) -> tuple[None, jax.Array]:
     return None, g * (1 / n + _channel_mean(w) * (jnp.abs(w) <= layer.clip_value))
 
 
-def _surrogate(
-    what: Callable[..., Any],
+def _surrogate_entry(
+    module: Callable[..., Any],
     keeps: str,
     gain: str,
     formula: Callable[..., tuple[Any, ...]],
@@ -97,9 +97,9 @@ def _surrogate(
     operations: Mapping[Any, str] = MappingProxyType({}),
 ) -> Entry:
     return Entry(
-        what.__name__,
+        module.__name__,
         "rounding",
-        what,
+        module,
         None,
         "surrogate",
         keeps,
@@ -113,26 +113,26 @@ def _surrogate(
     )
 
 
-def _rounding(function: Callable[..., jax.Array], gain: str) -> Entry:
-    return _surrogate(
+def _rounding_entry(function: Callable[..., jax.Array], gain: str) -> Entry:
+    return _surrogate_entry(
         function,
         "nothing",
         gain,
-        _pass,
+        _straight_through,
         examples={"alone": applied(_few)},
         workload=applied(_many),
         curves={"": Curve(function)},
     )
 
 
-_PASSES = "passes the gradient on"
+_PASSES_GRADIENT = "passes the gradient on"
 
 _ROUNDING = (
-    _rounding(rounding.round_ste, f"{_PASSES}; halves to even"),
-    _rounding(rounding.floor_ste, _PASSES),
-    _rounding(rounding.ceil_ste, _PASSES),
-    _rounding(rounding.trunc_ste, _PASSES),
-    _surrogate(
+    _rounding_entry(rounding.round_ste, f"{_PASSES_GRADIENT}; halves to even"),
+    _rounding_entry(rounding.floor_ste, _PASSES_GRADIENT),
+    _rounding_entry(rounding.ceil_ste, _PASSES_GRADIENT),
+    _rounding_entry(rounding.trunc_ste, _PASSES_GRADIENT),
+    _surrogate_entry(
         rounding.clip_ste,
         "nothing; masked, a mask",
         "1 at a bound, where jnp.clip has 1/2",
@@ -153,20 +153,20 @@ _ROUNDING = (
             "masked": Curve(lambda x: rounding.clip_ste(x, -1, 1, gradient="masked")),
         },
     ),
-    _surrogate(
+    _surrogate_entry(
         rounding.stochastic_round,
         "nothing",
-        f"{_PASSES}; x in the mean",
-        _pass_beside_key,
+        f"{_PASSES_GRADIENT}; x in the mean",
+        _straight_through_and_key,
         "arXiv:1502.02551",
         examples={"alone": applied(_few, _key)},
         workload=applied(_many, _key),
         curves={"": Curve(lambda x: rounding.stochastic_round(x, jax.random.key(0)))},
     ),
-    _surrogate(
+    _surrogate_entry(
         rounding.StochasticRound,
         "nothing",
-        f"{_PASSES}; x in the mean",
+        f"{_PASSES_GRADIENT}; x in the mean",
         lambda layer, x, g: (None, g),
         "arXiv:1502.02551",
         examples={"alone": made(inputs=(_few,))},
@@ -176,7 +176,7 @@ _ROUNDING = (
 )
 
 
-def _sign(
+def _sign_entry(
     cls: type,
     keeps: str,
     gain: str,
@@ -186,22 +186,22 @@ def _sign(
     examples: Mapping[str, Example],
     curves: Mapping[str, Curve] | None = None,
 ) -> Entry:
-    return _surrogate(
+    return _surrogate_entry(
         cls,
         keeps,
         gain,
         formula,
         source,
         examples=examples,
-        workload=_of_module(inputs=_many),
+        workload=_layer(inputs=_many),
         curves={"": Curve(cls())} if curves is None else curves,
     )
 
 
 _MASK = "a mask; without bounds nothing"
 _WEIGHTS = {
-    "dense": _of_module(),
-    "kernel of a convolution": _of_module(0.5, inputs=lambda: normal(8, 3, 2, 4)),
+    "dense": _layer(),
+    "kernel of a convolution": _layer(0.5, inputs=lambda: normal(8, 3, 2, 4)),
 }
 
 
@@ -211,46 +211,46 @@ def _beside_ones(layer: Callable[[jax.Array], jax.Array]) -> Curve:
 
 
 _SIGNS = (
-    _sign(
+    _sign_entry(
         sign.SteSign,
         _MASK,
         "binary activations and weights",
         "arXiv:1602.02830",
-        examples={"bound": _of_module(), "no bound": _of_module(None)},
+        examples={"bound": _layer(), "no bound": _layer(None)},
         curves={"": Curve(sign.SteSign()), "no bound": Curve(sign.SteSign(None))},
     ),
-    _sign(
+    _sign_entry(
         sign.ApproxSign,
         "x",
         "largest where the sign changes",
         "arXiv:1808.00278",
         _approx_sign,
-        examples={"alone": _of_module()},
+        examples={"alone": _layer()},
     ),
-    _sign(
+    _sign_entry(
         sign.SwishSign,
         "x",
         "smooth; finite at any x",
         "arXiv:1812.11800",
         _swish_sign,
-        examples={"alone": _of_module(), "steep": _of_module(20.0)},
+        examples={"alone": _layer(), "steep": _layer(20.0)},
     ),
-    _sign(
+    _sign_entry(
         heaviside.SteHeaviside,
         _MASK,
         "0 or 1",
         "arXiv:1602.02830",
-        examples={"bound": _of_module(), "no bound": _of_module(None)},
+        examples={"bound": _layer(), "no bound": _layer(None)},
     ),
-    _sign(
+    _sign_entry(
         ternary_step.SteTern,
         _MASK,
         "-1, 0 or 1",
         "arXiv:1605.04711",
-        examples={"number": _of_module(0.5), "twn": _of_module("twn", None)},
+        examples={"number": _layer(0.5), "twn": _layer("twn", None)},
         curves={"": Curve(ternary_step.SteTern(0.5))},
     ),
-    _sign(
+    _sign_entry(
         scaled_sign.MagnitudeAwareSign,
         "a mask and the scales",
         "binary weights of their channel's size",
@@ -259,7 +259,7 @@ _SIGNS = (
         examples=_WEIGHTS,
         curves={"": _beside_ones(scaled_sign.MagnitudeAwareSign())},
     ),
-    _sign(
+    _sign_entry(
         scaled_sign.XNORSign,
         "a mask and the scales",
         "binary weights of their channel's size",

@@ -43,7 +43,7 @@ def _beside_one(w: jax.Array) -> jax.Array:
 
 
 def _with_ties() -> jax.Array:
-    """Halves of whole numbers, zeros among them, so that many weights of a group are as large."""
+    """Multiples of 1/2, zeros among them, so that many weights of a group are equally large."""
     return jnp.round(2 * normal(8, 1, 6, 2)) / 2
 
 

@@ -1,7 +1,7 @@
 """The catalogue's entries of the spiking family.
 
-A surrogate's formula is the derivative of the function whose derivative it takes; a cell's is that
-of its step, written with such a function in the place of the spike.
+The formula of a surrogate differentiates the soft function whose derivative it is. The formula of a
+cell differentiates its step, with that soft function in place of the spike.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ def _many() -> jax.Array:
     return normal(4096, 1024)
 
 
-# The function whose derivative each surrogate takes, of (u, slope); and its rise from -inf to inf.
+# The soft function of (u, slope) whose derivative each surrogate is, and its rise from -inf to inf.
 
 Soft = Callable[[jax.Array, Any], jax.Array]
 
@@ -59,7 +59,7 @@ def _exponential(u: jax.Array, k: Any) -> jax.Array:
     return jnp.where(u > 0, -jnp.exp(-k * u), jnp.exp(k * u)) / k
 
 
-_RISES: Mapping[Any, tuple[Soft, Callable[[Any], Any]]] = {
+_SOFT_AND_RISE: Mapping[Any, tuple[Soft, Callable[[Any], Any]]] = {
     surrogate.fast_sigmoid: (_fast_sigmoid, lambda k: 2 / k),
     surrogate.atan: (_atan, lambda k: 1),
     surrogate.sigmoid: (_sigmoid, lambda k: 1),
@@ -81,12 +81,12 @@ def _surrogate(
 
     Args:
         function: the surrogate.
-        slope: its slope by default.
-        gain: what it is like.
-        source: where it comes from.
+        slope: its default slope.
+        gain: its properties in a few words.
+        source: its paper.
         keeps: what its backward keeps.
     """
-    soft, rise = _RISES[function]
+    soft, rise = _SOFT_AND_RISE[function]
     examples = {
         "alone": applied(_few),
         "normalized": applied(_few, slope=3.0, normalize=True),
@@ -138,11 +138,11 @@ _SURROGATES = (
 
 
 def _spike(cell: Any, z: jax.Array) -> jax.Array:
-    """A spike with the derivative that its surrogate takes."""
+    """A spike with the derivative of the soft function of its surrogate."""
     slopes = {surrogate.fast_sigmoid: 25.0, surrogate.atan: 2.0}
     function = getattr(cell.spike, "func", cell.spike)
     slope = getattr(cell.spike, "keywords", {}).get("slope", slopes.get(function))
-    soft = _RISES[function][0](z, slope)
+    soft = _SOFT_AND_RISE[function][0](z, slope)
     return soft + lax.stop_gradient((z > 0) - soft)
 
 
@@ -158,7 +158,7 @@ def _leaked(decay: jax.Array, u: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _of_cell(cell: Any, step: Callable[..., Any], *arrays: Any, g: Any) -> tuple[Any, ...]:
-    """The gradient of a step, a function of the cell's Variables by name and of arrays."""
+    """The gradient of a step, which is a function of the cell's Variables by name and of arrays."""
     variables = nnx.to_pure_dict(nnx.state(cell))
     of_variables, *of_arrays = jax.vjp(step, variables, *arrays)[1](g)
     trained = nnx.to_pure_dict(nnx.state(cell, nnx.Param))
@@ -208,7 +208,7 @@ _lif_cell = partial(_cell, _step_of_lif, 2, spike=surrogate.atan)
 
 
 def _grid_of_neurons(cls: Any) -> tuple[Any, ...]:
-    """Decays and thresholds that are shared along an axis each, and one neuron on its threshold."""
+    """Decays and thresholds each shared along an axis, and one neuron exactly at its threshold."""
     cell = cls(
         (2, 3),
         decay=np.array([0.25, 0.5, 0.75]),

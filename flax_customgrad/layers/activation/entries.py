@@ -1,7 +1,7 @@
 """The catalogue's entries of the activation family.
 
-Memory, where it is given, is that of the gradient of eight layers in a `lax.scan`: 4096x1024
-float32 (gate and up 2048x2816), jax.nn's and ours.
+Memory, where it is given, is that of the gradient of eight layers in a `lax.scan`, for 4096x1024
+float32 (gate and up 2048x2816): with jax.nn -> with this library.
 """
 
 from collections.abc import Callable, Mapping
@@ -58,7 +58,7 @@ _WIDE = {"4096x1024": applied(_many)}
 _WIDE_AND_BF16 = {**_WIDE, "4096x1024, bf16": applied(_many_bf16)}
 
 
-def _function(
+def _function_entry(
     function: Callable[..., jax.Array],
     keeps: str,
     gain: str,
@@ -69,17 +69,17 @@ def _function(
     workloads: Mapping[str, Example] = _WIDE,
     operations: Mapping[Any, str] = MappingProxyType({}),
 ) -> Entry:
-    """The entry of a function of flax.nnx or jax.nn; by default its example is the function alone.
+    """The entry of a function of flax.nnx or jax.nn; its default example is the function alone.
 
     Args:
         function: the function.
         keeps: what its backward keeps.
         gain: what the backward is for.
-        source: where it comes from.
-        name: its name, if it has another one than its own.
+        source: its paper.
+        name: its public name, if that is not `function.__name__`.
         examples: makers of small examples.
         workloads: makers of large ones.
-        operations: those that an example takes through every check.
+        operations: as in `Entry`.
     """
     name = name or function.__name__
     return Entry(
@@ -97,8 +97,8 @@ def _function(
     )
 
 
-def _trained(*values: float) -> Example:
-    """A function whose parameter is an array, one number for each feature."""
+def _learned_parameter(*values: float) -> Example:
+    """An example of a function with an array for its parameter, one number per feature."""
     return applied(_few, lambda: jnp.array(values))
 
 
@@ -110,7 +110,7 @@ _SILU = "453 MB -> 168; an infinite x has a value and a gradient"
 _HARD_SILU = "336 MB -> 168; 0 at minus infinity, where nnx has NaN"
 
 _POINTWISE = (
-    _function(
+    _function_entry(
         smooth.gelu,
         "x",
         "721 MB -> 168, exact 487 -> 168; float16 gradients beyond 148, infinite x",
@@ -118,36 +118,43 @@ _POINTWISE = (
         examples={"tanh": applied(_few), "exact": applied(_few, approximate=False)},
         workloads={**_WIDE_AND_BF16, "4096x1024, exact": applied(_many, approximate=False)},
     ),
-    _function(smooth.silu, "x", _SILU, "arXiv:1702.03118", workloads=_WIDE_AND_BF16),
-    _function(smooth.swish, "x", _SILU, "arXiv:1702.03118", name="swish"),
-    _function(
+    _function_entry(smooth.silu, "x", _SILU, "arXiv:1702.03118", workloads=_WIDE_AND_BF16),
+    _function_entry(smooth.swish, "x", _SILU, "arXiv:1702.03118", name="swish"),
+    _function_entry(
         smooth.mish,
         "x",
         "604 MB -> 168, from one exponential; right at infinity",
         "arXiv:1908.08681",
         workloads=_WIDE_AND_BF16,
     ),
-    _function(smooth.softplus, "x", "185 MB -> 168; derivative in float32"),
-    _function(smooth.log_sigmoid, "x", "201 MB -> 168; derivative in float32"),
-    _function(
+    _function_entry(smooth.softplus, "x", "185 MB -> 168; derivative in float32"),
+    _function_entry(smooth.log_sigmoid, "x", "201 MB -> 168; derivative in float32"),
+    _function_entry(
         smooth.squareplus,
         "x, b",
         "319 MB -> 168; accurate for negative x, finite for |x| of 1e30",
         "arXiv:2112.11687",
-        examples={"alone": applied(_few), "b for each feature": _trained(1.0, 4.0, 0.3)},
+        examples={"alone": applied(_few), "b for each feature": _learned_parameter(1.0, 4.0, 0.3)},
     ),
-    _function(smooth.soft_sign, "x", "470 MB -> 168; 1 at infinity, where nnx has NaN"),
-    _function(sigmoidal.tanh, "y; x in half precision", "float32 derivative in half precision"),
-    _function(sigmoidal.sigmoid, "y; x in half precision", "float32 derivative in half precision"),
-    _function(
+    _function_entry(smooth.soft_sign, "x", "470 MB -> 168; 1 at infinity, where nnx has NaN"),
+    _function_entry(
+        sigmoidal.tanh, "y; x in half precision", "float32 derivative in half precision"
+    ),
+    _function_entry(
+        sigmoidal.sigmoid, "y; x in half precision", "float32 derivative in half precision"
+    ),
+    _function_entry(
         exponential.elu,
         "x, alpha",
         "268 MB -> 168; float32 sum for alpha",
         "arXiv:1511.07289",
-        examples={"alone": applied(_few), "alpha for each feature": _trained(1.0, 0.5, 2.0)},
+        examples={
+            "alone": applied(_few),
+            "alpha for each feature": _learned_parameter(1.0, 0.5, 2.0),
+        },
     ),
-    _function(exponential.selu, "x", "268 MB -> 168", "arXiv:1706.02515"),
-    _function(
+    _function_entry(exponential.selu, "x", "268 MB -> 168", "arXiv:1706.02515"),
+    _function_entry(
         exponential.celu,
         "x, alpha",
         "503 MB -> 168; float32 sum for alpha",
@@ -160,7 +167,7 @@ _POINTWISE = (
         },
         operations={elementwise: "x and alpha both repeated"},
     ),
-    _function(
+    _function_entry(
         piecewise.relu,
         "a mask, or as its `residual` says bits or y",
         "67 MB -> 38 with bits",
@@ -171,16 +178,21 @@ _POINTWISE = (
         },
         workloads={**_WIDE_AND_BF16, "4096x1024, bits": _relu("bits", _many)},
     ),
-    _function(piecewise.relu6, "a mask", "as nnx"),
-    _function(piecewise.hard_tanh, "a mask", "134 MB -> 67"),
-    _function(piecewise.hard_sigmoid, "a mask", "as nnx; half precision rounded once"),
-    _function(piecewise.hard_silu, "x", _HARD_SILU),
-    _function(piecewise.hard_swish, "x", _HARD_SILU, name="hard_swish"),
-    _function(
+    _function_entry(piecewise.relu6, "a mask", "the same as nnx's"),
+    _function_entry(piecewise.hard_tanh, "a mask", "134 MB -> 67"),
+    _function_entry(
+        piecewise.hard_sigmoid, "a mask", "the same as nnx's; half precision rounded once"
+    ),
+    _function_entry(piecewise.hard_silu, "x", _HARD_SILU),
+    _function_entry(piecewise.hard_swish, "x", _HARD_SILU, name="hard_swish"),
+    _function_entry(
         piecewise.leaky_relu,
         "a mask; x and the slope where the slope is an array",
         "float32 sum for the slope",
-        examples={"alone": applied(_few), "slope for each feature": _trained(0.1, 0.5, -0.2)},
+        examples={
+            "alone": applied(_few),
+            "slope for each feature": _learned_parameter(0.1, 0.5, -0.2),
+        },
     ),
     Entry(
         "PReLU",
@@ -219,7 +231,7 @@ def _mask_of_blocks() -> jax.Array:
 _ROW_WORKLOADS = {**_WIDE_AND_BF16, "1024x4096": applied(lambda: normal(1024, 4096))}
 
 _SOFTMAX = (
-    _function(
+    _function_entry(
         softmax.softmax,
         "y",
         "an empty or infinite row has its limit, where jax.nn has NaN",
@@ -231,7 +243,7 @@ _SOFTMAX = (
         workloads=_ROW_WORKLOADS,
         operations={softmax.softmax_of_rows: "two axes, ties, where"},
     ),
-    _function(
+    _function_entry(
         log_softmax.log_softmax,
         "y",
         "an empty or infinite row has its limit, where jax.nn has NaN",
@@ -242,7 +254,7 @@ _SOFTMAX = (
         workloads=_ROW_WORKLOADS,
         operations={log_softmax.log_softmax_of_rows: "two axes, ties"},
     ),
-    _function(
+    _function_entry(
         logsumexp.logsumexp,
         "x; the maximum and the sum of each row",
         "no exponentials kept; gradients of empty and infinite rows",
@@ -263,7 +275,7 @@ def _gate_and_up(*shape: int, dtype: Any = jnp.float32) -> Example:
     )
 
 
-def _product(
+def _product_entry(
     function: Callable[..., jax.Array],
     gain: str,
     operations: Mapping[Any, str] = MappingProxyType({}),
@@ -286,7 +298,7 @@ def _product(
     )
 
 
-def _gated_linear(cls: type[nnx.Module], gain: str) -> Entry:
+def _gated_linear_entry(cls: type[nnx.Module], gain: str) -> Entry:
     return Entry(
         cls.__name__,
         "activation",
@@ -304,7 +316,7 @@ def _gated_linear(cls: type[nnx.Module], gain: str) -> Entry:
 _SWIGLU, _GEGLU, _REGLU = "807 MB -> 231", "1177 MB -> 231", "277 MB -> 231"
 
 _GATED = (
-    _function(
+    _function_entry(
         glu.glu,
         "x",
         "243 MB -> 176",
@@ -315,12 +327,12 @@ _GATED = (
         },
         operations={glu.gated_halves: "middle axis, beside one of size 1"},
     ),
-    _product(gated.swiglu, _SWIGLU, {elementwise: "three axes, one of size 1"}),
-    _product(gated.geglu, _GEGLU),
-    _product(gated.reglu, _REGLU),
-    _gated_linear(gated_linear.SwiGLU, _SWIGLU),
-    _gated_linear(gated_linear.GeGLU, _GEGLU),
-    _gated_linear(gated_linear.ReGLU, _REGLU),
+    _product_entry(gated.swiglu, _SWIGLU, {elementwise: "three axes, one of size 1"}),
+    _product_entry(gated.geglu, _GEGLU),
+    _product_entry(gated.reglu, _REGLU),
+    _gated_linear_entry(gated_linear.SwiGLU, _SWIGLU),
+    _gated_linear_entry(gated_linear.GeGLU, _GEGLU),
+    _gated_linear_entry(gated_linear.ReGLU, _REGLU),
 )
 
 ENTRIES = (*_POINTWISE, *_SOFTMAX, *_GATED)

@@ -22,9 +22,9 @@ def _images(shape: tuple[int, ...], *args: Any, dtype: Any = jnp.float32, **kwar
     return made(shape[-1], *args, **kwargs, inputs=(lambda: normal(*shape, dtype=dtype),))
 
 
-# A bias of zeros would hide what is wrong with it.
+# A bias of zeros would hide errors in it.
 _BIAS: dict[str, Any] = {"bias_init": nnx.initializers.normal(1.0)}
-# Leaves out of each window of 2 x 3, 2 features in and 6 out, every fifth weight.
+# Leaves out every fifth weight of a kernel of 2 x 3, with 2 features in and 6 out.
 _MASK = (np.arange(2 * 3 * 2 * 6) % 5 > 0).reshape(2, 3, 2, 6).astype(np.float32)
 
 ENTRIES = (

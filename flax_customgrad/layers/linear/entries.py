@@ -16,7 +16,7 @@ from flax_customgrad.registry.examples import made, normal
 
 
 def _tokens(*shape: int, size: int) -> jax.Array:
-    """Ids of which small ones are frequent, as words are."""
+    """Ids of which small ones are frequent, as with words."""
     exponent = jax.random.uniform(jax.random.key(size), shape)
     return jnp.asarray(size**exponent, jnp.int32) - 1
 
@@ -26,7 +26,7 @@ def _attend(embed: nnx.Embed, query: jax.Array) -> jax.Array:
 
 
 _BF16: dict[str, Any] = {"dtype": jnp.bfloat16}
-# A bias of zeros, and a lora_b of zeros, would hide what is wrong with them.
+# A bias or a lora_b of zeros would hide errors in its gradient.
 _BIAS: dict[str, Any] = {"bias_init": nnx.initializers.normal(1.0)}
 _LORA_B: dict[str, Any] = {"b_initializer": nnx.initializers.normal(1.0)}
 

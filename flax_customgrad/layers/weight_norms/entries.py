@@ -15,13 +15,13 @@ from flax_customgrad.registry.entry import Entry, Example
 from flax_customgrad.registry.examples import normal
 
 
-def _around(
+def _wrapped(
     layer: Callable[[nnx.Rngs], nnx.Module],
     inputs: Callable[[], jax.Array],
     call: Any = None,
     **kwargs: Any,
 ) -> Example:
-    """An example whose layer is built as `cls(layer, **kwargs, rngs=...)`."""
+    """An example whose wrapper is built as `cls(layer, **kwargs, rngs=...)`."""
 
     def make(cls: Any) -> tuple[Any, ...]:
         made = cls(layer(nnx.Rngs(1)), **kwargs, rngs=nnx.Rngs(0))
@@ -31,18 +31,18 @@ def _around(
 
 
 def _on_a_copy(layer: Any, x: jax.Array) -> jax.Array:
-    """Calls a layer that changes its weights where `check_vjp` calls it more than once."""
+    """Calls a copy: each call changes the weights, and `check_vjp` calls it repeatedly."""
     return nnx.clone(layer)(x)
 
 
 def _with_sigma(layer: Any, x: jax.Array) -> jax.Array:
-    """Calls a copy of a layer, and lets the singular value count as well."""
+    """Calls a copy of a layer, and adds the square of the singular value."""
     layer = nnx.clone(layer)
     return layer(x) + layer.batch_stats["kernel", "sigma"][...] ** 2
 
 
 def _from_half_to_two(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """Initializes scales, each another; nnx 0.12.8 hands over no key to draw them with."""
+    """Initializes scales to different values; nnx 0.12.8 passes no key to draw them with."""
     return jnp.linspace(0.5, 2, math.prod(shape), dtype=dtype).reshape(shape)
 
 
@@ -50,7 +50,7 @@ def _linear(rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(6, 4, rngs=rngs)
 
 
-def _one_direction(rngs: nnx.Rngs) -> nnx.LinearGeneral:
+def _dominant_direction(rngs: nnx.Rngs) -> nnx.LinearGeneral:
     """Its kernel has one large singular value, to which two steps of power iteration converge."""
     layer = nnx.LinearGeneral((2, 1, 3), 4, axis=(1, 2, 3), rngs=rngs)
     layer.kernel[...] = 0.02 * layer.kernel[...] + normal(2, 1, 3, 1) * normal(4)
@@ -69,18 +69,18 @@ def _two_layers(rngs: nnx.Rngs) -> nnx.Sequential:
     return nnx.Sequential(_linear(rngs), nnx.Linear(4, 2, rngs=rngs))
 
 
-def _wide(rngs: nnx.Rngs) -> nnx.Linear:
+def _large_linear(rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(1024, 1024, rngs=rngs)
 
 
-def _image(rngs: nnx.Rngs) -> nnx.Conv:
+def _large_conv(rngs: nnx.Rngs) -> nnx.Conv:
     return nnx.Conv(128, 128, kernel_size=(3, 3), rngs=rngs)
 
 
 _CONSTANT = nnx.initializers.constant(1.5)
 _WORKLOADS = {
-    "Linear, 4096x1024 to 1024": (_wide, lambda: normal(4096, 1024)),
-    "Conv 3x3, 8x32x32x128 to 128": (_image, lambda: normal(8, 32, 32, 128)),
+    "Linear, 4096x1024 to 1024": (_large_linear, lambda: normal(4096, 1024)),
+    "Conv 3x3, 8x32x32x128 to 128": (_large_conv, lambda: normal(8, 32, 32, 128)),
 }
 
 ENTRIES = (
@@ -94,25 +94,25 @@ ENTRIES = (
         gain="trains its scales; right for tiny and huge kernels and in half precision",
         source="arXiv:1602.07868",
         examples={
-            "scale, two feature axes apart, an axis of size 1": _around(
+            "scale, two feature axes apart, an axis of size 1": _wrapped(
                 _of_four_axes,
                 lambda: normal(8, 2, 3),
                 _on_a_copy,
                 feature_axes=(0, -1),
                 scale_init=_from_half_to_two,
             ),
-            "whole kernels of two layers": _around(
+            "whole kernels of two layers": _wrapped(
                 _two_layers,
                 lambda: normal(8, 6),
                 _on_a_copy,
                 feature_axes=None,
                 scale_init=_CONSTANT,
             ),
-            "no scale, two feature axes": _around(
+            "no scale, two feature axes": _wrapped(
                 _heads, lambda: normal(8, 6), _on_a_copy, feature_axes=(1, -1), use_scale=False
             ),
         },
-        workloads={name: _around(*made) for name, made in _WORKLOADS.items()},
+        workloads={name: _wrapped(*made) for name, made in _WORKLOADS.items()},
         operations={weight_norm: "scale, two feature axes apart, an axis of size 1"},
     ),
     Entry(
@@ -125,11 +125,11 @@ ENTRIES = (
         gain="keeps the kernel alone; right for tiny and huge kernels and in half precision",
         source="arXiv:1802.05957",
         examples={
-            "a kernel of four axes, one of size 1, and sigma": _around(
-                _one_direction, lambda: normal(8, 2, 1, 3), _with_sigma, n_steps=2
+            "a kernel of four axes, one of size 1, and sigma": _wrapped(
+                _dominant_direction, lambda: normal(8, 2, 1, 3), _with_sigma, n_steps=2
             ),
         },
-        workloads={name: _around(*made) for name, made in _WORKLOADS.items()},
+        workloads={name: _wrapped(*made) for name, made in _WORKLOADS.items()},
         operations={spectral_norm: "a kernel of four axes, one of size 1, and sigma"},
     ),
     Entry(
@@ -142,9 +142,9 @@ ENTRIES = (
         gain="right for kernels with a large mean",
         source="arXiv:1903.10520",
         examples={
-            "two feature axes": _around(_heads, lambda: normal(8, 6), feature_axes=(1, 2)),
-            "scale": _around(_linear, lambda: normal(8, 6), use_scale=True, scale_init=_CONSTANT),
+            "two feature axes": _wrapped(_heads, lambda: normal(8, 6), feature_axes=(1, 2)),
+            "scale": _wrapped(_linear, lambda: normal(8, 6), use_scale=True, scale_init=_CONSTANT),
         },
-        workloads={name: _around(*made) for name, made in _WORKLOADS.items()},
+        workloads={name: _wrapped(*made) for name, made in _WORKLOADS.items()},
     ),
 )

@@ -29,14 +29,14 @@ def _rounded(a: jax.Array, dtype: Any, margin: int) -> jax.Array:
     return a + lax.stop_gradient(codes.astype(a.dtype) * scale - a)
 
 
-def _stated(
+def _expected_gradients(
     f: Callable[[jax.Array, jax.Array], jax.Array],
     layer: Any,
     bias_axes: tuple[int, ...],
     x: jax.Array,
     g: jax.Array,
 ) -> tuple[nnx.State, jax.Array]:
-    """The gradients of f(kernel, x) in E4M3, of a cotangent in E5M2; current scaling."""
+    """The gradients of `f(kernel, x)` with operands in E4M3 and a cotangent in E5M2."""
     operands = [_rounded(a, jnp.float8_e4m3fn, layer.margin) for a in (layer.kernel[...], x)]
     dw, dx = jax.vjp(f, *operands)[1](_rounded(g, jnp.float8_e5m2, layer.margin))
     grads = {"kernel": dw}
@@ -46,14 +46,14 @@ def _stated(
 
 
 def _linear(layer: Any, x: jax.Array, g: jax.Array) -> tuple[nnx.State, jax.Array]:
-    return _stated(lambda w, x: x @ w, layer, tuple(range(g.ndim - 1)), x, g)
+    return _expected_gradients(lambda w, x: x @ w, layer, tuple(range(g.ndim - 1)), x, g)
 
 
 def _einsum(layer: Any, x: jax.Array, g: jax.Array) -> tuple[nnx.State, jax.Array]:
-    return _stated(lambda w, x: jnp.einsum(layer.einsum_str, x, w), layer, (0, 1), x, g)
+    return _expected_gradients(lambda w, x: jnp.einsum(layer.einsum_str, x, w), layer, (0, 1), x, g)
 
 
-# The gradient of delayed scaling depends on the steps before, and each moves its state.
+# Current scaling: the gradient of delayed scaling depends on earlier steps, and changes its state.
 ENTRIES = (
     Entry(
         "Fp8Linear",

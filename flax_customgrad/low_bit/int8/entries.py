@@ -15,19 +15,19 @@ from flax_customgrad.registry.entry import Entry
 from flax_customgrad.registry.examples import made, normal
 
 _GAIN = (
-    "{} in int8, forward and if wanted backward, where it is else composed of the float ones; a "
+    "{} in int8, forward and on request backward, which is otherwise composed of float ones; a "
     "quarter of the input is kept"
 )
 
 
 def _scale(a: jax.Array, axes: Any) -> jax.Array:
-    """The scale of the largest element; of zeros the smallest normal number."""
+    """The scale that maps the largest element to 127; for zeros the smallest normal number."""
     largest = lax.stop_gradient(jnp.abs(a).max(axes, keepdims=True))
     return jnp.maximum(largest / 127, jnp.finfo(a.dtype).tiny)
 
 
 def _straight_through(a: jax.Array, scale: jax.Array) -> jax.Array:
-    """Multiples of a scale, with the derivative of what is rounded."""
+    """An array rounded to multiples of a scale, with the derivative of the array."""
     return a + lax.stop_gradient(jnp.round(a / scale) * scale - a)
 
 
@@ -35,14 +35,14 @@ def _with_a_row_of_zeros() -> jax.Array:
     return normal(8, 2, 8).at[3, 1].set(0)
 
 
-def _stated(
+def _expected_gradients(
     f: Callable[[jax.Array, jax.Array], jax.Array],
     layer: Any,
     x: jax.Array,
     row: Any,
     g: jax.Array,
 ) -> tuple[nnx.State, jax.Array]:
-    """The gradients of f(kernel, x), whose operands are rounded, and in int8 its cotangent."""
+    """The gradients of `f(kernel, x)` with rounded operands, and in int8 a rounded cotangent."""
     w = layer.kernel[...]
     channels = tuple(range(w.ndim - 1)), tuple(range(g.ndim - 1))
     s_w, s_x = _scale(w, channels[0]), _scale(x, row)
@@ -61,7 +61,7 @@ def _stated(
 
 
 def _linear(layer: Any, x: jax.Array, g: jax.Array) -> tuple[nnx.State, jax.Array]:
-    return _stated(lambda w, x: x @ w, layer, x, -1, g)
+    return _expected_gradients(lambda w, x: x @ w, layer, x, -1, g)
 
 
 def _conv(layer: Any, x: jax.Array, g: jax.Array) -> tuple[nnx.State, jax.Array]:
@@ -77,7 +77,7 @@ def _conv(layer: Any, x: jax.Array, g: jax.Array) -> tuple[nnx.State, jax.Array]
             feature_group_count=layer.feature_group_count,
         )
 
-    return _stated(f, layer, x, tuple(range(1, x.ndim)), g)
+    return _expected_gradients(f, layer, x, tuple(range(1, x.ndim)), g)
 
 
 ENTRIES = (

@@ -1,7 +1,7 @@
 """The catalogue's entries of the quantized layers.
 
-Their formula is stop_gradient's: JAX differentiates the layer of flax.nnx, of operands
-`a + (q - a)` whose second term is held constant.
+Their formulas use `lax.stop_gradient`: JAX differentiates the layer of flax.nnx with operands
+`a + (q - a)`, whose second term is a constant.
 """
 
 from collections.abc import Callable
@@ -30,59 +30,61 @@ from flax_customgrad.registry.entry import Entry, Example
 from flax_customgrad.registry.examples import made, normal
 
 
-def _within_one(a: jax.Array) -> jax.Array:
-    """The array, with a gradient where `|a| <= 1`."""
+def _pass_within_one(a: jax.Array) -> jax.Array:
+    """`a`, with a gradient where `|a| <= 1`."""
     return jnp.where(jnp.abs(a) <= 1, a, lax.stop_gradient(a))
 
 
-def _instead(a: jax.Array, q: jax.Array) -> jax.Array:
-    """The second array, with the gradient of the first."""
+def _straight_through(a: jax.Array, q: jax.Array) -> jax.Array:
+    """The value of q with the gradient of a."""
     return a + lax.stop_gradient(q - a)
 
 
-def _others(axis: Any, a: jax.Array) -> tuple[int, ...]:
+def _shared_axes(axis: Any, a: jax.Array) -> tuple[int, ...]:
     """The axes that share a range."""
     own = {a.ndim - 1} if axis == "token" else {i % a.ndim for i in axis or ()}
     return (a.ndim - 1,) if axis == "token" else tuple(set(range(a.ndim)) - own)
 
 
-def _rounded(quantizer: Any, a: jax.Array) -> jax.Array:
+def _fake_quant(quantizer: Any, a: jax.Array) -> jax.Array:
     high = 2 ** (quantizer.bits - 1) - 1
-    shared = _others(quantizer.granularity.axis, a)
+    shared = _shared_axes(quantizer.granularity.axis, a)
     s = lax.stop_gradient(jnp.max(jnp.abs(a), shared, keepdims=True) / high)
-    return _instead(a, s * jnp.round(a / s))
+    return _straight_through(a, s * jnp.round(a / s))
 
 
 def _scaled_sign(quantizer: Any, w: jax.Array) -> jax.Array:
-    scale = jnp.mean(jnp.abs(w), _others(quantizer.granularity.axis, w), keepdims=True)
-    return lax.stop_gradient(scale) * _instead(_within_one(w), jnp.where(w >= 0, 1, -1))
+    scale = jnp.mean(jnp.abs(w), _shared_axes(quantizer.granularity.axis, w), keepdims=True)
+    return lax.stop_gradient(scale) * _straight_through(
+        _pass_within_one(w), jnp.where(w >= 0, 1, -1)
+    )
 
 
 def _sign(quantizer: Any, x: jax.Array) -> jax.Array:
-    return _instead(_within_one(x), jnp.where(x >= 0, 1, -1).astype(x.dtype))
+    return _straight_through(_pass_within_one(x), jnp.where(x >= 0, 1, -1).astype(x.dtype))
 
 
-def _large(quantizer: Any, w: jax.Array) -> jax.Array:
+def _twn(quantizer: Any, w: jax.Array) -> jax.Array:
     large = jnp.abs(w) > quantizer.threshold * jnp.mean(jnp.abs(w))
     scale = jnp.sum(jnp.abs(w) * large) / jnp.sum(large)
-    return _instead(w, scale * large * jnp.sign(w))
+    return _straight_through(w, scale * large * jnp.sign(w))
 
 
 def _abs_mean(quantizer: Any, w: jax.Array) -> jax.Array:
     scale = jnp.mean(jnp.abs(w))
-    return _instead(w, scale * jnp.clip(jnp.round(w / scale), -1, 1))
+    return _straight_through(w, scale * jnp.clip(jnp.round(w / scale), -1, 1))
 
 
 _FORMULAS: dict[type[Quantizer], Callable[..., jax.Array]] = {
-    FakeQuant: _rounded,
+    FakeQuant: _fake_quant,
     BinaryWeight: _scaled_sign,
     BinaryActivation: _sign,
-    TWN: _large,
+    TWN: _twn,
     AbsMean: _abs_mean,
 }
 
 
-def _through(quantizer: Quantizer | None, a: jax.Array) -> jax.Array:
+def _quantized(quantizer: Quantizer | None, a: jax.Array) -> jax.Array:
     """Quantizes an array with a formula, in float32 or wider, and rounds once to its dtype."""
     if quantizer is None:
         return a
@@ -90,17 +92,17 @@ def _through(quantizer: Quantizer | None, a: jax.Array) -> jax.Array:
     return _FORMULAS[type(quantizer)](quantizer, wide).astype(a.dtype)
 
 
-def _of(
+def _formula_of(
     method: Callable[..., jax.Array],
     kernel: str = "kernel",
     before: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> Callable[..., tuple[Any, ...]]:
-    """JAX's gradient of a method of flax.nnx, of quantized operands.
+    """The formula of a layer: JAX's gradient of a method of flax.nnx with quantized operands.
 
     Args:
-        method: of the layer of flax.nnx.
-        kernel: the name of its kernel.
-        before: applied to its input first.
+        method: the method of the layer of flax.nnx.
+        kernel: the name of the layer's kernel.
+        before: a function that is applied to the input first.
     """
 
     def formula(layer: Any, x: jax.Array, g: jax.Array) -> tuple[Any, ...]:
@@ -109,9 +111,9 @@ def _of(
 
         def call(params: nnx.State, x: jax.Array) -> jax.Array:
             w: Any = params[kernel]
-            quantized = w.replace(_through(layer.weight, w[...]))
+            quantized = w.replace(_quantized(layer.weight, w[...]))
             merged = nnx.merge(graphdef, nnx.State({**params, kernel: quantized}), rest)
-            x = x if is_integer else _through(layer.activation, before(x))
+            x = x if is_integer else _quantized(layer.activation, before(x))
             return method(merged, x)
 
         if is_integer:
@@ -128,27 +130,27 @@ def _standardized(x: jax.Array) -> jax.Array:
     return (wide / rms).astype(x.dtype)
 
 
-def _few_bits(bits: int, *args: Any, of: Any = -1, **kwargs: Any) -> Example:
-    """A layer whose weights and inputs have a few bits.
+def _few_bits(bits: int, *args: Any, channel_axis: Any = -1, **kwargs: Any) -> Example:
+    """An example of a layer whose weights and inputs have few bits.
 
     Args:
-        bits: how many.
-        *args: of the layer's constructor.
-        of: the axes of the kernel along which each index has a range of its own.
+        bits: how many bits.
+        *args: positional arguments of the layer's constructor.
+        channel_axis: the axes of the kernel along which each index has a range of its own.
         **kwargs: as for `made`.
     """
 
     def make(cls: Any) -> tuple[Any, ...]:
-        quantizers = {"weight": FakeQuant(bits, axis=of), "activation": FakeQuant(bits)}
+        quantizers = {"weight": FakeQuant(bits, axis=channel_axis), "activation": FakeQuant(bits)}
         return made(*args, **quantizers, **kwargs)(cls)
 
     return make
 
 
 def _bit_linear(layer: Any, x: jax.Array, g: jax.Array) -> tuple[Any, ...]:
-    """The gradient of a product with the input divided by its root mean square, or as it is."""
+    """The gradient of a product with the input, divided by its root mean square or not."""
     before = _standardized if layer.norm is not None else lambda x: x
-    return _of(nnx.Linear.__call__, before=before)(layer, x, g)
+    return _formula_of(nnx.Linear.__call__, before=before)(layer, x, g)
 
 
 def _attend(embed: nnx.Embed, query: jax.Array) -> jax.Array:
@@ -159,7 +161,7 @@ def _embed(layer: Any, x: jax.Array, g: jax.Array) -> tuple[Any, ...]:
     """The gradient of a look-up, or of the products with a query."""
     is_query = jnp.issubdtype(x.dtype, jnp.floating)
     method = nnx.Embed.attend if is_query else nnx.Embed.__call__
-    return _of(method, "embedding")(layer, x, g)
+    return _formula_of(method, "embedding")(layer, x, g)
 
 
 _GAIN = "training in few bits, and few bits kept between the passes"
@@ -178,7 +180,7 @@ ENTRIES = (
         keeps=_KEEPS + _COMPOSED.format("`linear`"),
         gain=_GAIN,
         source="arXiv:1308.3432",
-        formula=_of(nnx.Linear.__call__),
+        formula=_formula_of(nnx.Linear.__call__),
         examples={
             "3 bits, a batch axis of size 1, codes that leave a byte half full": _few_bits(
                 3, 5, 4, inputs=(lambda: normal(8, 1, 5),)
@@ -205,10 +207,15 @@ ENTRIES = (
         keeps=_KEEPS + _COMPOSED.format("`linear_general`"),
         gain=_GAIN,
         source="arXiv:1308.3432",
-        formula=_of(nnx.LinearGeneral.__call__),
+        formula=_formula_of(nnx.LinearGeneral.__call__),
         examples={
             "two axes": _few_bits(
-                4, (2, 3), (4, 2), of=(-2, -1), axis=(1, -1), inputs=(lambda: normal(8, 2, 3),)
+                4,
+                (2, 3),
+                (4, 2),
+                channel_axis=(-2, -1),
+                axis=(1, -1),
+                inputs=(lambda: normal(8, 2, 3),),
             ),
         },
         workloads={
@@ -226,7 +233,7 @@ ENTRIES = (
         keeps=_KEEPS + _COMPOSED.format("`einsum`"),
         gain=_GAIN,
         source="arXiv:1308.3432",
-        formula=_of(nnx.Einsum.__call__),
+        formula=_formula_of(nnx.Einsum.__call__),
         examples={
             "heads": _few_bits(
                 3, "nta,hab->nthb", (3, 5, 2), (3, 2), inputs=(lambda: normal(8, 2, 5),)
@@ -247,7 +254,7 @@ ENTRIES = (
         keeps=_KEEPS + _COMPOSED.format("`convolution`"),
         gain="training in few bits, of grouped and depthwise kernels too, and few bits kept",
         source="arXiv:1308.3432",
-        formula=_of(nnx.Conv.__call__),
+        formula=_formula_of(nnx.Conv.__call__),
         examples={
             "8 bits": _few_bits(8, 2, 2, (2, 2), inputs=(lambda: normal(8, 3, 2, 2),)),
             "4 bits, grouped, strided, circular": _few_bits(
@@ -277,7 +284,7 @@ ENTRIES = (
         keeps=_KEEPS + _COMPOSED.format("`convolution`"),
         gain=_GAIN,
         source="arXiv:1308.3432",
-        formula=_of(nnx.ConvTranspose.__call__),
+        formula=_formula_of(nnx.ConvTranspose.__call__),
         examples={
             "strided": _few_bits(8, 3, 2, 3, strides=2, inputs=(lambda: normal(8, 3, 3),)),
         },
@@ -300,13 +307,15 @@ ENTRIES = (
         formula=_embed,
         examples={
             "lookup": _few_bits(
-                4, 5, 3, of=0, inputs=(lambda: jnp.array([0, 4, 1, -1, 1, 2, 0, 1]),)
+                4, 5, 3, channel_axis=0, inputs=(lambda: jnp.array([0, 4, 1, -1, 1, 2, 0, 1]),)
             ),
-            "attend": _few_bits(4, 5, 3, of=0, inputs=(lambda: normal(8, 3),), call=_attend),
+            "attend": _few_bits(
+                4, 5, 3, channel_axis=0, inputs=(lambda: normal(8, 3),), call=_attend
+            ),
         },
         workloads={
             "4 bits, attend, 4096x512 to 8192": _few_bits(
-                4, 8192, 512, of=0, inputs=(lambda: normal(4096, 512),), call=_attend
+                4, 8192, 512, channel_axis=0, inputs=(lambda: normal(4096, 512),), call=_attend
             )
         },
     ),
@@ -319,7 +328,7 @@ ENTRIES = (
         keeps=_BINARY + _COMPOSED.format("`linear`"),
         gain="weights and inputs of one bit, kept in one bit",
         source="arXiv:1603.05279",
-        formula=_of(nnx.Linear.__call__),
+        formula=_formula_of(nnx.Linear.__call__),
         examples={"bias": made(6, 4, inputs=(lambda: normal(8, 6),))},
         workloads={"4096x1024 to 1024": made(1024, 1024, inputs=(lambda: normal(4096, 1024),))},
     ),
@@ -332,7 +341,7 @@ ENTRIES = (
         keeps=_BINARY + _COMPOSED.format("`convolution`"),
         gain="weights and inputs of one bit, kept in one bit",
         source="arXiv:1603.05279",
-        formula=_of(nnx.Conv.__call__),
+        formula=_formula_of(nnx.Conv.__call__),
         examples={"padded": made(3, 4, 2, inputs=(lambda: normal(8, 4, 3),))},
         workloads={
             "3x3, 16x32x32x128": made(128, 128, (3, 3), inputs=(lambda: normal(16, 32, 32, 128),))
@@ -347,7 +356,7 @@ ENTRIES = (
         keeps=_TERNARY + _COMPOSED.format("`linear`"),
         gain="weights of -1, 0 and 1, kept in two bits",
         source="arXiv:1605.04711",
-        formula=_of(nnx.Linear.__call__),
+        formula=_formula_of(nnx.Linear.__call__),
         examples={"bias": made(6, 4, inputs=(lambda: normal(8, 6),))},
         workloads={"4096x1024 to 1024": made(1024, 1024, inputs=(lambda: normal(4096, 1024),))},
     ),
@@ -360,7 +369,7 @@ ENTRIES = (
         keeps=_TERNARY + _COMPOSED.format("`convolution`"),
         gain="weights of -1, 0 and 1, kept in two bits",
         source="arXiv:1605.04711",
-        formula=_of(nnx.Conv.__call__),
+        formula=_formula_of(nnx.Conv.__call__),
         examples={"padded": made(3, 4, 2, inputs=(lambda: normal(8, 4, 3),))},
         workloads={
             "3x3, 16x32x32x128": made(128, 128, (3, 3), inputs=(lambda: normal(16, 32, 32, 128),))
