@@ -7,12 +7,12 @@
     backward  dlogits      = J(p) g / temperature,  J(p) g = p (g - sum p g)
               dtemperature = -sum dlogits log(p)
               exact for the soft sample, straight-through for the hard one
-    kept      p, of which the soft sample is made: `temperature_softmax` computes both from it. To
-              draw the noise again from the key would keep the logits instead, and cost it twice.
-    at a tie  the lower index is taken
+    kept      p, from which `temperature_softmax` computes both. Drawing the noise again from its
+              key would keep the logits instead, and cost a second draw.
+    at a tie  the lower index wins
 
-This page has the soft sample; the hard one is `top_k` with k = 1. Its forward holds zeros and ones;
-`y_hard + y_soft - stop_gradient(y_soft)`, as it is also written, does not after rounding. Half
+This page has the soft sample; the hard one is `top_k` with k = 1. Its forward is exactly zeros and
+ones; `y_hard + y_soft - stop_gradient(y_soft)`, as it is also written, is not after rounding. Half
 precision is computed in float32.
 
 Source: arXiv:1611.01144
@@ -172,7 +172,7 @@ class GumbelSoftmax(Sampler):
             hard: whether samples are one-hot.
             axis: the axis of the classes.
             deterministic: if true, there is no noise; `model.eval()` sets it.
-            rng_collection: the stream of `rngs` that the samples take their keys from.
+            rng_collection: the stream of `rngs` that the keys of samples come from.
             rngs: random numbers for the samples.
 
         Raises:

@@ -1,6 +1,6 @@
-"""k-hot: 1 for the k largest along an axis, 0 elsewhere; at a tie the lower index is taken first.
+"""k-hot: 1 for the k largest along an axis, 0 elsewhere; at a tie the lower index comes first.
 
-The ones are put where indices say. A comparison with the value of the maximum would not do: XLA may
+The ones are placed by index. A comparison with the value of the maximum would not do: XLA may
 compute an element twice, in two fusions, and round it differently.
 """
 
@@ -14,8 +14,8 @@ def k_hot(z: jax.Array, k: int, axis: int) -> jax.Array:
 
     Args:
         z: array of any shape, float.
-        k: how many.
-        axis: the axis.
+        k: how many are 1.
+        axis: the axis along which they are the largest.
 
     Returns:
         Array like z.
@@ -33,7 +33,7 @@ def k_hot(z: jax.Array, k: int, axis: int) -> jax.Array:
 
 
 def index_of_largest(z: jax.Array, axis: int) -> jax.Array:
-    """The index of the largest along an axis, which stays, with size 1; the first at a tie."""
+    """The index of the largest along an axis, which keeps size 1; the first at a tie."""
     return jnp.argmax(lax.stop_gradient(z), axis, keepdims=True)
 
 
@@ -41,12 +41,12 @@ def mask_at(indices: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     """True at some indices along an axis.
 
     Args:
-        indices: whole numbers; array of that shape but along the axis, along which there are k.
+        indices: integer array of that shape, but of size k along the axis.
         shape: the shape of the result.
         axis: the axis.
 
     Returns:
-        Array of bool.
+        Array of bool of that shape.
     """
     axis %= len(shape)
     index = lax.broadcasted_iota(indices.dtype, shape, axis)

@@ -23,8 +23,8 @@ def gumbel_noise(key: jax.Array | None, logits: jax.Array) -> jax.Array | None:
     """Standard Gumbel noise.
 
     Args:
-        key: where it comes from.
-        logits: the array that it is for.
+        key: a key of `jax.random`, or None.
+        logits: the array to which it is added, of any shape.
 
     Returns:
         Array of the shape of the logits, float32; None without a key.
@@ -40,7 +40,10 @@ def perturb(logits: jax.Array, noise: jax.Array | None) -> jax.Array:
 
     Args:
         logits: array of any shape, float.
-        noise: an array like logits, or None for none.
+        noise: an array of the shape of logits, or None for no noise.
+
+    Returns:
+        Array of that shape, float32 or wider.
     """
     z = logits.astype(accumulator(logits))
     return z if noise is None else z + noise.astype(z.dtype)
@@ -49,17 +52,18 @@ def perturb(logits: jax.Array, noise: jax.Array | None) -> jax.Array:
 def check_logits_and_temperature(
     name: str, logits: Any, temperature: Any, axis: int, k: int = 1
 ) -> tuple[jax.Array, Any]:
-    """Logits and a temperature that an estimator can take; values are looked at unless traced.
+    """Checks the logits and the temperature of an estimator; values only where they are not traced.
 
     Args:
         name: the estimator, for messages.
         logits: array of any shape, float.
-        temperature: a number, or an array that broadcasts against a row's.
+        temperature: a number, or an array that broadcasts to the logits and has size 1 along the
+            axis.
         axis: the axis of the classes.
         k: how many classes a row chooses.
 
     Returns:
-        Both, the temperature as a number or as a floating array.
+        The logits as an array, and the temperature as a number or a floating array.
 
     Raises:
         TypeError: the logits are not floating.

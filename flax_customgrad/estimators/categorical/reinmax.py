@@ -4,12 +4,12 @@
     backward  p1      = (y + softmax(logits / temperature)) / 2
               dlogits = 2 J(p1) g - J(p0) g / 2,  J(p) g = p (g - sum p g)
     kept      logits and temperature, which the caller holds, and sample, the index of the 1 in y
-    at a tie  the lower index is taken
+    at a tie  the lower index wins
 
 The straight-through estimator is a first-order approximation of the gradient of the expected loss;
 this one is Heun's method, of second order. Nothing is divided by the temperature, which shapes `p1`
-alone and has no gradient: it is a choice of the estimator and no part of the forward. The paper
-finds that a temperature of 1 or more serves best. Half precision is computed in float32.
+alone and has no gradient: it belongs to the estimator, not to the forward. The paper recommends a
+temperature of 1 or more. Half precision is computed in float32.
 
 Source: arXiv:2304.08612
 """
@@ -52,7 +52,8 @@ def one_hot_sample(
 
     Args:
         logits: array of any shape, float.
-        temperature: of the backward; a number, or a floating array that broadcasts against a row.
+        temperature: temperature of the backward; a number, or a floating array that broadcasts
+            against a row.
         noise: array like logits, which is added to them first; None for none.
         axis: the axis of the classes.
 
@@ -156,7 +157,7 @@ class ReinMax(Sampler):
             temperature: as for `reinmax`.
             axis: the axis of the classes.
             deterministic: if true, nothing is sampled; `model.eval()` sets it.
-            rng_collection: the stream of `rngs` that the samples take their keys from.
+            rng_collection: the stream of `rngs` that the keys of samples come from.
             rngs: random numbers for the samples.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Sampler: what the layers of this family share, a temperature, an axis and keys."""
+"""`Sampler`: the base of the layers that sample, with a temperature, an axis and keys."""
 
 from typing import Any
 
@@ -15,13 +15,13 @@ KeySource = nnx.Rngs | nnx.RngStream | jax.Array | None
 class Sampler(nnx.Module):
     """A layer without parameters that samples, in the manner of `nnx.Dropout`.
 
-    A subclass says in `_choose` what it makes of logits, a key and a temperature.
+    A subclass computes its result from logits, a key and a temperature in `_choose`.
 
     Attributes:
         temperature: a number, an array or a Variable.
         axis: the axis of the classes.
         deterministic: if true, nothing is sampled.
-        rng_collection: the stream of an `nnx.Rngs` that keys are taken from.
+        rng_collection: the stream of an `nnx.Rngs` that keys come from.
         rngs: the layer's own stream, or None.
     """
 
@@ -54,35 +54,36 @@ class Sampler(nnx.Module):
 
         Args:
             logits: array of any shape, float; -inf masks a class.
-            temperature: takes the place of the layer's; it may be traced.
-            deterministic: takes the place of the layer's; if true, nothing is sampled.
-            rngs: takes the place of the layer's; a key is taken as well.
+            temperature: used instead of the layer's; it may be traced.
+            deterministic: used instead of the layer's; if true, nothing is sampled.
+            rngs: used instead of the layer's: streams, one stream, or a key.
 
         Returns:
-            Array like logits, that of the function of the same name.
+            Array like logits, which the function of the same name returns.
 
         Raises:
             TypeError: the logits are not floating.
-            ValueError: the logits or the temperature are such that the function of the same name
-                raises it, or there is nothing to draw a key from.
+            ValueError: the function of the same name refuses the logits or the temperature, neither
+                layer nor call gives `deterministic`, or neither gives `rngs` to sample with.
         """
         key = self.key(deterministic, rngs)
         temperature = self.temperature if temperature is None else temperature
         return self._choose(logits, key, temperature)
 
     def _choose(self, logits: jax.Array, key: jax.Array | None, temperature: Any) -> jax.Array:
-        """What the layer returns; of each subclass its own."""
+        """What the layer returns; each subclass has its own."""
         raise NotImplementedError
 
     def key(self, deterministic: bool | None, rngs: KeySource) -> jax.Array | None:
         """The key of the next sample; None if nothing is to be sampled.
 
         Args:
-            deterministic: takes the place of the layer's.
-            rngs: takes the place of the layer's.
+            deterministic: used instead of the layer's.
+            rngs: used instead of the layer's.
 
         Raises:
-            ValueError: neither is given anywhere.
+            ValueError: neither layer nor call gives `deterministic`, or neither gives `rngs` to
+                sample with.
         """
         name = type(self).__name__
         if deterministic is None:

@@ -1,17 +1,17 @@
-"""The softmax at a temperature, whose gradient the estimators of this family take.
+"""The softmax at a temperature, whose gradient the estimators of this family use.
 
     p            = softmax(z / temperature)
     J(p) g       = p (g - sum p g)          the Jacobian of a softmax whose value is p, times g
     dz           = J(p) g / temperature
     dtemperature = -sum dz log(p)           over the axes along which the temperature was repeated
 
-`J(p) g` adds up to 0 in each row, and that is used twice. In `dtemperature`, `log(p)` stands for
-`z / temperature`, from which it differs by a number a row, so that `p` is all there is to keep. And
-`g` is measured from its value at the largest `p`: at a low temperature that is 1 to all digits, and
-the difference of `g` and `sum p g` would be rounding.
+`J(p) g` adds up to 0 in each row, and that is used twice. In `dtemperature`, `log(p)` replaces
+`z / temperature`, from which it differs by a number per row, so `p` alone has to be kept. And `g`
+is measured from its value at the largest `p`: at a low temperature that `p` is 1 to all digits, and
+the difference of `g` and `sum p g` would be nothing but rounding.
 
-The maximum of `z` is subtracted before the division, so a small temperature overflows to a `p` of 0
-and to nothing else. A row whose maximum is not finite is NaN.
+The maximum of `z` is subtracted before the division, so a small temperature can only overflow to a
+`p` of 0. A row whose maximum is not finite is NaN.
 """
 
 from typing import Any
@@ -49,13 +49,14 @@ def softmax_gradients(
     """The gradients of `softmax_at_temperature`.
 
     Args:
-        p: its value, in any floating dtype.
-        g: the cotangent of it, an array like `p`.
-        temperature: what it was called with.
-        axis: what it was called with.
+        p: its value, an array of any shape and floating dtype.
+        g: the cotangent of `p`, an array like it.
+        temperature: its temperature.
+        axis: its axis.
 
     Returns:
-        `dz` and `dtemperature`, None for that of a number; float32 or wider.
+        `dz`, of the shape of `p`, and `dtemperature`, of the shape of the temperature, None for a
+        number; float32 or wider.
     """
     dtype = accumulator(p, temperature)
     p, g = p.astype(dtype), g.astype(dtype)
@@ -71,8 +72,8 @@ def softmax_jacobian_product(p: jax.Array, g: jax.Array, axis: int) -> jax.Array
     """`J(p) g`: a cotangent through a softmax.
 
     Args:
-        p: the value of the softmax, which adds up to 1 along the axis.
-        g: the cotangent of it, an array like `p`.
+        p: the value of the softmax, an array of any shape, float, that adds up to 1 along the axis.
+        g: the cotangent of `p`, an array like it.
         axis: that axis.
 
     Returns:

@@ -6,7 +6,7 @@
     backward  dlogits      = J(p) g / temperature,  J(p) g = p (g - sum p g)
               dtemperature = -sum dlogits log(p)
     kept      p, from which `temperature_softmax` computes both
-    at a tie  the lower index is taken first: there are exactly k ones
+    at a tie  the lower index comes first: there are exactly k ones
 
 With noise that is a sample of k classes without replacement, and with k = 1 the straight-through
 Gumbel-softmax. Half precision is computed in float32. A traced row that has no k largest, because
@@ -51,7 +51,8 @@ def top_k(
 
     Args:
         logits: array of any shape, float.
-        temperature: of the backward; a number, or a floating array that broadcasts against a row.
+        temperature: temperature of the backward; a number, or a floating array that broadcasts
+            against a row.
         noise: array like logits, which is added to them first; None for none. It has no gradient.
         k: how many are marked.
         axis: the axis of the classes.
@@ -95,10 +96,10 @@ def top_k_st(
     Args:
         logits: array of any shape, float; -inf masks a class, which gets no gradient.
         k: how many are marked, from 1 to the number of classes.
-        temperature: of the softmax whose gradient is taken; a number, or an array (which may be
-            traced and gets a gradient) that broadcasts against the logits and has size 1 along
-            the axis. A traced one is not checked.
-        key: a key to sample k classes without replacement; None takes the k largest.
+        temperature: temperature of the softmax whose gradient is used; a number, or an array (which
+            may be traced and gets a gradient) that broadcasts against the logits and has size 1
+            along the axis. A traced one is not checked.
+        key: a key to sample k classes without replacement; None for the k largest.
         axis: the axis of the classes.
 
     Returns:
@@ -107,8 +108,9 @@ def top_k_st(
 
     Raises:
         TypeError: the logits are not floating.
-        ValueError: k is no number of classes; a row holds NaN or infinity, or fewer than k classes
-            that are not masked; the temperature is not positive and finite, or has a wrong shape.
+        ValueError: k is not from 1 to the number of classes; a row holds NaN or infinity, or fewer
+            than k classes that are not masked; the temperature is not positive and finite, or has a
+            wrong shape.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
@@ -132,7 +134,7 @@ class TopKST(Sampler):
         sample: whether they are sampled.
         temperature: of the backward; a number, an array or a Variable.
         axis: the axis of the classes.
-        deterministic: if true, nothing is sampled: the k largest are taken.
+        deterministic: if true, nothing is sampled: the k largest are marked.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -159,10 +161,10 @@ class TopKST(Sampler):
         Args:
             k: how many are marked, at least 1.
             temperature: as for `top_k_st`; an `nnx.Param` is learned.
-            sample: whether k classes are sampled; if not, the k largest are taken.
+            sample: whether k classes are sampled; if not, the k largest are marked.
             axis: the axis of the classes.
             deterministic: if true, nothing is sampled; `model.eval()` sets it.
-            rng_collection: the stream of `rngs` that the samples take their keys from.
+            rng_collection: the stream of `rngs` that the keys of samples come from.
             rngs: random numbers for the samples.
 
         Raises:
@@ -175,14 +177,15 @@ class TopKST(Sampler):
         self.sample = sample
 
     def key(self, deterministic: bool | None, rngs: KeySource) -> jax.Array | None:
-        """The key of the next sample; None if the k largest are taken.
+        """The key of the next sample; None if the k largest are marked.
 
         Args:
-            deterministic: takes the place of the layer's.
-            rngs: takes the place of the layer's.
+            deterministic: used instead of the layer's.
+            rngs: used instead of the layer's.
 
         Raises:
-            ValueError: the layer samples, and neither is given anywhere.
+            ValueError: the layer samples, and neither layer nor call gives `deterministic`, or
+                neither gives `rngs`.
         """
         return super().key(deterministic, rngs) if self.sample else None
 

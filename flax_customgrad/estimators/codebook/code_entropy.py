@@ -1,4 +1,4 @@
-"""How sure vectors are of their codes, each for itself and all together, in nats.
+"""The entropy of codes in nats: the mean over vectors, and that of all vectors together.
 
 A code is a word of bits. Bit i of vector n is 1 with the log odds `odds = sharpness z[n, i]`, so
 with the probability `p = sigmoid(odds)`, independently of the others; P[n, c] is the probability
@@ -8,7 +8,7 @@ of code c that follows. The two results are
                 h(odds) = log(1 + e^-|odds|) + |odds| sigmoid(-|odds|)
     together  = H(mean) = -sum_c mean[c] log mean[c],  mean = mean_n P[n, :]
 
-P is never made. The bits are split into two halves, left and right; a[n, i] and b[n, j] are the
+P is never stored. The bits are split into two halves, left and right; a[n, i] and b[n, j] are the
 probabilities of the words of each, and a code is a pair of words:
 
     forward   mean[i, j] = sum_n a[n, i] b[n, j] / N

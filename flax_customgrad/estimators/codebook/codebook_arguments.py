@@ -1,4 +1,4 @@
-"""The argument of vector quantizers: what is wrong with it, and what to write instead."""
+"""The check of the vectors that a vector quantizer is called with."""
 
 from typing import Any
 
@@ -9,11 +9,19 @@ from flax_customgrad.numerics.dtypes import as_array
 
 
 def check_vectors(layer: str, z: Any, features: int) -> jax.Array:
-    """The vectors as an array of JAX, if they are floats with as many features as they should have.
+    """Checks that vectors are floats with the right number of features.
+
+    Args:
+        layer: the name of the layer, for the error.
+        z: array of shape (..., features), float.
+        features: how many features the vectors should have.
+
+    Returns:
+        z as an array of JAX.
 
     Raises:
-        TypeError: z is no array, or one of something else than real floating numbers.
-        ValueError: it has another number of features.
+        TypeError: z is not an array of real floating numbers.
+        ValueError: z has another number of features.
     """
     z = as_array(z)
     if not isinstance(z, jax.Array) or not jnp.issubdtype(z.dtype, jnp.floating):

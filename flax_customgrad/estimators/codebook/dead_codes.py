@@ -1,4 +1,4 @@
-"""Dead codes: those that hardly any vector has, put where there are vectors (section 3.1).
+"""Dead codes, which hardly any vector has, are replaced by vectors of the batch (section 3.1).
 
 A code whose count is below a threshold becomes a vector of the batch, drawn at random; its count
 becomes the threshold and its sum that times the code, so that it is dead again unless the next
@@ -24,14 +24,17 @@ def replace_dead_codes(
     key: jax.Array,
     axis_name: AxisName,
 ) -> MovingAverage:
-    """The codebook with its dead codes replaced.
+    """Replaces the dead codes of a codebook.
 
     Args:
-        state: the codebook.
+        state: the codebook and its statistics.
         z: array of shape (..., features), float: the batch; at least one vector.
         threshold: the count below which a code is dead.
         key: random key, the same on all devices.
         axis_name: axis of a `shard_map` or `pmap`, whose devices contribute vectors in turn.
+
+    Returns:
+        The codebook and its statistics after that.
     """
 
     def replace(state: MovingAverage, z: jax.Array, key: jax.Array) -> MovingAverage:

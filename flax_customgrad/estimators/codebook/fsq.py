@@ -118,7 +118,7 @@ class FSQ(nnx.Module):
     """
 
     def __init__(self, levels: Sequence[int]):
-        """Takes the levels.
+        """Makes the layer.
 
         Args:
             levels: how many levels each feature has, at least 2. With 2, the step lies far from 0
@@ -147,11 +147,11 @@ class FSQ(nnx.Module):
             z: array of shape (..., len(levels)), float.
 
         Returns:
-            A `Quantized`, whose loss is 0. A number counts the levels of the first feature fastest.
-            A vector with NaN in it has the number num_codes.
+            A `Quantized`, whose loss is 0. Codes are numbered with the level of the first feature
+            running fastest. A vector with NaN in it has the number num_codes.
 
         Raises:
-            TypeError: z is no floating array.
+            TypeError: z is not a floating array.
             ValueError: z has another number of features.
         """
         z = check_vectors("FSQ", z, len(self.levels))

@@ -10,8 +10,8 @@ a loss on the probabilities of codes, `p(c | z)`, the softmax over c of `-|z - c
 
     entropy_weight (mean of H(p(. | z)) - diversity H(mean of p(. | z)))
 
-It is least where each vector is sure of its code, and all codes are as likely; `code_entropy`
-computes both entropies.
+It is least where the code of each vector is certain and all codes are equally likely;
+`code_entropy` computes both entropies.
 
 Source: arXiv:2310.05737
 """
@@ -108,18 +108,19 @@ class LFQ(nnx.Module):
         temperature: float = 0.01,
         commitment: float = 0.25,
     ):
-        """Takes the weights.
+        """Makes the layer.
 
         Args:
             features: how many numbers a vector has, at most 30.
             scale: how large codes are, positive.
             entropy_weight: weight of the entropies.
-            diversity: weight of the entropy of the batch beside that of each vector.
-            temperature: how far, as a squared distance, a probability reaches; positive.
+            diversity: weight of the entropy of the batch relative to that of each vector.
+            temperature: temperature of the softmax of squared distances; positive.
             commitment: weight of the commitment loss.
 
         Raises:
-            ValueError: a number is out of its range.
+            ValueError: `features` is not from 1 to 30, a weight is negative, or `scale` or
+                `temperature` is not positive.
         """
         check_size("LFQ", "features", features)
         if features > 30:
@@ -155,7 +156,7 @@ class LFQ(nnx.Module):
             the number of its vector is num_codes.
 
         Raises:
-            TypeError: z is no floating array.
+            TypeError: z is not a floating array.
             ValueError: z has another number of features.
         """
         z = check_vectors("LFQ", z, self.features)

@@ -7,8 +7,8 @@
     smoothed[k] = (counts[k] + epsilon) / (total + num_codes epsilon) total,  total = sum counts
 
 `counts` starts at 1 and `sums` at `codes`, so that their quotient is `codes` from the start.
-`smoothed` is `counts` with Laplace smoothing, which would shrink codes that nobody uses towards 0
-as their counts vanish; they are left alone.
+`smoothed` is `counts` with Laplace smoothing, which would shrink unused codes towards 0 as their
+counts vanish; so those are left unchanged.
 
 Source: arXiv:1711.00937
 """
@@ -53,7 +53,7 @@ def update_moving_average(
         z: array of shape (..., features), float.
         indices: int32 array of shape (...): the number of each vector's code.
         decay: how much of the statistics stays, from 0 to below 1.
-        epsilon: of Laplace smoothing, positive.
+        epsilon: constant of the Laplace smoothing, positive.
         axis_name: axis of a `shard_map` or `pmap` over whose devices the statistics are summed.
     """
     n = count_by_code(indices, len(state.counts))
@@ -73,5 +73,5 @@ def update_moving_average(
 
 
 def partition_specs(state: MovingAverage) -> Any:
-    """Where each array of a state lies on a mesh with Explicit axes."""
+    """The `PartitionSpec` of each array of a state on a mesh with Explicit axes."""
     return jax.tree.map(explicit_spec, state)

@@ -3,8 +3,8 @@
     |x - code|^2 = |code|^2 - 2 x.code + |x|^2
 
 The last term is the same for every code, and the first is part of the product: the least element of
-`[-2 x, 1] [code, |code|^2]^T` is that of the distances. The product is taken for a block of
-codes at a time, beside a running minimum: 65536 codes and 16384 vectors need a block of 17 MB
+`[-2 x, 1] [code, |code|^2]^T` is that of the distances. The product is computed for a block
+of codes at a time, beside a running minimum: 65536 codes and 16384 vectors need a block of 17 MB
 rather than 4.3 GB of distances. Blocks are of codes and not of vectors, so that vectors that a mesh
 has spread stay where they are. The last block overlaps the one before, so that the number of codes
 may be any.
@@ -12,9 +12,9 @@ may be any.
 The place of the minimum is found by looking for its value, which XLA on a CPU vectorizes: on two
 cores argmin takes 430 ms for 8192 codes of 64 and 16384 vectors, this 190, the products alone 145.
 
-Distances are in float32 or wider, of vectors and codes divided by powers of two: norms of 1e30 and
-of 1e-30 have a nearest code as well. Between codes that are equally near within rounding either may
-be found; of equal ones the first is.
+Distances are in float32 or wider, of vectors and codes divided by powers of two, so vectors with
+norms of 1e30 and of 1e-30 have a nearest code too. Of codes whose distances differ by rounding
+alone any may be found; of equal distances, the first.
 """
 
 import functools
@@ -29,7 +29,7 @@ from flax_customgrad.numerics.scaling import magnitude
 from flax_customgrad.numerics.sharding import explicit_spec, with_auto_axes
 
 _PRODUCTS = 2**22
-"""About as many products as there are at a time: 17 MB of float32."""
+"""About how many products are stored at a time: 17 MB of float32."""
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 64, 4096
 
 
@@ -39,8 +39,8 @@ def nearest_code(x: jax.Array, codes: jax.Array, block: int | None = None) -> ja
     Args:
         x: array of shape (..., features), float.
         codes: array of shape (num_codes, features), float.
-        block: how many codes to compare with at a time; by default about 4 million numbers' worth,
-            and between 64 and 4096 codes.
+        block: how many codes to compare with at a time; by default so many that there are about 4
+            million products, and from 64 to 4096.
 
     Returns:
         int32 array of shape (...). It has no gradient. A vector with an element that is infinite or

@@ -1,6 +1,6 @@
 """Vectors replaced by codes, and the loss that pulls the two together.
 
-One codebook after the other takes a code `q[i]` from what the last one has left of `z`:
+Codebook i finds a code `q[i]` for the remainder of `z` that the codebooks before it have left:
 
     forward   r[0] = z
               q[i] = codebooks[i][indices[i]],  r[i] = r[i-1] - q[i]
@@ -12,16 +12,16 @@ One codebook after the other takes a code `q[i]` from what the last one has left
     kept      z and the codebooks, which the caller holds, and indices: 4 bytes a vector and
               codebook
 
-The loss with the weight `commitment` is the commitment loss, which moves `z` only: to each
-codebook, what the others took is a constant. The rest is the codebook loss, which moves the codes
-only. `E` is the gradient estimator, which passes the gradient of `q` on to `z`: as it is for
+The loss with the weight `commitment` is the commitment loss, which moves `z` only. The rest is the
+codebook loss, which moves the codes only; for each codebook, the codes of the others are constants.
+`E` is the gradient estimator, which passes the gradient of `q` on to `z`: unchanged for
 "straight_through", and by `rotate_back` for "rotation". It does so once, whatever the number of
-codebooks. Both losses are of `z` as it came: of the estimator's output, which has the value of the
+codebooks. Both losses are of `z` itself: of the estimator's output, which has the value of the
 codes and the gradient of `z`, they would be 0, and so would their gradient.
 
-Codes are looked up anew in the backward. Losses, residuals and sums are in float32 or wider. On a
+Codes are looked up again in the backward. Losses, residuals and sums are in float32 or wider. On a
 mesh with Explicit axes JAX asks where the results of a lookup and of its transpose lie:
-`with_auto_axes` says that, and leaves it to the compiler how to get there.
+`with_auto_axes` states that, and the compiler shards the rest.
 
 Source: arXiv:1711.00937
 """
@@ -72,7 +72,7 @@ def quantize_vectors(
         indices: for each codebook an int32 array of shape (...): the number of each vector's code.
         commitment: weight of the commitment loss; it gets no gradient.
         codes_learn: whether there is a codebook loss.
-        gradient: how the gradient of `q` gets to `z`.
+        gradient: the estimator that passes the gradient of `q` to `z`.
 
     Returns:
         `q` in the dtype of `z`, NaN where no code has the number; and the loss, a number in float32
@@ -125,12 +125,15 @@ quantize_vectors.defvjp(_fwd, _bwd)
 
 
 def remainder(z: jax.Array, codes: jax.Array, indices: jax.Array) -> jax.Array:
-    """`r[1]`: what a codebook leaves of vectors, in float32 or wider.
+    """`r[1]`: the remainder that a codebook leaves of vectors.
 
     Args:
         z: array of shape (..., features), float.
         codes: array of shape (num_codes, features), float.
         indices: int32 array of shape (...).
+
+    Returns:
+        Array like z, float32 or wider.
     """
     z, q = widened(jnp.result_type(z, codes), z, gather_codes(codes, indices, z))
     return z - q

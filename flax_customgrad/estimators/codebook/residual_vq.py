@@ -1,8 +1,8 @@
-"""ResidualVQ: codebooks one after the other, each for what the last has left.
+"""ResidualVQ: codebooks one after the other, each for the remainder that the last one left.
 
 Gradient and loss are those of `quantize_vectors`. The estimator is applied once, to `z` and the sum
-of the codes. With one for each codebook, whose outputs are added up, a straight-through gradient
-would arrive as many times as there are codebooks.
+of the codes. With one estimator for each codebook, and their outputs added up, a straight-through
+gradient would be multiplied by the number of codebooks.
 
 Source: arXiv:2107.03312
 """
@@ -33,8 +33,8 @@ from flax_customgrad.numerics.dtypes import widened
 class ResidualVQ(nnx.Module):
     """Quantizes vectors by `num_quantizers` codebooks in turn, whose codes add up.
 
-    With `features` of 64 and 1024 codes, 8 codebooks make 80 bits of a vector. What is said of
-    gradients and learning at `VectorQuantizer` holds for each of them.
+    With 1024 codes, 8 codebooks encode a vector of 64 features in 80 bits. Gradients and learning
+    of each codebook are those of `VectorQuantizer`.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -65,7 +65,7 @@ class ResidualVQ(nnx.Module):
         codebook_init: Callable[..., jax.Array] = default_codebook_init,
         rngs: nnx.Rngs,
     ):
-        """Makes the codebooks; all but the first argument is as for `VectorQuantizer`.
+        """Makes the codebooks; all arguments but the first are those of `VectorQuantizer`.
 
         Args:
             num_quantizers: how many codebooks.
@@ -75,17 +75,17 @@ class ResidualVQ(nnx.Module):
             learning: "loss" or "ema".
             commitment: weight of the commitment loss.
             decay: with "ema": how much of the statistics a call leaves, from 0 to below 1.
-            epsilon: with "ema": of Laplace smoothing of the counts, positive.
+            epsilon: with "ema": constant of the Laplace smoothing of the counts, positive.
             dead_below: with "ema": a code whose average number of vectors per batch is below this
-                is replaced by what is left of a random vector of the batch; None for never.
-            use_running_average: with "ema": use the codebooks and leave them as they are.
+                is replaced by the remainder of a random vector of the batch; None for never.
+            use_running_average: with "ema": use the codebooks without updating them.
             axis_name: axis of a `shard_map` or `pmap` over which to add up statistics.
             param_dtype: dtype of the codebooks; with "ema" it is at least float32.
             codebook_init: initializer of each codebook.
             rngs: `params` for the initializer, and with `dead_below` `codebook` for the draws.
 
         Raises:
-            ValueError: as for `VectorQuantizer`.
+            ValueError: `num_quantizers` is below 1, or an argument is refused by `VectorQuantizer`.
         """
         check_size(type(self).__name__, "num_quantizers", num_quantizers)
         self.features = features
@@ -122,7 +122,7 @@ class ResidualVQ(nnx.Module):
             of shape (num_quantizers,). Residuals are in float32 or wider, and so is the sum.
 
         Raises:
-            TypeError: z is no floating array.
+            TypeError: z is not a floating array.
             ValueError: z has another number of features.
         """
         z = check_vectors(type(self).__name__, z, self.features)

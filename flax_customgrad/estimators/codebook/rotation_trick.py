@@ -8,16 +8,16 @@
 
 R rotates `u` into `v` and is a constant to the gradient, so `y = stretch R z`. It is made of two
 reflections, `R^T = (I - 2 u u^T) (I - 2 r r^T)`, and computed as such: `|R^T g| = |g|` whatever the
-rounding of `r`. With the formula as it stands, `r` of nearly opposite vectors is rounding, and the
-gradient up to three times too long.
+rounding of `r`. In the formula itself, `r` of nearly opposite vectors is nothing but rounding, and
+makes the gradient up to three times too long.
 
     z = 0     no direction: straight through, dz = g
     q = 0     stretch = 0: dz = 0
     v = -u    no plane to rotate in: u is reflected instead, R^T g = g - 2 u (u.g), which takes it
               to v as well: r = 0. This applies up to |u + v| of 8 roundings.
 
-Norms are taken in float32 or wider after division by a power of two, so that they are right as long
-as the elements are normal numbers; `stretch` is at most the largest number there is.
+Norms are computed in float32 or wider after division by a power of two, so they are right where the
+elements are normal numbers; `stretch` is at most the largest number there is.
 
 Source: arXiv:2410.06424
 """
@@ -43,7 +43,7 @@ class Residuals(NamedTuple):
 
 @custom_vjp(surrogate=True)
 def rotation_trick(z: jax.Array, q: jax.Array) -> jax.Array:
-    """Takes the value of `q` and passes its gradient to `z`, rotated and stretched from q to z.
+    """Returns `q`, and passes the gradient to `z`, rotated and stretched from q to z.
 
     Args:
         z: array of shape (..., features), float: what was quantized.

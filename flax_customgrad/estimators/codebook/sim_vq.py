@@ -1,9 +1,9 @@
-"""SimVQ: a random codebook that stays as it is, behind a linear map that learns.
+"""SimVQ: a fixed random codebook, followed by a linear map that learns.
 
     codes = codebook kernel       codebook: random and fixed, kernel: learned
 
-A code that no vector is near gets no gradient, and in a codebook that learns by itself it stays
-where it is. Here every vector moves the kernel, and the kernel moves all codes.
+A code that no vector is near gets no gradient, so in a learned codebook it would never move. Here
+every vector moves the kernel, and the kernel moves all codes.
 
 The backward is composed: gradient and loss are those of `quantize_vectors`, whose codebook loss
 reaches the kernel through JAX's VJP of the product.
@@ -68,7 +68,8 @@ class SimVQ(nnx.Module):
             rngs: `params` for both.
 
         Raises:
-            ValueError: a number is out of its range, or a word is unknown.
+            ValueError: `num_codes` or `features` is below 1, `commitment` is negative, or
+                `gradient` is neither "straight_through" nor "rotation".
         """
         name = type(self).__name__
         check_size(name, "num_codes", num_codes)
@@ -83,7 +84,7 @@ class SimVQ(nnx.Module):
         self.kernel = nnx.Param(kernel_init(rngs.params(), (features, features), param_dtype))
 
     def codes(self) -> jax.Array:
-        """The codes as they are now: array of shape (num_codes, features), float32 or wider."""
+        """The current codes: array of shape (num_codes, features), float32 or wider."""
         codebook, kernel = lax.stop_gradient(self.codebook[...]), self.kernel[...]
         codebook, kernel = widened(jnp.result_type(codebook, kernel), codebook, kernel)
         return jnp.matmul(codebook, kernel, precision=lax.Precision.HIGHEST)
@@ -99,7 +100,7 @@ class SimVQ(nnx.Module):
             and the number num_codes.
 
         Raises:
-            TypeError: z is no floating array.
+            TypeError: z is not a floating array.
             ValueError: z has another number of features.
         """
         z = check_vectors(type(self).__name__, z, self.features)

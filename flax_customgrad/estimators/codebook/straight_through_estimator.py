@@ -26,7 +26,7 @@ class Residuals(NamedTuple):
 
 @custom_vjp(surrogate=True)
 def straight_through_estimator(z: jax.Array, q: jax.Array) -> jax.Array:
-    """Takes the value of `q` and passes its gradient to `z`.
+    """Returns `q`, and passes the gradient of the output to `z`.
 
     Args:
         z: array of any shape, float: what was quantized. It gets the gradient of the output.

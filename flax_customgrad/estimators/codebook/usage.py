@@ -1,4 +1,4 @@
-"""What a vector quantizer returns, and how much of a codebook it uses."""
+"""The result of a vector quantizer, and the share of a codebook that it uses."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ _MOST_COUNTED = 2**24
 
 
 class Quantized(NamedTuple):
-    """What a quantizer makes of vectors of shape (..., features).
+    """The result of a vector quantizer for vectors of shape (..., features).
 
     Attributes:
         values: the codes of the vectors, of their shape and dtype, with the gradient of the
@@ -28,8 +28,8 @@ class Quantized(NamedTuple):
         perplexity: exp of the entropy of the codes in this batch: from 1, where all vectors have
             one code, to num_codes. A float32 number; of a `ResidualVQ` one for each codebook. None
             for more than 2**24 codes, which are not counted.
-        usage: the share of the codes that some vector of this batch has, from 0 to 1; like
-            perplexity.
+        usage: the share of the codes that are used in this batch, from 0 to 1; float32, of the
+            shape of perplexity, and None where that is.
     """
 
     values: jax.Array
@@ -53,6 +53,9 @@ def measure_usage(indices: jax.Array, num_codes: int, axis_name: AxisName = None
         indices: int32 array of any shape; a number that no code has is left out.
         num_codes: how many codes there are.
         axis_name: axis of a `shard_map` or `pmap` over whose devices to count.
+
+    Returns:
+        Two float32 numbers; None for more than 2**24 codes.
     """
     if num_codes > _MOST_COUNTED:
         return Usage(None, None)
@@ -63,10 +66,10 @@ def measure_usage(indices: jax.Array, num_codes: int, axis_name: AxisName = None
 
 
 def codebook_perplexity(counts: jax.Array) -> jax.Array:
-    """Exp of the entropy of codes that occur so many times.
+    """The perplexity of a codebook: exp of the entropy of how often its codes occur.
 
     Args:
-        counts: array of shape (num_codes,), int32 or float.
+        counts: how often each code occurs; array of shape (num_codes,), int32 or float.
 
     Returns:
         A float32 number from 1 to num_codes; 1 where nothing occurs.

@@ -36,11 +36,10 @@ class Codebook(nnx.Variable):
 class VectorQuantizer(nnx.Module):
     """Replaces each vector by the nearest of `num_codes`, and passes a gradient through.
 
-    The gradient of the values gets to the input by the straight-through estimator or by the
-    rotation trick (arXiv:2410.06424), which also tells it in what direction the code lies. The
-    codes learn by a loss, as a `Param`, or by an exponential moving average of their vectors, as
-    state of the type `Codebook` that a call in training updates. `model.eval()` stops that, as it
-    does for BatchNorm.
+    The gradient of the values reaches the input by the straight-through estimator or by the
+    rotation trick (arXiv:2410.06424), which also carries the direction of the code. The codes learn
+    by a loss, as a `Param`, or by an exponential moving average of their vectors, as state of the
+    type `Codebook` that a call in training updates. `model.eval()` stops that, as for BatchNorm.
 
     Under jit the statistics of a moving average are those of the whole batch, however it is spread
     over devices; under `shard_map` and `pmap` with `axis_name`.
@@ -80,12 +79,12 @@ class VectorQuantizer(nnx.Module):
             features: how many numbers a code has.
             gradient: "straight_through" or "rotation".
             learning: "loss" or "ema".
-            commitment: weight of the commitment loss: how much vectors are drawn to codes.
+            commitment: weight of the commitment loss, which pulls vectors towards their codes.
             decay: with "ema": how much of the statistics a call leaves, from 0 to below 1.
-            epsilon: with "ema": of Laplace smoothing of the counts, positive.
+            epsilon: with "ema": constant of the Laplace smoothing of the counts, positive.
             dead_below: with "ema": a code whose average number of vectors per batch is below this
                 is replaced by a random vector of the batch; None for never.
-            use_running_average: with "ema": use the codebook and leave it as it is; set by
+            use_running_average: with "ema": use the codebook without updating it; set by
                 `model.eval()` and `model.train()`.
             axis_name: axis of a `shard_map` or `pmap` over which to add up statistics.
             param_dtype: dtype of the codebook; with "ema" it is at least float32.
@@ -94,8 +93,8 @@ class VectorQuantizer(nnx.Module):
             rngs: `params` for the initializer, and with `dead_below` `codebook` for the draws.
 
         Raises:
-            ValueError: a number is out of its range, a word is unknown, or `dead_below` is given
-                with "loss".
+            ValueError: a number is out of the range stated above, `gradient` or `learning` is not
+                one of its two words, or `dead_below` is given with "loss".
         """
         name = type(self).__name__
         check_size(name, "num_codes", num_codes)
@@ -141,15 +140,15 @@ class VectorQuantizer(nnx.Module):
 
         Args:
             z: array of shape (..., features), float.
-            use_running_average: whether to leave the codebook as it is; None for what the
-                constructor, `eval` or `train` say.
+            use_running_average: whether to leave the codebook unchanged; None for the value that
+                the constructor, `eval` or `train` has set.
 
         Returns:
             A `Quantized`. Its values are of the codebook as it was before the call. A vector with
             an element that is infinite or NaN has NaN for its value, and the number num_codes.
 
         Raises:
-            TypeError: z is no floating array.
+            TypeError: z is not a floating array.
             ValueError: z has another number of features.
         """
         z = check_vectors(type(self).__name__, z, self.features)

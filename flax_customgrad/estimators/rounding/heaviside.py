@@ -32,7 +32,7 @@ class SteHeaviside(nnx.Module):
         clip_value: the bound, inclusive; None for a gradient that passes everywhere.
 
     Raises:
-        ValueError: the bound is not positive.
+        ValueError: `clip_value` is not positive.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg

@@ -92,7 +92,7 @@ def trunc_ste(x: ArrayLike) -> jax.Array:
 
 
 def round_with_noise(x: jax.Array, noise: jax.Array) -> jax.Array:
-    """The integer above x where the noise is below its fraction, else the one below."""
+    """Rounds up where the noise is below the fraction of x, else down."""
     # Not floor(x + noise): for large x that sum is rounded, and ends above too often.
     below = jnp.floor(x)
     return below + (noise < x - below)
@@ -157,13 +157,13 @@ def _clip(x: jax.Array, low: ArrayLike, high: ArrayLike) -> jax.Array:
     return jnp.minimum(jnp.maximum(x, low), high)
 
 
-def _keep_within(x: jax.Array, low: ArrayLike, high: ArrayLike) -> tuple[jax.Array]:
+def _keep_within_bounds(x: jax.Array, low: ArrayLike, high: ArrayLike) -> tuple[jax.Array]:
     return ((x >= low) & (x <= high),)
 
 
 _CLIP = {
     "pass_through": Step("clip_ste", _clip, straight_through, keep_none),
-    "masked": Step("clip_ste", _clip, masked, _keep_within),
+    "masked": Step("clip_ste", _clip, masked, _keep_within_bounds),
 }
 
 
@@ -180,8 +180,8 @@ def clip_ste(
         x: array of any shape.
         low: the lower bound; a number or an array that broadcasts to x. It has no gradient.
         high: the upper bound, likewise.
-        gradient: "pass_through": the gradient passes unchanged, also beyond the bounds, from where
-            it leads x back. "masked": it passes where low <= x <= high, bounds included.
+        gradient: "pass_through": the gradient passes unchanged, also beyond the bounds, so that it
+            can lead x back. "masked": it passes where low <= x <= high, bounds included.
 
     Returns:
         Array like x.

@@ -5,8 +5,8 @@
               XNORSign            dw = g (1 / n + a where |w| <= clip_value)    arXiv:1603.05279
     kept      a mask of one byte an element, and a
 
-To MagnitudeAwareSign a is a constant. XNORSign differentiates it the way XNOR-Net states: as if
-each weight's own magnitude, a share 1 / n of the mean, scaled its own sign alone. The bound is
+For MagnitudeAwareSign a is a constant. XNORSign differentiates it as XNOR-Net does: as if each
+weight's own magnitude, a share 1 / n of the mean, scaled its own sign alone. The bound is
 inclusive, 0 has the sign 1, and a is computed in float32.
 """
 
@@ -84,7 +84,7 @@ class MagnitudeAwareSign(nnx.Module):
         Raises:
             ValueError: w has no axis `channel_axis`.
         """
-        a, _ = _magnitude("MagnitudeAwareSign", w, self.channel_axis)
+        a, _ = _mean_magnitude("MagnitudeAwareSign", w, self.channel_axis)
         return _MAGNITUDE_AWARE_SIGN(w, a, self.clip_value)
 
 
@@ -124,12 +124,12 @@ class XNORSign(nnx.Module):
         Raises:
             ValueError: w has no axis `channel_axis`.
         """
-        a, n = _magnitude("XNORSign", w, self.channel_axis)
+        a, n = _mean_magnitude("XNORSign", w, self.channel_axis)
         return _XNOR_SIGN(w, a, self.clip_value, n)
 
 
-def _magnitude(layer: str, w: jax.Array, channel_axis: int) -> tuple[jax.Array, int]:
-    """The mean of |w| over all axes but one, float32 or wider, and over how many weights it is."""
+def _mean_magnitude(layer: str, w: jax.Array, channel_axis: int) -> tuple[jax.Array, int]:
+    """The mean of |w| over all axes but one, float32 or wider, and the number of weights in it."""
     if not -w.ndim <= channel_axis < w.ndim:
         raise ValueError(
             f"{layer}: channel_axis={channel_axis} is no axis of weights of shape {w.shape}"

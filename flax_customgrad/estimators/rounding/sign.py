@@ -1,4 +1,4 @@
-"""The sign, with the gradients that binary networks train by.
+"""The sign, with the surrogate gradients of binary networks.
 
     forward   y  = 1 where x >= 0, else -1
     backward  SteSign     dx = g where |x| <= clip_value, or g everywhere     arXiv:1602.02830
@@ -8,8 +8,8 @@
     kept      SteSign a mask, one byte an element, or nothing; the others x
 
 The bound is inclusive, and the sign of NaN is NaN. SwishSign has the derivative of
-`2 s (1 + beta x (1 - s)) - 1` with `s = sigmoid(beta x)`. cosh overflows, so that it is computed
-from exp(-2 t).
+`2 s (1 + beta x (1 - s)) - 1` with `s = sigmoid(beta x)`. `cosh` overflows, so `1 / cosh(t)^2` is
+computed from `exp(-2 t)`.
 """
 
 from typing import Any
@@ -40,7 +40,7 @@ class SteSign(nnx.Module):
         clip_value: the bound, inclusive; None for a gradient that passes everywhere.
 
     Raises:
-        ValueError: the bound is not positive.
+        ValueError: `clip_value` is not positive.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg

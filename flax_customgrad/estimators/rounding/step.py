@@ -1,8 +1,8 @@
-"""Step: a function of each element of x with a surrogate gradient in the place of its own, zero.
+"""`Step`: an elementwise function with a surrogate gradient, as its own gradient is zero.
 
     forward   y  = f(x, p...)
-    backward  dx = what the step says, a function of g and of what is kept
-    kept      x and the parameters, unless a step says otherwise: a mask, or nothing
+    backward  dx = backward(g, kept...), a function of each step
+    kept      x and the parameters, unless the step has another `keep`: a mask, or nothing
 
 A step is flat wherever it has a derivative, so the true gradient is zero and nothing below it
 learns (arXiv:1308.3432). The forward is the step itself, to the bit, in the dtype of x; the usual
@@ -39,7 +39,7 @@ def keep_within(x: jax.Array, clip_value: Any) -> tuple[jax.Array]:
 
 
 def straight_through(g: jax.Array) -> jax.Array:
-    """The cotangent as it came: the straight-through estimator."""
+    """Returns the cotangent unchanged: the straight-through estimator."""
     return g
 
 
@@ -48,10 +48,10 @@ class Step(Elementwise):
     """A step with its surrogate gradient; called as `f(x, *parameters)`.
 
     Attributes:
-        name: how errors call it.
+        name: its name in errors.
         forward: y as a function of (x, *parameters).
-        backward: dx as a function of (g, *kept); it sees no half precision.
-        keep: what is kept, as a function of (x, *parameters).
+        backward: dx as a function of (g, *kept), which are float32 or wider.
+        keep: the residuals, as a function of (x, *parameters).
     """
 
     name: str
@@ -94,9 +94,9 @@ class Step(Elementwise):
         return in_dtype(self.forward(x, *parameters), x.dtype)
 
     def residuals(self, x: jax.Array, y: jax.Array, *parameters: Any) -> tuple[Any, ...]:
-        """What `keep` says."""
+        """What `keep` returns."""
         return self.keep(x, *parameters)
 
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[jax.Array]:
-        """The backward of x."""
+        """The cotangent of x."""
         return (self.backward(g, *kept),)

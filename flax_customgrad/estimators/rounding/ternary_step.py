@@ -36,7 +36,7 @@ _TERNARY_STRAIGHT_THROUGH = Step("SteTern", _ternary, straight_through, keep_non
 
 
 class SteTern(nnx.Module):
-    """The sign of what is large and 0 for what is small.
+    """The sign of large elements, and 0 for small ones.
 
     Args:
         threshold: values up to this magnitude become 0; "twn" for 0.7 times the mean magnitude of
@@ -44,7 +44,8 @@ class SteTern(nnx.Module):
         clip_value: the gradient passes where |x| <= clip_value; None for everywhere.
 
     Raises:
-        ValueError: the threshold is a negative number or not "twn", or clip_value is not positive.
+        ValueError: `threshold` is negative or a word other than "twn", or `clip_value` is not
+            positive.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg

@@ -5,15 +5,15 @@
     backward  dw   = g + decay (1 - mask) w
     kept      w, which the caller holds. The mask is computed again, by m comparisons a weight;
               kept it would take a byte for each.
-    at a tie  the lower index is taken first: exactly n of m are kept
+    at a tie  the lower index comes first: exactly n of m are kept
     NaN       is always kept, so that it is seen
 
 Every weight gets the gradient of the sparse product, which passes straight through the mask, so a
-pruned weight can grow back. What is added pulls pruned weights to zero under gradient descent and
-keeps the mask from changing to and fro: the sparse-refined straight-through estimator, SR-STE.
+pruned weight can grow back. The decay pulls pruned weights to zero under gradient descent, and
+keeps the mask from changing back and forth: the sparse-refined straight-through estimator, SR-STE.
 
-The decay does not depend on `g`. It comes once with each backward of the weights: twice if they are
-used twice, and under vmap and shard_map with shared weights once for each example or device.
+The decay does not depend on `g`. It is added once in each backward of the weights: twice if they
+are used twice, and under vmap and shard_map with shared weights once for each example or device.
 
 Source: arXiv:2102.04010
 """
@@ -45,11 +45,11 @@ class Pattern(NamedTuple):
         """Which weights are kept, an array of bool like `w`."""
         axis, sharding = self.axis % w.ndim, explicit_sharding(jax.typeof(w))
         magnitudes = _split_into_groups(jnp.abs(w), axis, self.m, sharding)
-        # Along axis + 1 the weight that is judged, along axis + 2 the others of its group.
-        judged, others = (jnp.expand_dims(magnitudes, axis + i) for i in (2, 1))
+        # Along axis + 1 the weight itself, along axis + 2 the others of its group.
+        own, others = (jnp.expand_dims(magnitudes, axis + i) for i in (2, 1))
         shape = (self.m, self.m, *(1,) * (w.ndim - axis - 1))
         is_earlier = jnp.tri(self.m, k=-1, dtype=bool).reshape(shape)
-        is_ahead = (others > judged) | ((others == judged) & is_earlier)
+        is_ahead = (others > own) | ((others == own) & is_earlier)
         return lax.reshape(jnp.sum(is_ahead, axis + 2) < self.n, w.shape, out_sharding=sharding)
 
     def prune(self, w: jax.Array) -> jax.Array:
@@ -91,7 +91,7 @@ def prune(w: jax.Array, decay: Any, pattern: Pattern) -> jax.Array:
 
     Args:
         w: weights of any shape, float.
-        decay: of the backward, a number or an array without axes.
+        decay: the decay in the backward, a number or an array without axes.
         pattern: which weights are kept.
 
     Returns:
@@ -122,18 +122,19 @@ def n_m_sparsify(
         w: weights of any shape, float.
         n: how many of a group are kept.
         m: how many make a group.
-        decay: what pulls the pruned weights to zero, per step of gradient descent and unit of
-            learning rate: 0 or more, a number or an array without axes, which may be traced. The
-            paper's 2e-4 is the default, 0 is the plain straight-through estimator.
-        axis: the axis along which the groups lie; that of the inputs, in kernels of Linear and
-            Conv the last but one.
+        decay: how strongly pruned weights are pulled to zero, per step of gradient descent and unit
+            of learning rate: 0 or more, a number or an array without axes, which may be traced.
+            2e-4 is that of the paper, 0 is the plain straight-through estimator.
+        axis: the axis along which the groups lie; by default the last but one, that of the inputs
+            in kernels of Linear and Conv.
 
     Returns:
         Array like `w`; NaN is kept in addition to the n largest.
 
     Raises:
         TypeError: the weights are not floating.
-        ValueError: not 1 <= n <= m; m does not divide the axis; the decay is negative.
+        ValueError: `n` is not from 1 to m, m does not divide the size of the axis, there is no such
+            axis, or the decay is negative or not finite.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
@@ -155,7 +156,18 @@ def n_m_sparsify(
 
 
 def check_pattern(name: str, n: int, m: int, what: str, size: int) -> None:
-    """Raises a ValueError unless n of every m weights can be kept of an axis of some size."""
+    """Checks that n of every m weights can be kept along an axis.
+
+    Args:
+        name: the layer, for the error.
+        n: how many of a group are kept.
+        m: how many make a group.
+        what: the name of the size, for the error.
+        size: the size of the axis.
+
+    Raises:
+        ValueError: `n` is not from 1 to m, or m does not divide the size.
+    """
     if not 1 <= operator.index(n) <= operator.index(m):
         raise ValueError(f"{name}: n={n} of every m={m} weights; expected 1 <= n <= m")
     if size % m:
@@ -165,14 +177,14 @@ def check_pattern(name: str, n: int, m: int, what: str, size: int) -> None:
 
 
 def check_decay(name: str, decay: Any) -> Any:
-    """A decay as a number or an array.
+    """Checks a decay, and makes it a number or an array of JAX.
 
     Args:
         name: the layer, for the error.
-        decay: a number or an array without axes; a traced one is not looked at.
+        decay: a number or an array without axes; a traced one is not checked.
 
     Raises:
-        ValueError: it is negative, or not finite.
+        ValueError: the decay is negative, or not finite.
     """
     decay = decay if is_python_number(decay) else jnp.asarray(as_array(decay))
     if not is_traced(decay) and not 0 <= decay < float("inf"):

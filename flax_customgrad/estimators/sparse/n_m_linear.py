@@ -57,7 +57,7 @@ def sparse_linear(
         params: `kernel` of shape (in_features, out_features), float; `bias` of shape
             (out_features,), or no bias.
         x: inputs of shape (..., in_features), float.
-        decay: of the backward, a number or an array without axes.
+        decay: the decay in the backward, a number or an array without axes.
         pattern: which weights of the kernel are kept.
         config: dtype, precision and sharding.
 
@@ -98,7 +98,7 @@ sparse_linear.defvjp(_fwd, _bwd)
 
 
 class NMSparseLinear(Linear):
-    """`Linear` with N:M sparsity: of every m weights that meet in an output, n are used.
+    """`Linear` with N:M sparsity: of every m consecutive weights of an output, n are used.
 
     Parameters, their names and initial values are those of `flax.nnx.Linear`; the kernel that is
     trained is dense, and pruned in each call. `sparse_kernel` is the one to deploy. With a
@@ -108,7 +108,7 @@ class NMSparseLinear(Linear):
     Attributes:
         n: how many of every m weights along the inputs are used.
         m: how many weights make a group.
-        decay: what pulls the others to zero; a number, an array or a Variable.
+        decay: how strongly the others are pulled to zero; a number, an array or a Variable.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -154,8 +154,8 @@ class NMSparseLinear(Linear):
             precision: `jax.lax.Precision` of every product, forward and backward.
             kernel_init: initializer of the kernel.
             bias_init: initializer of the bias.
-            dot_general: an operation that takes the place of `lax.dot_general` in the forward.
-            promote_dtype: an operation that takes the place of nnx's promotion of dtypes.
+            dot_general: an operation that replaces `lax.dot_general` in the forward.
+            promote_dtype: an operation that replaces nnx's promotion of dtypes.
             preferred_element_type: dtype of the forward product's result.
             rngs: random numbers for the parameters.
             kernel_metadata: metadata of the kernel's Variable, such as its sharding.
@@ -165,7 +165,8 @@ class NMSparseLinear(Linear):
             decay: as for `n_m_sparsify`.
 
         Raises:
-            ValueError: not 1 <= n <= m; m does not divide in_features; the decay is negative.
+            ValueError: `n` is not from 1 to m, m does not divide `in_features`, or the decay is
+                negative or not finite.
         """
         check_pattern("NMSparseLinear", n, m, "in_features", in_features)
         check_decay("NMSparseLinear", decay)

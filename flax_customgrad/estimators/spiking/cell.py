@@ -1,4 +1,4 @@
-"""`SpikingCell`: the base of the cells of spiking neurons: their arguments and the state's shape.
+"""`SpikingCell`: the base of cells of spiking neurons, with their arguments and their state.
 
 A cell is one step in time of a layer of neurons without weights, for `nnx.RNN` or `lax.scan`: put
 a `Linear` in front of it. Its decays and its threshold are Variables, or Params where they are
@@ -39,8 +39,13 @@ class SpikingCell(nnx.RNNCellBase):
         spike: the surrogate gradient.
         reset_gradient: whether the spike in the reset is differentiated.
         learn_decay: whether the decays are parameters.
-        learn_threshold: whether the threshold is one.
+        learn_threshold: whether the threshold is a parameter.
         param_dtype: dtype of decays and threshold, and of the state that `initialize_carry` makes.
+
+    Raises:
+        ValueError: `features` is below 1, `threshold` is not positive or does not broadcast to the
+            neurons, or `reset` is not "subtract", "zero" or "none".
+        TypeError: `spike` is not a function.
     """
 
     def __init__(
@@ -73,7 +78,7 @@ class SpikingCell(nnx.RNNCellBase):
 
     @property
     def num_feature_axes(self) -> int:
-        """How many axes the neurons are arranged in; `nnx.RNN` asks."""
+        """How many axes the neurons are arranged in; `nnx.RNN` reads it."""
         return len(self.features)
 
     def _state(
@@ -112,14 +117,14 @@ class SpikingCell(nnx.RNNCellBase):
         return x
 
     def _leak(self, decay: nnx.Variable, state: jax.Array, x: jax.Array) -> jax.Array:
-        """A state after a step. The gradient passes the clip: a decay beyond 1 comes back."""
+        """A state after a step. The gradient passes the clip, so a decay beyond 1 can come back."""
         return leak(clip_ste(decay[...], 0, 1), state, x, self.learn_decay)
 
     def _fire(self, v: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
         """The membrane after its reset, and the spikes in the dtype of the inputs."""
         spike = self.spike
         if isinstance(spike, functools.partial):
-            # Its arrays are arguments then: a slope that is annealed is a traced one.
+            # Makes its arrays arguments: a slope that is annealed is traced.
             spike = jax.tree_util.Partial(spike.func, *spike.args, **spike.keywords)
         u, s = fire(self.threshold[...], v, spike, self.reset, self.reset_gradient)
         return u, s.astype(dtype)

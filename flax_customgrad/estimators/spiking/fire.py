@@ -1,4 +1,4 @@
-"""Firing: a spike where the membrane is above the threshold, and a reset where there is a spike.
+"""`fire`: a spike where the membrane is above the threshold, and a reset where there is a spike.
 
     forward   s  = 1 where v > theta, else 0
               u  = v - theta s            reset "subtract"
@@ -57,7 +57,7 @@ def fire(
     Returns:
         The membrane potential after the reset, and the spikes; arrays like v.
     """
-    wide, theta = _in_wide(v, threshold)
+    wide, theta = _widened(v, threshold)
     s = spike(wide - theta)
     if reset == "subtract":
         u = wide - theta * s
@@ -78,7 +78,7 @@ def _fwd(
 def _bwd(
     res: Residuals, cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, None, None, None]:
-    v, theta = _in_wide(res.v, res.threshold)
+    v, theta = _widened(res.v, res.threshold)
     chex.assert_is_broadcastable(theta.shape, v.shape)
     du, ds = (g.astype(v.dtype) for g in cotangents)
     chex.assert_equal_shape([du, ds, v])
@@ -100,6 +100,6 @@ def _bwd(
 fire.defvjp(_fwd, _bwd)
 
 
-def _in_wide(v: jax.Array, threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _widened(v: jax.Array, threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
     dtype = accumulator(v, threshold)
     return v.astype(dtype), threshold.astype(dtype)

@@ -1,4 +1,4 @@
-"""A step of a leaking state: a share of the state, and the input.
+"""`leak`: one step of a leaking state, which keeps a share of itself and adds the input.
 
     forward   y  = a u + x
     backward  dx = g

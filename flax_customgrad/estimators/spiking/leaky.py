@@ -31,8 +31,8 @@ class Leaky(SpikingCell):
             inputs.
         decay: a, what a step leaves of the membrane potential, from 0 to 1: a number, or an array
             that broadcasts to the neurons. exp(-1 / tau) for a time constant of tau steps.
-        learn_decay: whether the decay is a Param. It is clipped to [0, 1] where it is used, with
-            a gradient that passes, so that one that an optimizer pushes beyond comes back.
+        learn_decay: whether the decay is a Param. It is clipped to [0, 1] where it is used, and the
+            gradient passes the clip, so a decay that an optimizer pushes beyond can come back.
         threshold: theta, above which a neuron fires: a positive number or array, likewise.
         learn_threshold: whether the threshold is a Param.
         reset: "subtract" takes theta off the membrane that fired, "zero" sets it to 0, "none"
@@ -43,9 +43,9 @@ class Leaky(SpikingCell):
         param_dtype: dtype of decay and threshold, and of the state that `initialize_carry` makes.
 
     Raises:
-        ValueError: the decay is not within [0, 1], the threshold not positive, features below 1,
-            or the reset none of these words.
-        TypeError: `spike` is no function.
+        ValueError: `decay` is not within [0, 1], `threshold` is not positive, `features` is below
+            1, or `reset` is not "subtract", "zero" or "none".
+        TypeError: `spike` is not a function.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -111,7 +111,7 @@ class Leaky(SpikingCell):
             shape and in the dtype of the inputs (that of carry for integers).
 
         Raises:
-            ValueError: the shapes do not fit.
+            ValueError: the inputs do not end in `features`, or carry and inputs differ in shape.
             TypeError: the inputs are complex, or an 8-bit float.
         """
         x = self._inputs(inputs, carry)

@@ -10,7 +10,7 @@ It is composed of `leak`, twice, and `fire`, each with a backward of its own.
 An input reaches the membrane in its own step, unscaled, as in snntorch's Synaptic and the CuBaLIF
 of spyx, and the current outlives the reset. Of a scan over time v is kept alone; i and u as well
 where the decays are learned. snntorch resets a step later by default, and its reset to zero then
-drops what comes in during that step, too.
+also drops the input of that step.
 """
 
 from collections.abc import Sequence
@@ -45,14 +45,15 @@ class LIF(SpikingCell):
             slope, which may be traced.
         reset_gradient: whether the spike in the reset is differentiated.
         learn_decay: whether both decays are Params. They are clipped to [0, 1] where they are used,
-            with a gradient that passes, so that one that an optimizer pushes beyond comes back.
+            and the gradient passes the clip, so a decay that an optimizer pushes beyond can come
+            back.
         learn_threshold: whether the threshold is a Param.
         param_dtype: dtype of decays and threshold, and of the state that `initialize_carry` makes.
 
     Raises:
-        ValueError: a time constant or the threshold is not positive, features below 1, or the
-            reset none of these words.
-        TypeError: `spike` is no function.
+        ValueError: a time constant or `threshold` is not positive, `features` is below 1, or
+            `reset` is not "subtract", "zero" or "none".
+        TypeError: `spike` is not a function.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -125,7 +126,7 @@ class LIF(SpikingCell):
             integers).
 
         Raises:
-            ValueError: the shapes do not fit.
+            ValueError: the inputs do not end in `features`, or carry and inputs differ in shape.
             TypeError: the inputs are complex, or an 8-bit float.
         """
         current, membrane = carry

@@ -1,4 +1,4 @@
-"""Surrogate gradients of a spike: what stands in for the derivative of a step, which is 0.
+"""Surrogate gradients of a spike, in place of the derivative of a step, which is 0.
 
 u is the membrane potential minus the threshold, k the slope, and v = k |u|.
 
@@ -15,8 +15,8 @@ u is the membrane potential minus the threshold, k the slope, and v = k |u|.
     piecewise_exponential  exp(-v)               1      k / 2       1             arXiv:1810.08646
 
 At its default slope each peak is 1. With `normalize=True` the gradient integrates to 1 over u: a
-density, whose scale no longer depends on which one was chosen; atan and sigmoid are densities as
-they are. Libraries differ by such factors: atan is that of the paper and of snntorch, spyx has
+density, whose scale does not depend on which surrogate was chosen; atan and sigmoid always are.
+Libraries differ by such factors: atan is that of the paper and of snntorch, spyx has
 1/pi / (1 + (pi v)^2).
 
 Every p falls to 0, also where v overflows to infinity: the exponentials are of -v, where those of
@@ -206,8 +206,8 @@ _BOXCAR = Step("boxcar", heaviside, _boxcar_backward, _keep_inside)
 def boxcar(u: ArrayLike, slope: ArrayLike = 1.0, *, normalize: bool = False) -> jax.Array:
     """A spike whose gradient is a box: 1 where k abs(u) <= 1, bounds included, else 0.
 
-    Normalized it is the rectangle of arXiv:1706.02609; as it is, the straight-through estimator of
-    arXiv:1602.02830 for a unit step.
+    Normalized, it is the rectangle of arXiv:1706.02609; otherwise it is the straight-through
+    estimator of arXiv:1602.02830 for a unit step.
 
     Args:
         u: membrane potential minus threshold; array of any shape.

@@ -6,7 +6,7 @@
                             "xnor"     dx = a g where |x| <= clip_value,  + g / n   arXiv:1603.05279
     kept      a bit an element, nothing without a bound; and a
 
-The bound is inclusive, and 0 has the sign 1. To "bi_real" a is a constant; "xnor" has XNOR-Net's
+The bound is inclusive, and 0 has the sign 1. For "bi_real" a is a constant; "xnor" has XNOR-Net's
 gradient, in which each weight's share of the mean scales its own sign alone. `SteSign`,
 `MagnitudeAwareSign` and `XNORSign` have the same gradients, and no codes for a layer to keep.
 """
@@ -52,11 +52,11 @@ class ScaledSignScheme(SignScheme):
         return super().decode(q) * a[0]
 
     def keep(self, x: jax.Array, *a: jax.Array) -> tuple[jax.Array, ...]:
-        """a, and which elements lie within the bound."""
+        """`a`, and which elements lie within the bound."""
         return *a, *super().keep(x)
 
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
-        """A g within the bound, and the share of the mean."""
+        """`a g` within the bound, plus the share of the mean."""
         a, *mask = kept
         (dx,) = super().cotangents(a * g, *mask)
         return (dx + self.share * g if self.share else dx,)
@@ -69,7 +69,7 @@ class BinaryActivation(Quantizer):
         clip_value: the gradient passes where |x| <= clip_value; None for everywhere.
 
     Raises:
-        ValueError: the bound is not positive.
+        ValueError: `clip_value` is not positive.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
@@ -86,7 +86,7 @@ class BinaryActivation(Quantizer):
         self.clip_value = check_clip_value("BinaryActivation", clip_value)
 
     def quantize(self, x: jax.Array) -> Codes:
-        """The sign of each element, and a bit that says which.
+        """The sign of each element, and its code: 0 or 1.
 
         Args:
             x: array of any shape, float.
@@ -102,12 +102,12 @@ class BinaryWeight(Quantizer):
             a kernel of flax.nnx. None for one mean.
         scaled: whether there is a scale; without one the values are 1 and -1.
         clip_value: the gradient passes where |w| <= clip_value; None for everywhere.
-        gradient: to "bi_real" the scale is a constant, arXiv:1808.00278; "xnor" adds the
+        gradient: "bi_real" treats the scale as a constant, arXiv:1808.00278; "xnor" adds the
             gradient of the mean as XNOR-Net has it, arXiv:1603.05279.
 
     Raises:
-        ValueError: the bound is not positive, or `gradient` is neither "bi_real" nor "xnor", or
-            "xnor" without a scale to differentiate.
+        ValueError: `clip_value` is not positive, `gradient` is neither "bi_real" nor "xnor", or
+            `gradient` is "xnor" and `scaled` is False.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
@@ -142,7 +142,7 @@ class BinaryWeight(Quantizer):
         self.gradient = gradient
 
     def quantize(self, x: jax.Array) -> Codes:
-        """The sign of each weight with its scale, and a bit that says which.
+        """The sign of each weight times its scale, and its code: 0 or 1.
 
         Args:
             x: array of any shape, float.

@@ -6,7 +6,7 @@
 
 The range is of the whole array, of each channel, or of each block, in float32 or wider; it has no
 gradient. Where it is empty the scale is 1, so that zeros stay zeros. A NaN or an infinity makes the
-range, and with it all values that share it, non-finite.
+range non-finite, and with it all values that share the range.
 
 Where a divisor is a constant, its inverse is a factor: XLA replaces such a division in some
 programs and not in others, and codes would depend on what is compiled with them.
@@ -28,7 +28,7 @@ Axis = int | Sequence[int] | Literal["token"] | None
 
 
 class Range(NamedTuple):
-    """The smallest and the largest value; arrays that broadcast to x once they are spread."""
+    """The smallest and the largest value: float32 arrays, or wider, one element for each range."""
 
     low: jax.Array
     high: jax.Array
@@ -49,7 +49,7 @@ class Granularity:
     block: int | None = None
 
     def grouped(self, x: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
-        """x, in blocks where there are any, and the axes that share a range."""
+        """The array, reshaped into blocks where there are any, and the axes that share a range."""
         own = (-1,) if self.axis == "token" else self.axis or ()
         if not all(-x.ndim <= axis < x.ndim for axis in own):
             raise ValueError(
@@ -70,11 +70,11 @@ class Granularity:
         return x, tuple(axis for axis in range(x.ndim) if axis not in own)
 
     def shared(self, parameter: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        """A parameter of groups, without the axis that `grouped` put in for blocks."""
+        """One parameter for each group, without the axis that `grouped` inserted for blocks."""
         return parameter if self.block is None else lax.squeeze(parameter, axes)
 
     def spread(self, parameter: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """A parameter of ranges, such that it broadcasts to an array of some shape."""
+        """One parameter for each range, repeated so that it broadcasts to an array of a shape."""
         if self.block is None or not parameter.ndim:
             return parameter
         assert isinstance(self.axis, tuple)
@@ -84,7 +84,7 @@ class Granularity:
 
 
 def granularity_of(layer: str, axis: Axis, block: int | None = None) -> Granularity:
-    """Which elements share a range, from the arguments of a quantizer.
+    """The `Granularity` that the arguments of a quantizer describe.
 
     Args:
         layer: the name of the quantizer, for the errors.
@@ -92,7 +92,7 @@ def granularity_of(layer: str, axis: Axis, block: int | None = None) -> Granular
         block: how many neighbours along the one axis share a range, or None.
 
     Raises:
-        ValueError: the block is no positive integer, or has not one axis.
+        ValueError: `block` is not a positive integer, or `axis` is not the one axis that it needs.
     """
     if isinstance(axis, int):
         axis = (axis,)
@@ -118,7 +118,7 @@ def measured_range(
         x: array of any shape, float.
         granularity: which elements share a range.
         symmetric: whether it lies around 0.
-        percentile: from 50 to 100, of the values that are within; None for all of them.
+        percentile: how many percent of the values lie within, from 50 to 100; None for all.
     """
     x, axes = granularity.grouped(lax.stop_gradient(x).astype(accumulator(x)))
     # One range is a number, so that a recorded one fits arrays of any rank.
@@ -138,7 +138,7 @@ def measured_range(
 
 
 def mean_magnitude(x: jax.Array, granularity: Granularity) -> jax.Array:
-    """The mean of |x| over the elements that share it, a constant to every derivative; 0 of none.
+    """The mean of |x| over the elements that share it, without a derivative; 0 of no elements.
 
     Args:
         x: array of any shape, float.
@@ -151,11 +151,11 @@ def mean_magnitude(x: jax.Array, granularity: Granularity) -> jax.Array:
 
 
 def mean_where(x: jax.Array, where: jax.Array, granularity: Granularity) -> jax.Array:
-    """The mean of some of the elements that share it; 0 of none.
+    """The mean of some of the elements that share it; 0 where there are none.
 
     Args:
         x: array of any shape, float32 or wider.
-        where: which elements; booleans of that shape.
+        where: array of bool of that shape: which elements count.
         granularity: which elements share a mean; without blocks.
     """
     x, axes = granularity.grouped(jnp.where(where, x, 0))
@@ -171,7 +171,10 @@ def scale_of(found: Range, low: int, high: int, symmetric: bool) -> tuple[jax.Ar
         found: the range.
         low: the smallest integer.
         high: the largest integer.
-        symmetric: whether 0 is the integer 0.
+        symmetric: whether the value 0 is the integer 0.
+
+    Returns:
+        The scale, and the zero point where there is one: arrays of the range's shape and dtype.
     """
     if symmetric:
         scale = found.high * (1 / high)

@@ -2,8 +2,8 @@
 
 The backward of a product reads its operands again, and quantized ones are decoded from codes of 1
 to 8 bits: 4-bit ones take an eighth of float32. Codes have no derivative, so the values stay beside
-them for second derivatives to run through; the first backward reads the codes alone, and XLA drops
-what nobody reads. Outside of a trace nothing is dropped, and the values alone are kept.
+them for second derivatives; the first backward reads the codes alone, and XLA drops values that
+are not read. Outside of a trace nothing is dropped, and the values alone are kept.
 """
 
 from typing import Any, NamedTuple
@@ -28,9 +28,9 @@ class Codes(NamedTuple):
 
     Attributes:
         values: the values that the codes encode, of any shape, float.
-        codes: uint8 array of that shape, the integers less the scheme's lowest.
-        parameters: of the scheme, such as a scale.
-        scheme: how values are decoded.
+        codes: uint8 array of that shape, the integers minus the scheme's lowest.
+        parameters: the parameters of the scheme, such as a scale.
+        scheme: the scheme that decodes the values.
     """
 
     values: jax.Array
@@ -44,8 +44,8 @@ def to_codes(x: jax.Array, parameters: tuple[jax.Array, ...], scheme: Scheme) ->
 
     Args:
         x: array of any shape, float.
-        parameters: of the scheme, such as a scale; float, of shapes that fit x.
-        scheme: how.
+        parameters: the parameters of the scheme, such as a scale; float arrays that fit x.
+        scheme: the scheme to quantize by.
     """
     values, codes = scheme(x, *parameters)
     return Codes(values, codes, parameters, scheme)
@@ -55,10 +55,10 @@ class PackedCodes(NamedTuple):
     """What is kept of `Codes`.
 
     Attributes:
-        values: for second derivatives; None while residuals are inspected.
+        values: the values, for second derivatives; None while residuals are inspected.
         packed: the codes, several to a byte; None where the values alone are kept.
-        parameters: of the scheme.
-        scheme: how values are decoded.
+        parameters: the parameters of the scheme.
+        scheme: the scheme that decodes the values.
         width: how many bits a code takes.
         like: shape and dtype of the values.
     """
@@ -75,7 +75,7 @@ def pack_codes(codes: Codes) -> PackedCodes:
     """Packs codes for the backward.
 
     Args:
-        codes: what a quantizer made of an array.
+        codes: what a quantizer returned for an array.
     """
     values, q, parameters, scheme = codes
     like = jax.ShapeDtypeStruct(values.shape, values.dtype)
@@ -88,7 +88,7 @@ def pack_codes(codes: Codes) -> PackedCodes:
 
 
 def unpack_codes(codes: PackedCodes) -> jax.Array:
-    """The values again.
+    """The values that `pack_codes` has packed.
 
     Args:
         codes: what `pack_codes` returned.
@@ -108,8 +108,8 @@ def decode_packed(
 
     Args:
         packed: uint8 array, packed along the last axis.
-        parameters: of the scheme.
-        scheme: how values are decoded.
+        parameters: the parameters of the scheme.
+        scheme: the scheme that decodes the values.
         bits: how many bits a code takes.
         like: shape and dtype of the values.
     """

@@ -7,8 +7,8 @@
               DoReFaActivation  dx = g where 0 <= x <= 1, else 0
     kept      DoReFaWeight w and M; DoReFaActivation a bit an element
 
-M is a constant to the gradient. 0 is no value of a weight: of two bits they are -1, -1/3, 1/3 and
-1. What DoReFa-Net has of one bit is `BinaryWeight(axis=None, clip_value=None)`.
+M is a constant to the gradient. No weight becomes 0: with two bits the values are -1, -1/3, 1/3 and
+1. For the one-bit weights of DoReFa-Net use `BinaryWeight(axis=None, clip_value=None)`.
 """
 
 from dataclasses import dataclass
@@ -32,21 +32,21 @@ class DoReFaWeightScheme(Scheme):
     """Values at equal distances in [-1, 1], for tanh(w) / M; M is the parameter."""
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
-        """The nearest integer to n r, r = tanh(w) / (2 M) + 1 / 2."""
+        """The nearest integer to `n r`, where `r = tanh(w) / (2 M) + 1 / 2`."""
         (M,) = parameters
         r = quotient(jnp.tanh(x), 2 * M) + 0.5
         return jnp.clip(jnp.round(self.high * r), 0, self.high)
 
     def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
-        """2 q / n - 1, rounded once."""
+        """`2 q / n - 1`, rounded once."""
         return (2 * q - self.high) * (1 / self.high)
 
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
-        """W and M."""
+        """`w` and `M`."""
         return x, *parameters
 
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
-        """Of tanh(w) / M, by w."""
+        """`g` times the derivative of `tanh(w) / M`."""
         w, M = kept
         return (g * sech_squared(w) / M,)
 
@@ -56,11 +56,11 @@ class DoReFaActivationScheme(Scheme):
     """Values at equal distances in [0, 1]; without parameters."""
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
-        """The nearest integer to n x in [0, n]."""
+        """The nearest integer to `n x` in [0, n]."""
         return jnp.round(self.high * jnp.clip(x, 0, 1))
 
     def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
-        """The integers over n."""
+        """The integers divided by n."""
         return q * (1 / self.high)
 
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
@@ -68,7 +68,7 @@ class DoReFaActivationScheme(Scheme):
         return (pack_mask((x >= 0) & (x <= 1)),)
 
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
-        """G inside."""
+        """`g` inside, and 0 outside."""
         return (masked(g, *kept),)
 
 
@@ -79,7 +79,7 @@ class DoReFaWeight(Quantizer):
         bits: from 2 to 8; the values are odd multiples of 1 / (2^bits - 1).
 
     Raises:
-        ValueError: bits out of range.
+        ValueError: `bits` is not from 2 to 8.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -93,7 +93,7 @@ class DoReFaWeight(Quantizer):
         self.bits = check_bits("DoReFaWeight", bits)
 
     def quantize(self, x: jax.Array) -> Codes:
-        """Quantizes weights, and says which code each value has.
+        """Quantizes weights; returns the values and their codes.
 
         Args:
             x: array of any shape, float.
@@ -110,7 +110,7 @@ class DoReFaActivation(Quantizer):
         bits: from 1 to 8; the values are multiples of 1 / (2^bits - 1).
 
     Raises:
-        ValueError: bits out of range.
+        ValueError: `bits` is not from 1 to 8.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
@@ -127,7 +127,7 @@ class DoReFaActivation(Quantizer):
         self.bits = check_bits("DoReFaActivation", bits, least=1)
 
     def quantize(self, x: jax.Array) -> Codes:
-        """Quantizes activations, and says which code each value has.
+        """Quantizes activations; returns the values and their codes.
 
         Args:
             x: array of any shape, float.

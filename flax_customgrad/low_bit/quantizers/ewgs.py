@@ -8,11 +8,11 @@
               da = sum of g y / a
     kept      x, l, u and a
 
-A gradient whose step leads r to the h that it was rounded to is made larger, one that leads away
-smaller; with delta = 0 it is the straight-through estimator's. Both ends are inside. Where an
-optimizer closes the interval or turns it around, `u - l` is used by its magnitude, and at least
-2^-23; its derivative then has the other sign. The paper has the scale a at the output of a layer,
-here it is each quantizer's own.
+A gradient whose step moves r towards h, to which it was rounded, is made larger, and one that moves
+it away smaller; with delta = 0 it is that of the straight-through estimator. Both ends are inside.
+Where an optimizer closes the interval or turns it around, the magnitude of `u - l` is used, and at
+least 2^-23; its derivative then has the other sign. The paper has the scale a at the output of a
+layer, here each quantizer has its own.
 """
 
 import math
@@ -47,20 +47,20 @@ class EWGSScheme(Scheme):
     delta: float
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
-        """The nearest integer to n r."""
+        """The nearest integer to `n r`."""
         l, u, _ = parameters
         return jnp.round(self.high * jnp.clip(quotient(x - l, _width(l, u)), 0, 1))
 
     def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
-        """A h, or a (2 h - 1), of h = q / n."""
+        """`a h`, or `a (2 h - 1)`, where `h = q / n`."""
         return self._integer(q) * (parameters[2] * (1 / self.high))
 
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
-        """X and the parameters."""
+        """`x` and the parameters."""
         return x, *parameters
 
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
-        """Those of x, l, u and a, of which the last three are summed afterwards."""
+        """The cotangents of x, l, u and a, of which the last three are summed afterwards."""
         x, l, u, a = kept
         width = _width(l, u)
         r = quotient(x - l, width)
@@ -86,12 +86,12 @@ def _width(l: jax.Array, u: jax.Array) -> jax.Array:
 class EWGS(Quantizer):
     """Element-wise gradient scaling, in an interval that is learned.
 
-    The gradient of rounding is larger or smaller by a share of the rounding error.
+    The gradient is made larger or smaller in proportion to the rounding error.
 
     Attributes:
-        low: the lower end of the interval, learned; float32. `observe` sets all three.
-        high: the upper end, learned.
-        scale: the largest value, learned.
+        low: l, the lower end of the interval, learned; float32. `observe` sets all three.
+        high: u, the upper end, learned; float32.
+        scale: a, the largest value, learned; float32.
 
     Args:
         bits: from 1 to 8.
@@ -100,7 +100,7 @@ class EWGS(Quantizer):
         delta: how much of the rounding error scales the gradient; 0 for none.
 
     Raises:
-        ValueError: bits or delta out of range.
+        ValueError: `bits` is not from 1 to 8, or `delta` is negative or not finite.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
@@ -126,7 +126,7 @@ class EWGS(Quantizer):
         )
 
     def quantize(self, x: jax.Array) -> Codes:
-        """Quantizes an array, and says which code each value has.
+        """Quantizes an array; returns the values and their codes.
 
         Args:
             x: array of any shape, float.
@@ -139,8 +139,8 @@ class EWGS(Quantizer):
         """Sets the interval as the paper does, and the scale such that values are close to x.
 
         Signed, the interval is 3 standard deviations on either side of 0; unsigned, it is from the
-        least value to 3 standard deviations of the normal distribution that a relu would have made
-        x of. What is not finite is left out.
+        least value to 3 standard deviations of the normal distribution that a relu would have
+        turned into x. What is not finite is left out.
 
         Args:
             x: array of any shape, float, like those to come.
@@ -149,7 +149,7 @@ class EWGS(Quantizer):
         wide = jnp.where(jnp.isfinite(wide), wide, 0)
         power = magnitude(wide, range(wide.ndim)).reshape(())
         deviation = power * (jnp.std(wide / power) if wide.size else 0)
-        # The width of an interval of largest numbers would overflow.
+        # The width of an interval between the largest numbers would overflow.
         deviation = 3 * jnp.minimum(deviation, jnp.finfo(wide.dtype).max / 64)
         if self.signed:
             low, high = -deviation, deviation

@@ -2,17 +2,17 @@
 
     symmetric   y = s clip(round(x / s), -n, n),                     n = 2^(bits-1) - 1
     affine      y = s (clip(round(x / s) + z, 0, n) - z),            n = 2^bits - 1
-    stochastic  x + (u - 1/2) s in the place of x,                   u uniform in [0, 1)
+    stochastic  x + (u - 1/2) s in place of x,                       u uniform in [0, 1)
     backward    dx = g where the range holds x, else 0
     kept        nothing where the range is that of x itself; else a bit an element
 
 Scale s and zero point z come from the range (`calibration`), a constant to the gradient: a gradient
 of the scale is what `LSQ` is for. Halves are rounded to the even integer, and the ends of
-the range are inside of it. The largest magnitude is 127 steps of 8 bits; qwix and AQT take 127.5,
-which clips half a step of it.
+the range are inside of it. With 8 bits the largest magnitude is 127 steps; qwix and AQT make it
+127.5, which clips half a step of it.
 
-Rounded to the nearest after a noise of half a step, a value is on average what it was,
-arXiv:1502.02551. The gradient does not see the noise: the range holds x or it does not. Under
+Rounded to the nearest after a noise of half a step, a value keeps its mean, arXiv:1502.02551. The
+gradient does not depend on the noise, only on whether the range holds x. Under
 `jax.vmap` examples have the same noise.
 """
 
@@ -48,7 +48,7 @@ Rounding = Literal["nearest", "stochastic"]
 
 @dataclass(frozen=True)
 class FakeQuantScheme(Scheme):
-    """Integers in a range, of which a scale and perhaps a zero point are the parameters.
+    """Integers in a range; the parameters are its scale and, for an affine one, its zero point.
 
     Attributes:
         granularity: which elements share a range.
@@ -59,30 +59,30 @@ class FakeQuantScheme(Scheme):
     clips: bool
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
-        """round(x / s) + z, clipped."""
-        scale, zero = self._spread(x, parameters)
+        """`round(x / s) + z`, clipped."""
+        scale, zero = self._broadcast(x, parameters)
         return jnp.clip(jnp.round(quotient(x, scale)) + zero, self.low, self.high)
 
     def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
-        """S (q - z)."""
-        scale, zero = self._spread(q, parameters)
+        """`s (q - z)`."""
+        scale, zero = self._broadcast(q, parameters)
         return (q - zero) * scale
 
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
         """Which elements the range holds."""
         if not self.clips:
             return ()
-        scale, zero = self._spread(x, parameters)
+        scale, zero = self._broadcast(x, parameters)
         v = quotient(x, scale) + zero
         # The ends are inside, whichever way the scale was rounded.
         slack = 4 * jnp.finfo(v.dtype).eps * (self.high - self.low)
         return (pack_mask((v >= self.low - slack) & (v <= self.high + slack)),)
 
     def cotangents(self, g: jax.Array, *inside: jax.Array) -> tuple[Any, ...]:
-        """G where the range holds x."""
+        """`g` where the range holds x, and 0 elsewhere."""
         return (masked(g, *inside) if inside else g,)
 
-    def _spread(self, x: jax.Array, parameters: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+    def _broadcast(self, x: jax.Array, parameters: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         scale, *zero = (self.granularity.spread(p, x.shape) for p in parameters)
         return scale, zero[0] if zero else 0
 
@@ -92,7 +92,7 @@ class QuantStat(nnx.Variable):
 
 
 class FakeQuant(Quantizer):
-    """Rounds to integers of few bits, and passes the gradient of what its range holds.
+    """Rounds to integers of few bits, and passes the gradient where its range holds x.
 
     Args:
         bits: from 2 to 8.
@@ -100,20 +100,21 @@ class FakeQuant(Quantizer):
         axis: the axes along which each index has a range of its own, such as -1 for the output
             channels of a kernel; "token" for each vector along the last axis; None for one range.
         block: how many neighbours along the one `axis` share a range; None for no blocks.
-        calibration: "absmax", the largest magnitude; "percentile", what so many of the values stay
-            under; "moving_average", that of the largest magnitudes of training calls.
-        percentile: from 50 to 100, for that calibration.
-        momentum: of the moving average.
+        calibration: the source of the range: "absmax", the largest magnitude; "percentile", a
+            percentile of the values; "moving_average", an average of the largest magnitudes of
+            training calls.
+        percentile: which percentile, from 50 to 100.
+        momentum: momentum of the moving average, from 0 to below 1.
         dynamic: whether the range is that of each array itself; False for the range that
             `observe` has recorded. None means True, and False for a moving average.
-        rounding: "nearest"; "stochastic", to one of both neighbours at random in each call, such
-            that the mean is exact, and to the nearest in eval mode (see `nnx.Module.eval`).
+        rounding: "nearest"; or "stochastic", at random to one of the two neighbours, such that the
+            mean is exact, and to the nearest in eval mode (see `nnx.Module.eval`).
         rng_collection: the stream of `rngs` to draw from.
         rngs: the streams; needed for stochastic rounding.
 
     Raises:
-        ValueError: an argument is out of range, a moving average is to be dynamic, or there are no
-            streams to draw from.
+        ValueError: an argument is out of the range stated above, `dynamic` is True for a moving
+            average, or stochastic rounding has no `rngs`.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
@@ -125,6 +126,8 @@ class FakeQuant(Quantizer):
         Array([0.5, 0.7], dtype=float32)
         >>> jax.grad(lambda x: static(x).sum())(jnp.array([0.52, 2.0]))
         Array([1., 0.], dtype=float32)
+
+    Source: arXiv:1712.05877
     """
 
     def __init__(
@@ -186,19 +189,19 @@ class FakeQuant(Quantizer):
         return -largest, largest
 
     def quantize(self, x: jax.Array) -> Codes:
-        """Quantizes an array, and says which code each value has.
+        """Quantizes an array; returns the values and their codes.
 
-        In training (see `nnx.Module.train`) a moving average takes the range of x in first.
+        In training (see `nnx.Module.train`) a moving average first includes the range of x.
 
         Args:
             x: array of any shape, float.
 
         Raises:
-            ValueError: the range is to be a recorded one, and nothing has been observed.
+            ValueError: the quantizer is not dynamic, and nothing has been observed.
         """
         x = jnp.asarray(x)
         low, high = self.integers
-        found = lax.stop_gradient(self._range(x))
+        found = lax.stop_gradient(self._used_range(x))
         # Rounding a zero point can leave the ends of an affine range half a step outside, clipped
         # by no more than rounding does: the gradient passes there.
         scheme = FakeQuantScheme(
@@ -213,35 +216,35 @@ class FakeQuant(Quantizer):
         return nearest._replace(values=values, codes=codes)
 
     def _dithered(self, x: jax.Array, scale: jax.Array) -> jax.Array:
-        """X and a noise of half a step, in float32 or wider; a constant to every derivative."""
+        """`x` plus noise of half a step, in float32 or wider; without a derivative."""
         assert self.rngs is not None
         x, step = widened(x.dtype, lax.stop_gradient(x), self.granularity.spread(scale, x.shape))
         noise = jax.random.uniform(self.rngs(), x.shape, x.dtype) - 0.5
-        # A little less than half a step: what is on the grid stays there, however it is rounded.
+        # A little less than half a step: a value on the grid stays there, however it is rounded.
         dithered = x + (1 - 2**-14) * noise * step
-        # The sum overflows only beyond the range, where the nearest is its end.
+        # The sum overflows only beyond the range, where the nearest value is its end.
         return jnp.where(jnp.isfinite(dithered), dithered, x)
 
     def observe(self, x: jax.Array) -> None:
-        """Takes the range of an array into the recorded one; a dynamic quantizer records nothing.
+        """Updates the recorded range by that of an array; a dynamic quantizer records nothing.
 
-        The first array sets it. After that "absmax" takes the wider of the two, "percentile" and
-        "moving_average" move by 1 - momentum of the way. What is not finite is left out.
+        The first array sets the range. After that "absmax" uses the wider of the two, "percentile"
+        and "moving_average" move by 1 - momentum of the way. What is not finite is left out.
 
         Args:
             x: array of any shape, float, like those to come.
         """
         if self.dynamic:
             return
-        own = self._own(jnp.asarray(x))
+        own = self._measured(jnp.asarray(x))
         if self.low is None or self.high is None:
             self.low, self.high = QuantStat(own.low), QuantStat(own.high)
             return
-        self.low[...] = self._moved(self.low[...], own.low, jnp.minimum)
-        self.high[...] = self._moved(self.high[...], own.high, jnp.maximum)
+        self.low[...] = self._updated_end(self.low[...], own.low, jnp.minimum)
+        self.high[...] = self._updated_end(self.high[...], own.high, jnp.maximum)
 
-    def _moved(self, old: jax.Array, new: jax.Array, wider: Any) -> jax.Array:
-        """One end of the range, after a new one has been taken in."""
+    def _updated_end(self, old: jax.Array, new: jax.Array, wider: Any) -> jax.Array:
+        """One end of the recorded range, after that of a new array."""
         if self.calibration == "absmax":
             moved = wider(old, new)
         else:
@@ -253,13 +256,13 @@ class FakeQuant(Quantizer):
     def _is_percentile(self) -> bool:
         return self.calibration == "percentile"
 
-    def _own(self, x: jax.Array) -> Range:
+    def _measured(self, x: jax.Array) -> Range:
         percentile = self.percentile if self._is_percentile else None
         return measured_range(x, self.granularity, self.symmetric, percentile)
 
-    def _range(self, x: jax.Array) -> Range:
+    def _used_range(self, x: jax.Array) -> Range:
         if self.dynamic:
-            return self._own(x)
+            return self._measured(x)
         if self.calibration == "moving_average" and not self.use_running_average:
             self.observe(x)
         if self.low is None or self.high is None:
@@ -269,4 +272,6 @@ class FakeQuant(Quantizer):
             )
         found = Range(self.low[...], self.high[...])
         # A moving average that nothing has set: the range of x itself.
-        return jax.tree.map(lambda a, own: jnp.where(jnp.isnan(a), own, a), found, self._own(x))
+        return jax.tree.map(
+            lambda a, own: jnp.where(jnp.isnan(a), own, a), found, self._measured(x)
+        )

@@ -3,12 +3,12 @@
     forward   y  = x
     backward  GradientQuant   dx = M round(n g / M) / n,                 n = 2^(bits-1) - 1
               DoReFaGradient  dx = M (2 round(n (g / M + 1) / 2) / n - 1),   n = 2^bits - 1
-                              M = max |g|;  round to the nearest, or to one of both neighbours at
-                              random, such that the mean is exact
+                              M = max |g|;  round to the nearest, or at random to one of the two
+                              neighbours, such that the mean is exact
     kept      the key of the noise, or nothing
 
-A gradient of zeros stays zeros, though 0 is no value of DoReFa-Net's. A NaN or an infinity makes
-all that shares its range non-finite. Under `jax.vmap` examples have the same noise. Second
+A gradient of zeros stays zeros, though 0 is not a value of DoReFa-Net's. A NaN or an infinity makes
+everything in its range non-finite. Under `jax.vmap` examples have the same noise. Second
 derivatives are those of the identity.
 """
 
@@ -37,10 +37,10 @@ from flax_customgrad.numerics.noise_stream import fork_stream
 
 @dataclass(frozen=True)
 class GradientRounding:
-    """How a gradient is rounded, in units of its largest magnitude.
+    """The rounding of a gradient, in units of its largest magnitude M.
 
     Attributes:
-        n: how many steps there are from 0 to M, if 0 is a value, or from -M to M, if it is not.
+        n: how many steps there are from 0 to M if 0 is a value, or from -M to M if it is not.
         has_zero: whether 0 is a value.
         granularity: which elements share a range.
     """
@@ -54,7 +54,10 @@ class GradientRounding:
 
         Args:
             g: array of any shape, float32 or wider.
-            key: of the noise; None to round to the nearest.
+            key: the key of the noise; None to round to the nearest.
+
+        Returns:
+            Array like g.
         """
         M = measured_range(g, self.granularity, symmetric=True).high
         r = g / jnp.where(M == 0, 1, M)
@@ -77,12 +80,15 @@ class Residuals(NamedTuple):
 
 @custom_vjp(surrogate=True)
 def quantize_gradient(x: jax.Array, key: jax.Array | None, rounding: GradientRounding) -> jax.Array:
-    """Returns x.
+    """The identity, whose gradient is quantized.
 
     Args:
         x: array of any shape, float.
-        key: of the noise in its gradient, or None.
-        rounding: how its gradient is quantized.
+        key: the key of the noise in the gradient; None to round to the nearest.
+        rounding: the rounding of the gradient.
+
+    Returns:
+        x.
     """
     return x
 
@@ -105,18 +111,18 @@ quantize_gradient.defvjp(_fwd, _bwd)
 class GradientQuant(nnx.Module):
     """The identity, whose gradient is rounded to integers of few bits in its own range.
 
-    What a quantized layer takes as `gradient`.
+    Pass it to a quantized layer as `gradient`.
 
     Args:
         bits: from 2 to 8.
-        stochastic: whether it is rounded at random, such that its mean is exact, or to the nearest.
+        stochastic: whether to round at random, such that the mean is exact, or to the nearest.
         axis: the axes along which each index has a range of its own, such as 0 for examples;
             "token" for each vector along the last axis; None for one range.
         rng_collection: the stream of `rngs` to draw from.
         rngs: the streams; needed for stochastic rounding.
 
     Raises:
-        ValueError: bits out of range, or there are no streams to draw from.
+        ValueError: `bits` is not from 2 to 8, or `stochastic` is True without `rngs`.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
@@ -143,7 +149,7 @@ class GradientQuant(nnx.Module):
             self.rngs = fork_stream("GradientQuant: stochastic=True", rng_collection, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns x.
+        """Returns x, and quantizes its gradient.
 
         Args:
             x: array of any shape, float.
@@ -157,7 +163,7 @@ class GradientQuant(nnx.Module):
 class DoReFaGradient(nnx.Module):
     """The identity with the quantized gradient of DoReFa-Net.
 
-    What a quantized layer takes as `gradient`.
+    Pass it to a quantized layer as `gradient`.
 
     Args:
         bits: from 1 to 8; values are odd multiples of M / (2^bits - 1).
@@ -167,7 +173,7 @@ class DoReFaGradient(nnx.Module):
         rngs: the streams.
 
     Raises:
-        ValueError: bits out of range.
+        ValueError: `bits` is not from 1 to 8.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -190,7 +196,7 @@ class DoReFaGradient(nnx.Module):
         self.rngs = fork_stream("DoReFaGradient", rng_collection, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns x.
+        """Returns x, and quantizes its gradient.
 
         Args:
             x: array of any shape, float.

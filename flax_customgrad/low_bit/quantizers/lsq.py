@@ -48,11 +48,11 @@ class LSQScheme(Scheme):
     features: int | None
 
     def scale(self, p: jax.Array) -> jax.Array:
-        """S of a parameter p."""
+        """`s`, from the parameter p."""
         return abs_floor(p)
 
     def scale_slope(self, p: jax.Array) -> jax.Array:
-        """The derivative of s by p."""
+        """The derivative of `s` with respect to p."""
         return abs_floor_slope(p)
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
@@ -64,11 +64,11 @@ class LSQScheme(Scheme):
         return q * self.scale(parameters[0])
 
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
-        """X and the parameters."""
+        """`x` and the parameters."""
         return x, *parameters
 
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
-        """Those of x and p."""
+        """The cotangents of x and p."""
         x, p = kept
         v = quotient(x, self.scale(p))
         inside = (v >= self.low) & (v <= self.high)
@@ -78,7 +78,7 @@ class LSQScheme(Scheme):
         return jnp.where(inside, g, 0), self.scale_slope(p) * ds
 
     def gain(self, shape: tuple[int, ...], p: jax.Array) -> float:
-        """G for an array of some shape."""
+        """`G`, for an array of some shape."""
         if self.grad_scale is not None:
             return self.grad_scale
         counted = shape if self.features is None else shape[max(len(shape) - self.features, 0) :]
@@ -92,8 +92,8 @@ class LSQ(Quantizer):
     examples there are.
 
     Attributes:
-        scale: the learned scale, or scales; float32. `observe` sets it to 2 mean |x| / sqrt(high),
-            and until then it is what a normal distribution has. With an axis there is none before.
+        scale: the learned scale, or scales; float32. `observe` sets it to 2 mean |x| / sqrt(high).
+            Until then it is that of a unit normal distribution; with an axis it is None.
 
     Args:
         bits: from 2 to 8.
@@ -107,7 +107,8 @@ class LSQ(Quantizer):
             number.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: `bits` is not from 2 to 8, `axis` is "token", `features` is not a positive
+            integer, or `grad_scale` is a word other than "lsq".
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -154,13 +155,13 @@ class LSQ(Quantizer):
         return integer_range(self.bits, self.signed)
 
     def quantize(self, x: jax.Array) -> Codes:
-        """Quantizes an array, and says which code each value has.
+        """Quantizes an array; returns the values and their codes.
 
         Args:
             x: array of any shape, float.
 
         Raises:
-            ValueError: there are no scales yet, or they do not fit x.
+            ValueError: the scales have not been set yet, or do not fit the shape of x.
         """
         x = jnp.asarray(x)
         return to_codes(x, (learned_parameter(self, "scale", x),), self._scheme(LSQScheme))
@@ -182,15 +183,15 @@ class LSQ(Quantizer):
 
 
 def learned_parameter(quantizer: LSQ, name: str, x: jax.Array) -> jax.Array:
-    """A learned parameter, for an array.
+    """The value of a learned parameter, checked against the array to quantize.
 
     Args:
-        quantizer: whose parameter.
-        name: of the parameter.
-        x: the array.
+        quantizer: the quantizer that has the parameter.
+        name: the name of the parameter.
+        x: the array to quantize, of any shape, float.
 
     Raises:
-        ValueError: it has not been set, or does not fit the array.
+        ValueError: the parameter has not been set, or does not fit the shape of x.
     """
     parameter = getattr(quantizer, name)
     layer = type(quantizer).__name__
@@ -211,9 +212,9 @@ def set_learned_parameter(quantizer: LSQ, name: str, value: jax.Array) -> None:
     """Sets a learned parameter, or makes it where there is none of that shape.
 
     Args:
-        quantizer: whose parameter.
-        name: of the parameter.
-        value: its value, with axes of size 1 for what is shared, as `calibration` has it.
+        quantizer: the quantizer that has the parameter.
+        name: the name of the parameter.
+        value: float array, with size 1 along the axes that share a value, as from `calibration`.
     """
     value = value.reshape(()) if quantizer.granularity.axis is None else value
     parameter = getattr(quantizer, name)

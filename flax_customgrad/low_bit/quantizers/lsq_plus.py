@@ -1,4 +1,4 @@
-"""LSQ+: integers in units of a learned scale from a learned offset on, arXiv:2004.09576.
+"""LSQ+: integers in units of a learned scale, plus a learned offset, arXiv:2004.09576.
 
     forward   y  = s clip(round(v), low, high) + b,   v = (x - b) / s,   s = max(|p|, least)
     backward  dx = g where low <= v <= high, else 0
@@ -32,7 +32,7 @@ from flax_customgrad.numerics.broadcasting import sum_to_shape
 
 @dataclass(frozen=True)
 class LSQPlusScheme(LSQScheme):
-    """Integers in units of the scale s from the offset b on; the parameters are p and b."""
+    """Integers in units of the scale s, plus the offset b; the parameters are p and b."""
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The nearest integer to (x - b) / s in [low, high]."""
@@ -47,7 +47,7 @@ class LSQPlusScheme(LSQScheme):
         return jnp.minimum(super().decode(q, p), most) + b
 
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
-        """Those of x, p and b."""
+        """The cotangents of x, p and b."""
         x, p, b = kept
         dx, dp = super().cotangents(g, x - b, p)
         return dx, dp, self.gain(x.shape, b) * sum_to_shape(g - dx, b.shape)
@@ -59,7 +59,8 @@ class LSQPlus(LSQ):
     Attributes:
         scale: the learned scale, or scales; float32. `observe` spreads the integers from the least
             to the largest value.
-        offset: the value of the integer 0, learned; 0 until `observe` sets it.
+        offset: the value of the integer 0, learned; float32. It is 0 until `observe` sets it, and
+            with an axis None.
 
     Args:
         bits: from 2 to 8.
@@ -70,7 +71,8 @@ class LSQPlus(LSQ):
         grad_scale: what both gradients are multiplied by: "lsq" for 1 / sqrt(N high), or a number.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: `bits` is not from 2 to 8, `axis` is "token", `features` is not a positive
+            integer, or `grad_scale` is a word other than "lsq".
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -97,13 +99,13 @@ class LSQPlus(LSQ):
         self.offset = nnx.data(None) if self.scale is None else nnx.Param(jnp.zeros(()))
 
     def quantize(self, x: jax.Array) -> Codes:
-        """Quantizes an array, and says which code each value has.
+        """Quantizes an array; returns the values and their codes.
 
         Args:
             x: array of any shape, float.
 
         Raises:
-            ValueError: there are no scales yet, or they do not fit x.
+            ValueError: the scales have not been set yet, or do not fit the shape of x.
         """
         x = jnp.asarray(x)
         parameters = learned_parameter(self, "scale", x), learned_parameter(self, "offset", x)

@@ -5,9 +5,9 @@
               da = sum of g where x >= a,   dp = sign(p) da
     kept      two bits an element, and p
 
-The bound takes the place of the one that relu6 has, and is regularized like a weight. Where an
-optimizer drives p to zero or below, its magnitude is used, with a and s at least the least normal
-number, and with the gradient that p has from above.
+The bound replaces that of relu6, and is regularized like a weight. Where an optimizer drives p to
+zero or below, its magnitude is used, with a and s at least the least normal number; at 0 the
+gradient is the one from above.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class PACTScheme(Scheme):
         return pack_mask((x >= 0) & (x < a)), pack_mask(x >= a), *parameters
 
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
-        """Those of x and p, of which the last is summed afterwards."""
+        """The cotangents of x and p, of which the last is summed afterwards."""
         inside, beyond, p = kept
         dx, da = masked(g, inside), masked(g, beyond)
         return dx, abs_floor_slope(p) * da
@@ -57,17 +57,17 @@ class PACTScheme(Scheme):
 class PACT(Quantizer):
     """Parameterized clipping activation: the bound of the range is learned.
 
-    It clips at 0 as well, so that it takes the place of a relu.
+    It clips at 0 as well, so it can replace a relu.
 
     Attributes:
-        alpha: the bound, learned; float32. `observe` takes the largest value for it.
+        alpha: the bound, learned; float32. `observe` sets it to the largest value.
 
     Args:
         bits: from 1 to 8; the integers are 0 to 2^bits - 1.
-        alpha: the bound before; the paper starts at 10.
+        alpha: the initial bound; 10 in the paper.
 
     Raises:
-        ValueError: bits out of range, or the bound is not positive.
+        ValueError: `bits` is not from 1 to 8, or `alpha` is not positive.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
@@ -88,7 +88,7 @@ class PACT(Quantizer):
         self.alpha = nnx.Param(jnp.full((), check_positive("PACT", "alpha", alpha), jnp.float32))
 
     def quantize(self, x: jax.Array) -> Codes:
-        """Quantizes an array, and says which code each value has.
+        """Quantizes an array; returns the values and their codes.
 
         Args:
             x: array of any shape, float.
@@ -96,7 +96,7 @@ class PACT(Quantizer):
         return to_codes(jnp.asarray(x), (self.alpha[...],), PACTScheme(0, 2**self.bits - 1))
 
     def observe(self, x: jax.Array) -> None:
-        """Takes the largest value for the bound, 1 where none is positive; only finite ones count.
+        """Sets the bound to the largest finite value, or to 1 where none is positive.
 
         Args:
             x: array of any shape, float, like those to come.

@@ -1,4 +1,4 @@
-"""`Quantizer`: what the quantized layers ask of a quantizer."""
+"""`Quantizer`: the interface of quantizers, which the quantized layers use."""
 
 from abc import abstractmethod
 
@@ -9,10 +9,10 @@ from flax_customgrad.low_bit.quantizers.codes import Codes
 
 
 class Quantizer(nnx.Module):
-    """A layer that puts a value of few bits in the place of each element.
+    """A layer that replaces each element by a value of few bits; the base of all quantizers.
 
-    A subclass has a scheme (forward and backward) and its state, and says how both come together in
-    `quantize`. Called, it returns the values; a quantized layer also takes their codes, to keep.
+    A subclass combines a scheme (forward and backward) with its state in `quantize`. A call returns
+    the values; a quantized layer also uses their codes, which it keeps for the backward.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -28,20 +28,23 @@ class Quantizer(nnx.Module):
             x: array of any shape, float.
 
         Returns:
-            Array like x, of values that few bits tell apart.
+            Array like x, of values that have codes of few bits.
         """
         return self.quantize(x).values
 
     @abstractmethod
     def quantize(self, x: jax.Array) -> Codes:
-        """Quantizes an array, and says which code each value has.
+        """Quantizes an array; returns the values and their codes.
 
         Args:
             x: array of any shape, float.
+
+        Returns:
+            The `Codes`: values like x, and uint8 codes of that shape.
         """
 
     def observe(self, x: jax.Array) -> None:
-        """Sets from an array what the quantizer learns or records; not for traced arrays.
+        """Sets what the quantizer learns or records from an array; not for traced arrays.
 
         Args:
             x: array of any shape, float, like those to come.

@@ -7,10 +7,10 @@
 
 A scheme is flat wherever it has a derivative, so each states its surrogate gradient: the
 straight-through estimator (arXiv:1308.3432), masked or not, and for what is learned, a scale or a
-bound, that of its paper. In half precision everything is computed in float32 and
-rounded once. An infinity or NaN has no integer and stays what it is.
+bound, that of its paper. In half precision everything is computed in float32 and rounded once. An
+infinity or NaN has no integer and stays what it is.
 
-Values come from codes alone, and the same ones in every program: no decoding adds to a product,
+Values depend on codes alone, and are the same in every program: no decoding adds to a product,
 which XLA rounds once where it fuses the two and twice where it does not.
 """
 
@@ -28,7 +28,7 @@ from flax_customgrad.numerics.packing import masked, pack_mask
 
 @dataclass(frozen=True)
 class Scheme(Elementwise):
-    """How an array is quantized, and its surrogate gradient; called as `scheme(x, *parameters)`.
+    """A quantization and its surrogate gradient; called as `scheme(x, *parameters)`.
 
     Attributes:
         low: the smallest integer.
@@ -48,11 +48,11 @@ class Scheme(Elementwise):
 
         Args:
             x: array of any shape, float.
-            *parameters: such as a scale; float arrays of shapes that fit x.
+            *parameters: such as a scale; float arrays that fit the shape of x.
 
         Returns:
-            The values, like x, and their codes, the integers less the lowest: uint8 of the shape
-            of x.
+            The values, an array like x, and their codes, a uint8 array of that shape: the integers
+            minus `low`.
         """
         return elementwise_surrogate(x, parameters, self)
 
@@ -64,7 +64,7 @@ class Scheme(Elementwise):
         return in_dtype(y, x.dtype), (q - self.low).astype(jnp.uint8)
 
     def residuals(self, x: jax.Array, y: Any, *parameters: jax.Array) -> tuple[jax.Array, ...]:
-        """What `keep` says, and x itself in its own dtype."""
+        """What `keep` returns; x itself stays in its own dtype."""
         wide, *p = widened(x.dtype, x, *parameters)
         return tuple(x if a is wide else a for a in self.keep(wide, *p))
 
@@ -78,7 +78,7 @@ class Scheme(Elementwise):
 
     @abstractmethod
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
-        """What is kept for `cotangents`, of x and the parameters in float32 or wider."""
+        """What is kept for `cotangents`, given x and the parameters in float32 or wider."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class ClippedGradientScheme(Scheme):
     """A scheme whose gradient passes near 0, or everywhere; parameters have none.
 
     Attributes:
-        clip_value: it passes where |x| <= clip_value; None for everywhere.
+        clip_value: the gradient passes where |x| <= clip_value; None for everywhere.
     """
 
     clip_value: float | None
@@ -96,10 +96,10 @@ class ClippedGradientScheme(Scheme):
         return () if self.clip_value is None else (pack_mask(jnp.abs(x) <= self.clip_value),)
 
     def cotangents(self, g: jax.Array, *mask: jax.Array) -> tuple[Any, ...]:
-        """G within the bound."""
+        """`g` within the bound, and 0 outside."""
         return (masked(g, *mask) if mask else g,)
 
 
 def integer_range(bits: int, signed: bool) -> tuple[int, int]:
-    """The smallest and the largest integer of so many bits, with a sign or without."""
+    """The smallest and the largest integer of some bits, with a sign or without."""
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)

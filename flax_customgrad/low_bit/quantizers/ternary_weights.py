@@ -37,7 +37,7 @@ class TWNScheme(ClippedGradientScheme):
     """-a, 0 and a; the parameters are a and the threshold d."""
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
-        """The sign of what is beyond the threshold."""
+        """The sign of weights beyond the threshold, 0 for the others."""
         return jnp.where(jnp.abs(x) > parameters[1], jnp.sign(x), 0)
 
     def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
@@ -55,16 +55,16 @@ class AbsMeanScheme(TWNScheme):
 
 
 class TWN(Quantizer):
-    """Ternary weight networks: what is large keeps its sign, what is small is 0.
+    """The weights of ternary weight networks: large ones keep their sign, small ones become 0.
 
     Args:
-        threshold: in units of the mean magnitude; up to there weights become 0.
+        threshold: in units of the mean magnitude: weights up to it become 0.
         axis: the axes along which each index has a mean of its own; None for one, as in the paper.
         clip_value: the gradient passes where |w| <= clip_value; None, as in the paper, for
             everywhere.
 
     Raises:
-        ValueError: threshold or bound is not positive.
+        ValueError: `threshold` or `clip_value` is not positive.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -82,7 +82,7 @@ class TWN(Quantizer):
         self.clip_value = check_clip_value("TWN", clip_value)
 
     def quantize(self, x: jax.Array) -> Codes:
-        """Quantizes weights, and says which code each value has.
+        """Quantizes weights; returns the values and their codes.
 
         Args:
             x: array of any shape, float.
@@ -104,7 +104,7 @@ class AbsMean(Quantizer):
             everywhere.
 
     Raises:
-        ValueError: the bound is not positive.
+        ValueError: `clip_value` is not positive.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -120,7 +120,7 @@ class AbsMean(Quantizer):
         self.clip_value = check_clip_value("AbsMean", clip_value)
 
     def quantize(self, x: jax.Array) -> Codes:
-        """Quantizes weights, and says which code each value has.
+        """Quantizes weights; returns the values and their codes.
 
         Args:
             x: array of any shape, float.

@@ -31,7 +31,7 @@ class TQTScheme(LSQScheme):
     """Integers in units of a power of two; l, the logarithm of the threshold, is the parameter."""
 
     def scale(self, p: jax.Array) -> jax.Array:
-        """2^ceil(l) / (high + 1) of p, which is l."""
+        """`2^ceil(l) / (high + 1)`, from the parameter p, which is l."""
         limits = jnp.finfo(p.dtype)
         exponent = jnp.ceil(p) - math.log2(self.high + 1)
         exponent = jnp.clip(exponent, limits.minexp, limits.maxexp - 9).astype(jnp.int32)
@@ -39,7 +39,7 @@ class TQTScheme(LSQScheme):
         return jnp.where(jnp.isnan(p), p, power)
 
     def scale_slope(self, p: jax.Array) -> jax.Array:
-        """S ln 2, the derivative of the scale without the ceiling."""
+        """`s ln 2`, the derivative of the scale without the ceiling."""
         return math.log(2) * self.scale(p)
 
 
@@ -47,15 +47,15 @@ class TQT(Quantizer):
     """Trained quantization thresholds: power-of-two scales that are learned.
 
     Attributes:
-        log2_t: the logarithm of the threshold to base 2, learned; float32. `observe` takes the
-            largest magnitude for the threshold; it is 1 before.
+        log2_t: the logarithm of the threshold to base 2, learned; float32. `observe` sets the
+            threshold to the largest magnitude; before, it is 1.
 
     Args:
         bits: from 2 to 8.
         signed: whether the integers are -2^(bits-1) to 2^(bits-1) - 1, or 0 to 2^bits - 1.
 
     Raises:
-        ValueError: bits out of range.
+        ValueError: `bits` is not from 2 to 8.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -77,7 +77,7 @@ class TQT(Quantizer):
         return integer_range(self.bits, self.signed)
 
     def quantize(self, x: jax.Array) -> Codes:
-        """Quantizes an array, and says which code each value has.
+        """Quantizes an array; returns the values and their codes.
 
         Args:
             x: array of any shape, float.
@@ -86,7 +86,7 @@ class TQT(Quantizer):
         return to_codes(jnp.asarray(x), (self.log2_t[...],), scheme)
 
     def observe(self, x: jax.Array) -> None:
-        """Takes the largest magnitude for the threshold, 1 for zeros; only what is finite counts.
+        """Sets the threshold to the largest finite magnitude, or to 1 for zeros.
 
         Args:
             x: array of any shape, float, like those to come.

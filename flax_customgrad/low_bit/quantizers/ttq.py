@@ -34,11 +34,11 @@ class TTQScheme(Scheme):
     """-n, 0 and p, the integers -1, 0 and 1; the parameters are p, n and the threshold d."""
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
-        """The sign of what is beyond the threshold."""
+        """The sign of weights beyond the threshold, 0 for the others."""
         return jnp.where(jnp.abs(x) > parameters[2], jnp.sign(x), 0)
 
     def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
-        """The size on each side."""
+        """`p`, `-n` or 0."""
         p, n, _ = parameters
         return jnp.where(q > 0, p, jnp.where(q < 0, -n, jnp.zeros_like(q)))
 
@@ -50,7 +50,7 @@ class TTQScheme(Scheme):
         return pack_bits(sides, bits), p, n
 
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
-        """Those of w, p and n, of which the last two are summed afterwards."""
+        """The cotangents of w, p and n, of which the last two are summed afterwards."""
         sides, p, n = kept
         if sides.shape != g.shape:
             sides = unpack_bits(sides, 2, g.shape[-1])
@@ -64,14 +64,15 @@ class TTQ(Quantizer):
     """Ternary weights whose two sizes are learned.
 
     Attributes:
-        positive: what a large weight becomes; `observe` makes it the mean of them.
-        negative: likewise for the magnitude of large negative ones.
+        positive: p, the value of large positive weights, learned; float32. `observe` sets it to
+            their mean.
+        negative: n, likewise for the magnitude of large negative weights.
 
     Args:
-        threshold: in units of the largest magnitude, from 0 to 1; up to there weights become 0.
+        threshold: t, from 0 to below 1: weights up to t max |w| become 0.
 
     Raises:
-        ValueError: the threshold is out of range.
+        ValueError: `threshold` is not in [0, 1).
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -95,7 +96,7 @@ class TTQ(Quantizer):
         self.negative = nnx.Param(jnp.ones(()))
 
     def quantize(self, x: jax.Array) -> Codes:
-        """Quantizes weights, and says which code each value has.
+        """Quantizes weights; returns the values and their codes.
 
         Args:
             x: array of any shape, float.
