@@ -28,7 +28,7 @@ class Static:
 class _Split:
     """A Module taken apart: its `size` arrays are traced, its graph and tree definitions stay.
 
-    Behind its arrays come the Refs of its `BackwardState`s, which are found at `written`.
+    Behind its arrays come the Refs of its each `BackwardState`, which are found at `written`.
     """
 
     graphdef: nnx.GraphDef
@@ -101,7 +101,7 @@ def pack(tree: Any, what: str) -> tuple[list[Any], Packed]:
     """Splits a tree into its arrays and everything else.
 
     Args:
-        tree: modules, States, dicts, tuples, arrays, `jax.Ref`s, `BackwardState`s, None and
+        tree: modules, States, dicts, tuples, arrays, `jax.Ref`s, each `BackwardState`, None and
             hashable values.
         what: the name of the tree in an error message.
 
@@ -111,14 +111,14 @@ def pack(tree: Any, what: str) -> tuple[list[Any], Packed]:
     Raises:
         TypeError: a leaf is neither an array nor hashable.
     """
-    flat, treedef = jax.tree.flatten(tree, is_leaf=_is_module)
+    flat, treedef = jax.tree.flatten(tree, is_leaf=is_module)
     arrays: list[Any] = []
     leaves = []
     for leaf in flat:
         if is_array(leaf):
             arrays.append(leaf)
             leaves.append(_ARRAY)
-        elif _is_module(leaf):
+        elif is_module(leaf):
             graphdef, state = nnx.split(leaf, graph=True)
             values, structure = jax.tree.flatten(state)
             written = tuple(states_of(leaf))
@@ -136,6 +136,11 @@ def pack(tree: Any, what: str) -> tuple[list[Any], Packed]:
 def is_array(value: Any) -> bool:
     """Whether JAX traces this value: an array of JAX or NumPy, or a `jax.Ref`."""
     return isinstance(value, jax.Array | np.ndarray | np.generic | jax.Ref)
+
+
+def is_module(value: Any) -> bool:
+    """Whether a value is split, and what is written to it carried out: a Module, random streams."""
+    return isinstance(value, nnx.Module | nnx.Rngs | nnx.RngStream)
 
 
 def is_parameters(argument: Any) -> bool:
@@ -162,10 +167,6 @@ def _merge(split: _Split, state: Any, refs: list[Any]) -> Any:
     for (path, held), ref in zip(split.written, refs, strict=True):
         put(module, path, held.bound(ref))
     return module
-
-
-def _is_module(value: Any) -> bool:
-    return isinstance(value, nnx.Module)
 
 
 def _hashable(value: Any, what: str) -> Any:

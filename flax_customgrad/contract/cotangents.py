@@ -71,6 +71,13 @@ class _Checker:
     def check(self, place: str, arg: Any, ct: Any) -> None:
         if ct is None:
             return
+        if arg is None:
+            raise CotangentError(
+                f"the cotangent of {place} is {describe(ct)}, but the argument is None, which has "
+                "no gradient: write None"
+            )
+        if isinstance(arg, nnx.Variable):
+            arg, ct = value_of(arg), value_of(ct)
         if isinstance(arg, Position):
             self._check_array(place, arg, ct)
         elif is_parameters(arg):
@@ -142,14 +149,17 @@ class _Checker:
         )
 
     def _type(self, leaf: Any) -> Any:
-        return jax.tree.map(lambda position: self.avals[position], value_of(leaf))
+        return jax.tree.map(
+            lambda p: self.avals[p] if isinstance(p, Position) else p, value_of(leaf)
+        )
 
     def _is_trained(self, path: tuple[Any, ...], expected: _ByPath) -> bool:
         """Whether a backward must mention a leaf: of Variables the Params, of bare arrays all."""
         leaf = expected[path]
         if not isinstance(leaf, nnx.Param) and any(map(_is_variable, expected.values())):
             return False
-        return any(_is_inexact(aval) for aval in jax.tree.leaves(self._type(leaf)))
+        positions = (p for p in jax.tree.leaves(value_of(leaf)) if isinstance(p, Position))
+        return any(_is_inexact(self.avals[p]) for p in positions)
 
 
 def _fit(place: str, ct: Any, aval: Any) -> Any:
@@ -290,6 +300,11 @@ def _shape_hint(came: tuple[int, ...], expected: tuple[int, ...]) -> str:
 
 
 def _similar(path: tuple[Any, ...], paths: Any) -> str:
+    for other in paths:
+        if _dotted(other) == _dotted(path):
+            ours, theirs = next((a, b) for a, b in zip(path, other, strict=True) if a != b)
+            kinds = " and ".join(f"{key!r}, a {type(key).__name__}" for key in (ours, theirs))
+            return f": its keys and the parameter's differ in kind, {kinds}"
     close = difflib.get_close_matches(_dotted(path), map(_dotted, paths), 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

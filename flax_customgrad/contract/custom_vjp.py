@@ -42,7 +42,9 @@ _FORWARD_MODE = (
 def custom_vjp(fun: Callable[..., Any]) -> "CustomVJP": ...
 @overload
 def custom_vjp(*, surrogate: bool = False) -> Callable[[Callable[..., Any]], "CustomVJP"]: ...
-def custom_vjp(fun: Callable[..., Any] | None = None, *, surrogate: bool = False) -> Any:
+def custom_vjp(
+    fun: Callable[..., Any] | None = None, *, surrogate: bool = False, **unknown: Any
+) -> Any:
     """Gives a function of parameters and arrays a backward pass of its own.
 
     The rules of a backward are on `CustomVJP.defvjp`.
@@ -53,12 +55,14 @@ def custom_vjp(fun: Callable[..., Any] | None = None, *, surrogate: bool = False
             static value (a number, a string, a frozen dataclass).
         surrogate: the backward is meant to differ from the derivative of `fun`, as that of a
             straight-through estimator does; `use_autodiff` then leaves it in force.
+        **unknown: refused; it is here for the error that says what to write.
 
     Returns:
         A `CustomVJP`, called like `fun` once `defvjp` has given it a backward.
 
     Raises:
-        TypeError: `fun` takes keyword-only arguments, for which a backward could return nothing.
+        TypeError: `fun` takes keyword-only arguments, for which a backward could return nothing; it
+            is a `functools.partial`; or a keyword is unknown, such as `nondiff_argnums`.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -78,6 +82,12 @@ def custom_vjp(fun: Callable[..., Any] | None = None, *, surrogate: bool = False
         >>> grads.bias[...]
         Array([5., 5.], dtype=float32)
     """
+    if unknown:
+        raise TypeError(
+            f"custom_vjp takes no {', '.join(unknown)}: an argument that is hashable and no array "
+            "is static by itself. Leave it where it is among the arguments of the function and of "
+            "fwd, keep it in the residuals if bwd needs it, and return None for its cotangent"
+        )
     if fun is None:
         return functools.partial(CustomVJP, surrogate=surrogate)
     return CustomVJP(fun, surrogate=surrogate)
@@ -92,6 +102,11 @@ class CustomVJP:
     """
 
     def __init__(self, fun: Callable[..., Any], surrogate: bool = False):
+        if isinstance(fun, functools.partial):
+            raise TypeError(
+                f"custom_vjp takes a function, got a functools.partial of {fun.func!r}: decorate "
+                "the function itself, and bind arguments where it is called"
+            )
         functools.update_wrapper(self, fun)
         self.fun = fun
         self.surrogate = surrogate
@@ -106,8 +121,9 @@ class CustomVJP:
         self._fwd: Callable[..., tuple[Any, Any]] | None = None
         self._bwd: Callable[[Any, Any], tuple[Any, ...]] | None = None
         self._running = threading.local()
+        self._compared: set[Any] = set()
         self._bound = bind(self._primal, self._forward, self._backward)
-        operations.register(self, fun)
+        self._is_own = operations.register(self, fun)
 
     def defvjp(
         self,
@@ -130,10 +146,11 @@ class CustomVJP:
                 residuals it may write; its cotangent is None.
 
         Raises:
-            TypeError: `fwd` or `bwd` is not callable.
+            TypeError: `fwd` or `bwd` is not callable, or takes another number of arguments.
         """
         if not callable(fwd) or not callable(bwd):
             raise TypeError(f"defvjp of `{self._name}` takes two functions, fwd and bwd")
+        self._check_rules(fwd, bwd)
         self._fwd, self._bwd = fwd, bwd
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -166,9 +183,41 @@ class CustomVJP:
         """Binds like a function, so that a method can carry a backward; `self` comes first."""
         return self if instance is None else types.MethodType(self, instance)
 
+    # An operation is copied and pickled as a function is: by its name.
+
+    def __copy__(self) -> "CustomVJP":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CustomVJP":
+        return self
+
+    def __reduce__(self) -> str:
+        return self.fun.__qualname__
+
     @property
     def _name(self) -> str:
         return getattr(self.fun, "__qualname__", repr(self.fun)).rpartition("<locals>.")[2]
+
+    def _check_rules(self, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
+        """Refuses rules that cannot be called as they will be."""
+        parameters = self._signature.parameters.values()
+        if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            return
+        for rule, name, expected in (
+            (fwd, "fwd", [p.name for p in parameters]),
+            (bwd, "bwd", ["residuals", "g"]),
+        ):
+            try:
+                inspect.signature(rule).bind(*expected)
+            except TypeError:
+                raise TypeError(
+                    f"the {name} of `{self._name}` is called with {len(expected)} arguments, "
+                    f"({', '.join(expected)}), and {getattr(rule, '__name__', rule)} takes "
+                    f"{inspect.signature(rule)}. defvjp takes first fwd, then bwd; of a method, "
+                    "decorate the function in the class body, where `self` is an argument"
+                ) from None
+            except ValueError:
+                continue  # it has no signature to look at
 
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         if not kwargs and len(args) == len(self._signature.parameters):
@@ -214,10 +263,41 @@ class CustomVJP:
             )
         out, residuals = result
         written = [snapshot.updates(self._name) for snapshot in snapshots]
+        self._check_output(call, arrays, out, written)
         arrays_kept, rest = pack(residuals, f"the residuals of {self._name}")
         avals = tuple(map(jax.typeof, arrays))
         static = Static((call.value, self._names(args), avals, rest))
         return (out, written), (static, list(map(store, arrays_kept)))
+
+    def _check_output(
+        self, call: Static, arrays: tuple[Any, ...], out: Any, written: list[Any]
+    ) -> None:
+        """Refuses a fwd that returns or writes something else than the function does.
+
+        The function is traced for that once for each structure of a call; the operations of the
+        library are compared in its tests.
+        """
+        avals = tuple(map(jax.typeof, arrays))
+        key = (call, tuple((aval.shape, aval.dtype) for aval in avals))
+        if self._is_own or key in self._compared or any(map(compat.is_reference, avals)):
+            return
+        expected, wrote = jax.eval_shape(functools.partial(self._primal, call), *arrays)
+        paths, came = ([static.value for static, _ in updates] for updates in (wrote, written))
+        if paths != came:
+            differ = {p for a, b in zip(paths, came, strict=True) for p in {*a} ^ {*b}}
+            named = ", ".join(sorted(".".join(map(str, path)) for path in differ))
+            raise TypeError(
+                f"`{self._name}` and its fwd write different Variables ({named}): fwd "
+                "takes the place of the function where it is differentiated, so it has to write "
+                "what the function writes"
+            )
+        if _shapes(out) != _shapes(expected):
+            raise TypeError(
+                f"the fwd of `{self._name}` returned the output {cotangents.describe(out)}, and "
+                f"the function returns {cotangents.describe(expected)}; fwd returns "
+                "(output, residuals)"
+            )
+        self._compared.add(key)
 
     def _backward(self, packed: tuple[Static, list[Any]], g: tuple[Any, Any]) -> tuple[Any, ...]:
         assert self._bwd is not None
@@ -230,6 +310,13 @@ class CustomVJP:
         except Exception as error:
             explanation = cotangents.explain(f"`{self._name}`", error)
             if explanation is None:
+                if isinstance(error, ValueError) and "to unpack" in str(error):
+                    error.add_note(
+                        f"the backward of `{self._name}` is given its residuals as fwd returned "
+                        "them, and g, the cotangent of the output itself: "
+                        f"{cotangents.describe(g[0])}. (nnx.custom_vjp hands over a pair, the "
+                        "updates of the inputs and g.)"
+                    )
                 raise
             raise explanation from error
         for snapshot in snapshots:
@@ -257,6 +344,12 @@ def _read(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
     smallest = min(floats, key=lambda i: arrays[i].size)
     waited, *_ = lax.optimization_barrier((arrays[smallest], *held))
     return (*arrays[:smallest], waited, *arrays[smallest + 1 :])
+
+
+def _shapes(tree: Any) -> tuple[Any, list[Any]]:
+    """The structure of a tree, and shape and dtype of each of its arrays."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
 
 
 def _snapshots(packed: Packed, tree: Any) -> list[writes.Snapshot]:

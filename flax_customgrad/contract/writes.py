@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_customgrad.contract.arguments import Static, value_of
+from flax_customgrad.contract.arguments import Static, is_module, value_of
 
 
 class Snapshot:
@@ -60,8 +60,7 @@ class Snapshot:
 
 def modules(tree: Any) -> list[nnx.Module]:
     """The modules in a tree, in order; a module within a module belongs to that one."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda value: isinstance(value, nnx.Module))
-    return [leaf for leaf in leaves if isinstance(leaf, nnx.Module)]
+    return [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_module) if is_module(leaf)]
 
 
 def apply(module: nnx.Module, updates: tuple[Static, list[Any]]) -> None:

@@ -15,13 +15,18 @@ OPERATIONS: Mapping[str, Any] = MappingProxyType(_operations)
 """Each operation by its path below the package, such as `layers.linear.linear.linear`."""
 
 
-def register(operation: Any, fun: Callable[..., Any]) -> None:
+def register(operation: Any, fun: Callable[..., Any]) -> bool:
     """Registers an operation of this library; one of a user, or a local one, is left out.
 
     Args:
         operation: what `custom_vjp` returned.
         fun: the function that was decorated.
+
+    Returns:
+        Whether it was registered.
     """
     package, _, module = getattr(fun, "__module__", "").partition(".")
-    if package == _PACKAGE and "<locals>" not in fun.__qualname__:
+    is_own = package == _PACKAGE and "<locals>" not in fun.__qualname__
+    if is_own:
         _operations[f"{module}.{fun.__qualname__}"] = operation
+    return is_own
