@@ -1,6 +1,5 @@
 """The expected gradient of an example: that of a formula, or of the layer of nnx itself."""
 
-import inspect
 from functools import partial
 from typing import Any
 
@@ -28,10 +27,7 @@ def expected(entry: Entry, example: tuple[Any, ...]) -> dict[str, Any]:
     if entry.reference is None:
         return {}
     if entry.is_function:
-        # An argument that nnx's function does not have changes what is kept, and no gradient.
-        known = inspect.signature(entry.reference).parameters
-        common = {name: value for name, value in keywords.items() if name in known}
-        return {"reference": partial(entry.reference, **common)}
+        return {"reference": partial(entry.reference, **keywords)}
     call = _call if isinstance(first, nnx.Module) else first
     return {"reference": lambda layer, *inputs: call(_to_nnx(entry, layer), *inputs)}
 

@@ -1,7 +1,7 @@
 """Arguments as JAX wants them: arrays that it traces, and a hashable rest that it carries along.
 
 `jax.custom_vjp` takes arrays. A user hands over modules, States, dicts, None, numbers, strings and
-configurations as well. `pack` splits any such tree into its arrays and a `Packed` remainder, which
+configurations as well. `pack_tree` splits any such tree into its arrays and a `PackedTree`, which
 knows how to put the arrays back; the contract does this for arguments and for residuals alike.
 """
 
@@ -46,7 +46,7 @@ _ARRAY = object()
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedTree:
     """A tree without its arrays.
 
     Attributes:
@@ -97,7 +97,7 @@ class Packed:
         return self.treedef.unflatten(leaves)
 
 
-def pack(tree: Any, what: str) -> tuple[list[Any], Packed]:
+def pack_tree(tree: Any, what: str) -> tuple[list[Any], PackedTree]:
     """Splits a tree into its arrays and everything else.
 
     Args:
@@ -130,7 +130,7 @@ def pack(tree: Any, what: str) -> tuple[list[Any], Packed]:
             leaves.append(leaf)
         else:
             leaves.append(_hashable(leaf, what))
-    return arrays, Packed(treedef, tuple(leaves), len(arrays))
+    return arrays, PackedTree(treedef, tuple(leaves), len(arrays))
 
 
 def is_array(value: Any) -> bool:

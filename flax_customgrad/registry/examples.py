@@ -54,3 +54,23 @@ def applied(*inputs: Any, **kwargs: Any) -> Example:
         return (partial(function, **kwargs) if kwargs else function, *arrays)
 
     return make
+
+
+def on_a_copy(layer: Any, *inputs: Any) -> Any:
+    """Calls a copy of a layer that a call changes: `check_vjp` calls it repeatedly.
+
+    Args:
+        layer: the layer.
+        *inputs: what it is called with.
+    """
+    return nnx.clone(layer)(*inputs)
+
+
+def straight_through(a: jax.Array, value: jax.Array) -> jax.Array:
+    """A value with the gradient of an array, for the formulas of surrogates.
+
+    Args:
+        a: array of any shape, float.
+        value: array of that shape, float.
+    """
+    return a + jax.lax.stop_gradient(value - a)

@@ -15,7 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_customgrad.contract.arguments import Packed, Position, by_path, is_parameters, pack
+from flax_customgrad.contract.arguments import (
+    PackedTree,
+    Position,
+    by_path,
+    is_parameters,
+    pack_tree,
+)
 from flax_customgrad.contract.autodiff import use_autodiff
 
 Gradient = tuple[Any, ...]
@@ -40,7 +46,7 @@ class Problem:
     reference: Callable[..., Any]
     args: tuple[Any, ...]
     arrays: list[jax.Array]
-    packed: Packed
+    packed: PackedTree
     names: list[str]
     differentiable: tuple[int, ...]
     parameters: tuple[int, ...]
@@ -63,8 +69,8 @@ class Problem:
             arg_names: their names.
             dtype: dtype for each floating array and for each `dtype` that a layer was given.
         """
-        args = tuple(convert(arg, dtype) for arg in args)
-        arrays, packed = pack(args, "an argument")
+        args = tuple(cast_argument(arg, dtype) for arg in args)
+        arrays, packed = pack_tree(args, "an argument")
         arrays = [jnp.asarray(a) if isinstance(a, np.ndarray | np.generic) else a for a in arrays]
         names = [""] * len(arrays)
         differentiable, parameters = [], []
@@ -181,7 +187,7 @@ def _floating(out: Any) -> list[jax.Array]:
     return [leaf for leaf in jax.tree.leaves(out) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
-def convert(arg: Any, dtype: Any) -> Any:
+def cast_argument(arg: Any, dtype: Any) -> Any:
     """An argument with its floating arrays, and the `dtype` of its layers, in another dtype."""
     if isinstance(arg, nnx.Module):
         arg = nnx.clone(arg)

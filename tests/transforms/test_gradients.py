@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from flax_customgrad import catalogue
-from flax_customgrad.contract.arguments import pack
+from flax_customgrad.contract.arguments import pack_tree
 from flax_customgrad.registry.operations import OPERATIONS
 from flax_customgrad.testing import CHECKS, check_vjp
 
@@ -99,7 +99,7 @@ def test_a_thorough_example_runs_its_operation(operation, monkeypatch):
     args = example
     if not isinstance(call, nnx.Module):
         args = example[1:]
-    arrays, packed = pack(args, "an argument")
+    arrays, packed = pack_tree(args, "an argument")
     ran, backward = [], operation._bwd
     monkeypatch.setattr(operation, "_bwd", lambda *rule: ran.append(rule) or backward(*rule))
 

@@ -16,7 +16,7 @@ from flax_customgrad.estimators.categorical.gumbel_softmax import (
 from flax_customgrad.estimators.categorical.reinmax import ReinMax, one_hot_sample, reinmax
 from flax_customgrad.estimators.categorical.top_k import TopKST, top_k, top_k_st
 from flax_customgrad.registry.entry import Curve, Entry, Example
-from flax_customgrad.registry.examples import applied, made, normal
+from flax_customgrad.registry.examples import applied, made, normal, on_a_copy
 
 
 def _few() -> jax.Array:
@@ -136,13 +136,8 @@ def _layer_formula(formula: Callable[..., tuple[Any, ...]]) -> Callable[..., tup
     return formula_of_layer
 
 
-def _on_a_copy(layer: Any, x: jax.Array) -> jax.Array:
-    """Calls a copy: each call of a layer draws another key, and `check_vjp` calls it repeatedly."""
-    return nnx.clone(layer)(x)
-
-
 def _layer(*args: Any, inputs: Callable[[], jax.Array] = _few, **kwargs: Any) -> Example:
-    return made(*args, inputs=(inputs,), call=_on_a_copy, **kwargs)
+    return made(*args, inputs=(inputs,), call=on_a_copy, **kwargs)
 
 
 def _learned_temperature(*args: Any, **kwargs: Any) -> Example:

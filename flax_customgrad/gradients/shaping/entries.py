@@ -29,10 +29,6 @@ def _column() -> jax.Array:
     return 2 * normal(8, 1, 3)
 
 
-def _each_feature() -> jax.Array:
-    return jnp.array([-0.5, 0.0, 2.0])
-
-
 def _clip_to(x: jax.Array, limit: jax.Array, *, by: str, batch_axes: Any = ()) -> jax.Array:
     """`gradient_clip` with its limit as an array beside x."""
     return clip.gradient_clip(x, batch_axes=batch_axes, **{by: limit})

@@ -12,7 +12,7 @@ from flax_customgrad.layers.weight_norms.spectral_norm import SpectralNorm, spec
 from flax_customgrad.layers.weight_norms.weight_norm import WeightNorm, weight_norm
 from flax_customgrad.layers.weight_norms.weight_standardization import WeightStandardization
 from flax_customgrad.registry.entry import Entry, Example
-from flax_customgrad.registry.examples import normal
+from flax_customgrad.registry.examples import normal, on_a_copy
 
 
 def _wrapped(
@@ -28,11 +28,6 @@ def _wrapped(
         return (made, inputs()) if call is None else (call, made, inputs())
 
     return make
-
-
-def _on_a_copy(layer: Any, x: jax.Array) -> jax.Array:
-    """Calls a copy: each call changes the weights, and `check_vjp` calls it repeatedly."""
-    return nnx.clone(layer)(x)
 
 
 def _with_sigma(layer: Any, x: jax.Array) -> jax.Array:
@@ -97,19 +92,19 @@ ENTRIES = (
             "scale, two feature axes apart, an axis of size 1": _wrapped(
                 _of_four_axes,
                 lambda: normal(8, 2, 3),
-                _on_a_copy,
+                on_a_copy,
                 feature_axes=(0, -1),
                 scale_init=_from_half_to_two,
             ),
             "whole kernels of two layers": _wrapped(
                 _two_layers,
                 lambda: normal(8, 6),
-                _on_a_copy,
+                on_a_copy,
                 feature_axes=None,
                 scale_init=_CONSTANT,
             ),
             "no scale, two feature axes": _wrapped(
-                _heads, lambda: normal(8, 6), _on_a_copy, feature_axes=(1, -1), use_scale=False
+                _heads, lambda: normal(8, 6), on_a_copy, feature_axes=(1, -1), use_scale=False
             ),
         },
         workloads={name: _wrapped(*made) for name, made in _WORKLOADS.items()},

@@ -12,7 +12,7 @@ from flax_customgrad.low_bit.int8.int8_conv import Int8Conv
 from flax_customgrad.low_bit.int8.int8_linear import Int8Linear
 from flax_customgrad.low_bit.int8.int8_product import int8_product
 from flax_customgrad.registry.entry import Entry
-from flax_customgrad.registry.examples import made, normal
+from flax_customgrad.registry.examples import made, normal, straight_through
 
 _GAIN = (
     "{} in int8, forward and on request backward, which is otherwise composed of float ones; a "
@@ -26,9 +26,9 @@ def _scale(a: jax.Array, axes: Any) -> jax.Array:
     return jnp.maximum(largest / 127, jnp.finfo(a.dtype).tiny)
 
 
-def _straight_through(a: jax.Array, scale: jax.Array) -> jax.Array:
+def _rounded_to(a: jax.Array, scale: jax.Array) -> jax.Array:
     """An array rounded to multiples of a scale, with the derivative of the array."""
-    return a + lax.stop_gradient(jnp.round(a / scale) * scale - a)
+    return straight_through(a, jnp.round(a / scale) * scale)
 
 
 def _with_a_row_of_zeros() -> jax.Array:
@@ -46,12 +46,12 @@ def _expected_gradients(
     w = layer.kernel[...]
     channels = tuple(range(w.ndim - 1)), tuple(range(g.ndim - 1))
     s_w, s_x = _scale(w, channels[0]), _scale(x, row)
-    w_hat, x_hat = _straight_through(w, s_w), _straight_through(x, s_x)
+    w_hat, x_hat = _rounded_to(w, s_w), _rounded_to(x, s_x)
     if layer.rounding.backward == "float":
         dw, dx = jax.vjp(f, w_hat, x_hat)[1](g)
     else:
         u, v = g * s_w.reshape(-1), g * s_x
-        u, v = _straight_through(u, _scale(u, row)), _straight_through(v, _scale(v, channels[1]))
+        u, v = _rounded_to(u, _scale(u, row)), _rounded_to(v, _scale(v, channels[1]))
         dx = jax.vjp(f, w_hat / s_w, x)[1](u)[1]
         dw = jax.vjp(f, w, x_hat / s_x)[1](v)[0]
     grads = {"kernel": dw}

@@ -12,7 +12,7 @@ from flax_customgrad.low_bit.microscaling.mx_linear import MXLinear
 from flax_customgrad.low_bit.microscaling.nvfp4_linear import NVFP4Linear
 from flax_customgrad.low_bit.microscaling.scaled_linear import scaled_linear
 from flax_customgrad.registry.entry import Entry
-from flax_customgrad.registry.examples import made, normal
+from flax_customgrad.registry.examples import made, normal, straight_through
 
 _ELEMENTS = {
     "mxfp8": jnp.float8_e4m3fn,
@@ -48,11 +48,6 @@ def _cast(x: jax.Array, element: Any) -> jax.Array:
     return jnp.clip(x, -most, most).astype(element).astype(x.dtype)
 
 
-def _straight_through(x: jax.Array, quantized: jax.Array) -> jax.Array:
-    """A quantized array with the derivative of the array."""
-    return x + jax.lax.stop_gradient(quantized - x)
-
-
 def _mx(element: Any, size: int, up: bool) -> BlockQuantizer:
     """Quantizes with the smallest scale that holds a block, or with the scale before."""
     most = float(jnp.finfo(element).max)
@@ -64,7 +59,7 @@ def _mx(element: Any, size: int, up: bool) -> BlockQuantizer:
         else:
             which = jnp.sum(_SCALES * 2.0 ** np.floor(np.log2(most)) <= a, -1) - 1
         scale = jnp.asarray(_SCALES, x.dtype)[which]
-        return _straight_through(x, _cast(x / scale, element) * scale)
+        return straight_through(x, _cast(x / scale, element) * scale)
 
     return quantize
 
@@ -73,7 +68,7 @@ def _nvfp4(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     a = jnp.max(jnp.abs(x))
     scale = jnp.maximum(_cast(448 * _largest(x, axes, 16) / a, jnp.float8_e4m3fn), 2.0**-9)
     elements = _cast(x * (448 * 6) / (a * scale), jnp.float4_e2m1fn)
-    return _straight_through(x, elements * scale * a / (448 * 6))
+    return straight_through(x, elements * scale * a / (448 * 6))
 
 
 def _rotated(x: jax.Array) -> jax.Array:

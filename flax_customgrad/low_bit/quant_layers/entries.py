@@ -27,7 +27,7 @@ from flax_customgrad.low_bit.quantizers.fake_quant import FakeQuant
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.ternary_weights import TWN, AbsMean
 from flax_customgrad.registry.entry import Entry, Example
-from flax_customgrad.registry.examples import made, normal
+from flax_customgrad.registry.examples import made, normal, straight_through
 
 
 def _pass_within_one(a: jax.Array) -> jax.Array:
@@ -35,44 +35,40 @@ def _pass_within_one(a: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(a) <= 1, a, lax.stop_gradient(a))
 
 
-def _straight_through(a: jax.Array, q: jax.Array) -> jax.Array:
-    """The value of q with the gradient of a."""
-    return a + lax.stop_gradient(q - a)
-
-
 def _shared_axes(axis: Any, a: jax.Array) -> tuple[int, ...]:
     """The axes that share a range."""
-    own = {a.ndim - 1} if axis == "token" else {i % a.ndim for i in axis or ()}
-    return (a.ndim - 1,) if axis == "token" else tuple(set(range(a.ndim)) - own)
+    if axis == "token":
+        return (a.ndim - 1,)
+    return tuple(set(range(a.ndim)) - {i % a.ndim for i in axis or ()})
 
 
 def _fake_quant(quantizer: Any, a: jax.Array) -> jax.Array:
     high = 2 ** (quantizer.bits - 1) - 1
     shared = _shared_axes(quantizer.granularity.axis, a)
     s = lax.stop_gradient(jnp.max(jnp.abs(a), shared, keepdims=True) / high)
-    return _straight_through(a, s * jnp.round(a / s))
+    return straight_through(a, s * jnp.round(a / s))
 
 
 def _scaled_sign(quantizer: Any, w: jax.Array) -> jax.Array:
     scale = jnp.mean(jnp.abs(w), _shared_axes(quantizer.granularity.axis, w), keepdims=True)
-    return lax.stop_gradient(scale) * _straight_through(
+    return lax.stop_gradient(scale) * straight_through(
         _pass_within_one(w), jnp.where(w >= 0, 1, -1)
     )
 
 
 def _sign(quantizer: Any, x: jax.Array) -> jax.Array:
-    return _straight_through(_pass_within_one(x), jnp.where(x >= 0, 1, -1).astype(x.dtype))
+    return straight_through(_pass_within_one(x), jnp.where(x >= 0, 1, -1).astype(x.dtype))
 
 
 def _twn(quantizer: Any, w: jax.Array) -> jax.Array:
     large = jnp.abs(w) > quantizer.threshold * jnp.mean(jnp.abs(w))
     scale = jnp.sum(jnp.abs(w) * large) / jnp.sum(large)
-    return _straight_through(w, scale * large * jnp.sign(w))
+    return straight_through(w, scale * large * jnp.sign(w))
 
 
 def _abs_mean(quantizer: Any, w: jax.Array) -> jax.Array:
     scale = jnp.mean(jnp.abs(w))
-    return _straight_through(w, scale * jnp.clip(jnp.round(w / scale), -1, 1))
+    return straight_through(w, scale * jnp.clip(jnp.round(w / scale), -1, 1))
 
 
 _FORMULAS: dict[type[Quantizer], Callable[..., jax.Array]] = {

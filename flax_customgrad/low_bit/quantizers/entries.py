@@ -30,7 +30,7 @@ from flax_customgrad.low_bit.quantizers.tqt import TQT
 from flax_customgrad.low_bit.quantizers.ttq import TTQ
 from flax_customgrad.numerics.elementwise import elementwise_surrogate
 from flax_customgrad.registry.entry import Curve, Entry, Example
-from flax_customgrad.registry.examples import made, normal
+from flax_customgrad.registry.examples import made, normal, on_a_copy, straight_through
 
 Params = Mapping[str, jax.Array]
 
@@ -74,11 +74,6 @@ def _on_the_grid(*args: Any, **kwargs: Any) -> Example:
 _constant = lax.stop_gradient
 
 
-def _straight_through(a: jax.Array, q: Any) -> jax.Array:
-    """The value of q with the gradient of a."""
-    return a + _constant(q - a)
-
-
 def _clip_inclusive(x: jax.Array, low: Any, high: Any) -> jax.Array:
     """Clips, with the gradient of x at either bound."""
     return jnp.where(x < low, low, jnp.where(x > high, high, x))
@@ -91,11 +86,11 @@ def _pass_within(x: jax.Array, bound: float | None) -> jax.Array:
 
 def _with_scaled_gradient(p: jax.Array, gain: float) -> jax.Array:
     """A parameter whose gradient is multiplied by a factor."""
-    return _straight_through(gain * p, p)
+    return straight_through(gain * p, p)
 
 
 def _round(x: jax.Array) -> jax.Array:
-    return _straight_through(x, jnp.round(x))
+    return straight_through(x, jnp.round(x))
 
 
 def _shared_axes(axis: Any, a: jax.Array) -> tuple[int, ...]:
@@ -107,11 +102,11 @@ def _fake_quant(layer: Any, p: Params, x: jax.Array, g: jax.Array) -> jax.Array:
     low, high = layer.integers
     if layer.dynamic:
         s = jnp.max(jnp.abs(x), _shared_axes(layer.granularity.axis, x), keepdims=True) / high
-        return _straight_through(x, s * jnp.round(x / s))
+        return straight_through(x, s * jnp.round(x / s))
     s = (layer.high[...] - layer.low[...]) / (high - low)
     z = jnp.round(-layer.low[...] / s)
     inside = jnp.where((x / s + z >= low) & (x / s + z <= high), x, _constant(x))
-    return _straight_through(inside, s * (jnp.clip(jnp.round(x / s) + z, low, high) - z))
+    return straight_through(inside, s * (jnp.clip(jnp.round(x / s) + z, low, high) - z))
 
 
 def _lsq(layer: Any, p: Params, x: jax.Array, g: jax.Array) -> jax.Array:
@@ -138,7 +133,7 @@ def _pact(layer: Any, p: Params, x: jax.Array, g: jax.Array) -> jax.Array:
     a = p["alpha"]
     y = jnp.where(x >= a, a, jnp.where(x >= 0, x, 0))
     s = a / (2**layer.bits - 1)
-    return _straight_through(y, s * jnp.round(y / s))
+    return straight_through(y, s * jnp.round(y / s))
 
 
 def _dorefa_weight(layer: Any, p: Params, w: jax.Array, g: jax.Array) -> jax.Array:
@@ -163,7 +158,7 @@ def _ewgs(layer: Any, p: Params, x: jax.Array, g: jax.Array) -> jax.Array:
 
 
 def _scaled_sign(layer: Any, p: Params, w: jax.Array, g: jax.Array) -> jax.Array:
-    sign = _straight_through(_pass_within(w, layer.clip_value), jnp.where(w >= 0, 1, -1))
+    sign = straight_through(_pass_within(w, layer.clip_value), jnp.where(w >= 0, 1, -1))
     if not getattr(layer, "scaled", False):
         return sign
     size = jnp.mean(jnp.abs(w), _shared_axes(layer.granularity.axis, w), keepdims=True)
@@ -176,14 +171,14 @@ def _scaled_sign(layer: Any, p: Params, w: jax.Array, g: jax.Array) -> jax.Array
 def _twn(layer: Any, p: Params, w: jax.Array, g: jax.Array) -> jax.Array:
     large = jnp.abs(w) > layer.threshold * jnp.mean(jnp.abs(w))
     size = jnp.sum(jnp.abs(w) * large) / jnp.sum(large)
-    return _straight_through(_pass_within(w, layer.clip_value), size * jnp.sign(w) * large)
+    return straight_through(_pass_within(w, layer.clip_value), size * jnp.sign(w) * large)
 
 
 def _abs_mean(layer: Any, p: Params, w: jax.Array, g: jax.Array) -> jax.Array:
     axes = _shared_axes(layer.granularity.axis, w)
     size = jnp.mean(jnp.abs(w), axes, keepdims=True)
     nearest = size * jnp.clip(jnp.round(w / size), -1, 1)
-    return _straight_through(_pass_within(w, layer.clip_value), nearest)
+    return straight_through(_pass_within(w, layer.clip_value), nearest)
 
 
 def _ttq(layer: Any, p: Params, w: jax.Array, g: jax.Array) -> jax.Array:
@@ -211,19 +206,14 @@ def _formula_of(without_rounding: Callable[..., jax.Array]) -> Callable[..., tup
 def _gradient_quant(layer: Any, x: jax.Array, g: jax.Array) -> tuple[None, jax.Array]:
     s = jnp.max(jnp.abs(g), _shared_axes(layer.granularity.axis, g), keepdims=True)
     s = s / (2 ** (layer.bits - 1) - 1)
-    return None, _straight_through(g, s * jnp.round(g / s))
+    return None, straight_through(g, s * jnp.round(g / s))
 
 
 def _dorefa_gradient(layer: Any, x: jax.Array, g: jax.Array) -> tuple[None, jax.Array]:
     noise = jax.random.uniform(nnx.clone(layer.rngs)(), g.shape, jnp.float32)
     n, most = 2**layer.bits - 1, jnp.max(jnp.abs(g), 1, keepdims=True)
     q = jnp.clip(jnp.ceil(n * (g / (2 * most) + 0.5) - noise), 0, n)
-    return None, _straight_through(g, 2 * most * (q / n - 0.5))
-
-
-def _on_a_copy(layer: Any, x: jax.Array) -> jax.Array:
-    """Calls a copy: each call of a layer draws another key, and `check_vjp` calls it repeatedly."""
-    return nnx.clone(layer)(x)
+    return None, straight_through(g, 2 * most * (q / n - 0.5))
 
 
 def _quantizer_entry(
@@ -351,7 +341,7 @@ ENTRIES = (
         "a gradient of few bits, right in the mean",
         "arXiv:1606.06160",
         _dorefa_gradient,
-        examples={"3 bits": made(3, inputs=(_few,), call=_on_a_copy)},
+        examples={"3 bits": made(3, inputs=(_few,), call=on_a_copy)},
         operations={quantize_gradient: "3 bits"},
     ),
     _quantizer_entry(
