@@ -29,6 +29,7 @@ from jax import lax
 from flax_customgrad.contract import autodiff, compat, cotangents, writes
 from flax_customgrad.contract.arguments import PackedTree, Static, pack_tree
 from flax_customgrad.contract.binding import bind
+from flax_customgrad.contract.promotion import promoting
 from flax_customgrad.contract.residual_storage import restore, store
 from flax_customgrad.registry import operations
 
@@ -108,7 +109,8 @@ class CustomVJP:
                 "the function itself, and bind arguments where it is called"
             )
         functools.update_wrapper(self, fun)
-        self.fun = fun
+        self._is_own = operations.register(self, fun)
+        self.fun = promoting(fun) if self._is_own else fun
         self.surrogate = surrogate
         self._signature = inspect.signature(fun)
         for parameter in self._signature.parameters.values():
@@ -123,7 +125,6 @@ class CustomVJP:
         self._running = threading.local()
         self._compared: set[Any] = set()
         self._bound = bind(self._primal, self._forward, self._backward)
-        self._is_own = operations.register(self, fun)
 
     def defvjp(
         self,
@@ -151,7 +152,7 @@ class CustomVJP:
         if not callable(fwd) or not callable(bwd):
             raise TypeError(f"defvjp of `{self._name}` takes two functions, fwd and bwd")
         self._check_rules(fwd, bwd)
-        self._fwd, self._bwd = fwd, bwd
+        self._fwd, self._bwd = (promoting(fwd), promoting(bwd)) if self._is_own else (fwd, bwd)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the function; a Variable of a Module that it writes is written.
@@ -321,7 +322,9 @@ class CustomVJP:
             raise explanation from error
         for snapshot in snapshots:
             snapshot.forbid_updates(self._name)
-        checked = cotangents.check(f"`{self._name}`", names, call.positions(), avals, cts)
+        checked = cotangents.check(
+            f"`{self._name}`", names, call.positions(), avals, cts, casts_back=self._is_own
+        )
         return (None, *checked)
 
 

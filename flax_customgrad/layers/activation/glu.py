@@ -72,6 +72,10 @@ def _cotangent(axis: int, x: jax.Array, g: jax.Array) -> jax.Array:
     return jnp.concatenate([dup, dgate], axis)
 
 
+_of_jax = jax.nn.glu
+"""The function of JAX, whose name in `jax.nn` a user may give to ours."""
+
+
 def glu(x: ArrayLike, axis: int = -1) -> jax.Array:
     """The gated linear unit: the first half of an axis times the sigmoid of the second.
 
@@ -94,4 +98,4 @@ def glu(x: ArrayLike, axis: int = -1) -> jax.Array:
             f"glu: axis {axis} of an array of shape {shape} is no axis of even size, which could "
             "be split in two"
         )
-    return gated_halves(x, axis) if takes_custom_backward(x) else jax.nn.glu(x, axis)
+    return gated_halves(x, axis) if takes_custom_backward(x) else _of_jax(x, axis)

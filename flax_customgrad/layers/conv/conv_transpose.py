@@ -7,10 +7,11 @@ continuation of the image, of which as much is laid around it as the windows rea
 
 import jax
 from flax import nnx
-from flax.nnx.nn import dtypes
+from jax import lax
 
 from flax_customgrad.layers.conv.conv_arguments import (
     check_conv_inputs,
+    has_own_shapes,
     padding_pairs,
     parameters_with_mask_applied,
     per_axis,
@@ -18,7 +19,8 @@ from flax_customgrad.layers.conv.conv_arguments import (
 )
 from flax_customgrad.layers.conv.convolution import ConvConfig, convolution
 from flax_customgrad.layers.conv.geometry import BoundaryPadding, Geometry, dilated_size
-from flax_customgrad.layers.drop_in import has_custom_backward
+from flax_customgrad.layers.drop_in import has_custom_product, parameters
+from flax_customgrad.numerics.dtypes import as_array
 from flax_customgrad.numerics.products import MatmulConfig
 
 
@@ -51,15 +53,13 @@ class ConvTranspose(nnx.ConvTranspose):
             ValueError: inputs with other features or too few axes, a mask of another shape than
                 the kernel, or strides, dilation or padding that do not fit `kernel_size`.
         """
-        params = parameters_with_mask_applied(self)
-        if self.promote_dtype is not dtypes.promote_dtype or not has_custom_backward(
-            inputs, params
-        ):
+        images, params = as_array(inputs), parameters(self, "kernel", "bias")
+        if not has_own_shapes(self, params) or not has_custom_product(self, images, params):
             return super().__call__(inputs)
-        check_conv_inputs(self, inputs, self.in_features)
-        config = self._config(inputs)
+        check_conv_inputs(self, images, self.in_features)
+        params, config = parameters_with_mask_applied(self), self._config(images)
         rank = len(self.kernel_size)
-        return with_one_batch_axis(lambda x: convolution(params, x, config), inputs, rank)
+        return with_one_batch_axis(lambda x: convolution(params, x, config), images, rank)
 
     def _config(self, inputs: jax.Array) -> ConvConfig:
         window = tuple(self.kernel_size)
@@ -80,6 +80,9 @@ class ConvTranspose(nnx.ConvTranspose):
             size = boundary.padded_size(size)
         elif name in ("SAME", "VALID"):
             padding = tuple(_named_padding(name, k, s) for k, s in zip(reach, strides, strict=True))
+        elif name.upper() in _NAMES and all(s == 1 for s in strides):
+            # JAX reads these names as those of a convolution, and takes none with strides.
+            padding = tuple(lax.padtype_to_pads(size, reach, strides, name))
         else:
             padding = padding_pairs(self.padding, rank, "'SAME', 'VALID' or 'CIRCULAR'")
         geometry = Geometry(
@@ -94,6 +97,9 @@ class ConvTranspose(nnx.ConvTranspose):
         )
         matmul = MatmulConfig(self.dtype, self.precision, self.preferred_element_type)
         return ConvConfig(geometry, boundary, self.transpose_kernel, matmul)
+
+
+_NAMES = ("SAME", "SAME_LOWER", "VALID")
 
 
 def _named_padding(padding: str, reach: int, stride: int) -> tuple[int, int]:

@@ -28,8 +28,9 @@ from flax.nnx.nn.lora import default_a_initializer, default_b_initializer
 
 from flax_customgrad.contract.compat import set_class
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
+from flax_customgrad.layers.drop_in import Parameters, given, has_custom_product, parameters
 from flax_customgrad.layers.linear.linear import Linear
+from flax_customgrad.numerics.dtypes import as_array
 from flax_customgrad.numerics.products import MatmulConfig, input_gradient, parameter_gradient
 
 
@@ -111,14 +112,16 @@ class LoRA(nnx.LoRA):
         Raises:
             ValueError: the base module is not callable.
         """
-        params = parameters(self, "lora_a", "lora_b")
-        if self.promote_dtype is not dtypes.promote_dtype or not has_custom_backward(x, params):
+        inputs, params = as_array(x), parameters(self, "lora_a", "lora_b")
+        if not has_custom_product(self, inputs, params):
             return super().__call__(x, **kwargs)
-        out = lora(params, x, MatmulConfig(self.dtype))
+        config = MatmulConfig(self.dtype)
+        out = lora(params, inputs, config)
         if self.base_module is not None:
             if not callable(self.base_module):
                 raise ValueError("`self.base_module` must be callable.")
-            out += self.base_module(x, **kwargs)
+            promoted, *_ = config.promote(inputs, *params.values())  # as nnx hands it on
+            out += self.base_module(promoted, **kwargs)
         return out
 
 
@@ -197,4 +200,4 @@ class LoRALinear(nnx.LoRALinear, Linear):
         Returns:
             Array of shape (..., out_features).
         """
-        return Linear.__call__(self, x, out_sharding) + self.lora(x)
+        return Linear.__call__(self, x, **given(out_sharding=out_sharding)) + self.lora(x)

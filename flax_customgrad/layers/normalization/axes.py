@@ -1,7 +1,6 @@
 """`NormAxes`: the axes that share statistics, and the axes along which scale and bias vary."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import lax
+
+from flax_customgrad.numerics.argument_checks import integers
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def canonical(ndim: int, axes: Any) -> tuple[int, ...]:
     Raises:
         ValueError: there is no such axis.
     """
-    axes = tuple(axes) if isinstance(axes, Iterable) else (axes,)
+    axes = integers(axes)
     for axis in axes:
         if not -ndim <= axis < ndim:
             raise ValueError(f"axis {axis} does not exist: the input has {ndim} axes")

@@ -38,6 +38,7 @@ from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.normalization.moments import Devices, Moments, moments
+from flax_customgrad.numerics.argument_checks import integers
 
 NormResidual = Literal["input", "output"]
 """What the backward keeps to find the normalized input again.
@@ -256,9 +257,11 @@ class Norm:
             self._check_scale()
 
     def _has_custom_backward(self, x: Any) -> bool:
-        """Whether `normalize` computes what nnx would."""
-        return self.promote_dtype is dtypes.promote_dtype and has_custom_backward(
-            x, self._scale_and_bias()
+        """Whether `normalize` computes what nnx would; a traced epsilon is left to nnx."""
+        return (
+            self.promote_dtype is dtypes.promote_dtype
+            and not is_traced(self.epsilon)
+            and has_custom_backward(x, self._scale_and_bias(), self.dtype)
         )
 
     def _scale_and_bias(self) -> Parameters:
@@ -269,7 +272,7 @@ class Norm:
     def _normalize(
         self,
         x: jax.Array,
-        mask: jax.Array | None,
+        mask: Any,
         axes: NormAxes,
         *promoted_with: jax.Array,
         centered: bool = True,
@@ -278,7 +281,7 @@ class Norm:
 
         Args:
             x: input of any shape, float.
-            mask: binary, broadcastable to x; or None.
+            mask: binary, an array that broadcasts to x or a boolean; or None.
             axes: the axes that share statistics.
             *promoted_with: further arrays that the dtype of the output is promoted with.
             centered: whether the mean is taken out.
@@ -286,16 +289,19 @@ class Norm:
         params = self._scale_and_bias()
         if self.residual == "output":
             self._check_scale()
-        groups = self.axis_index_groups
+        name, groups = self.axis_name, self.axis_index_groups
         config = NormConfig(
             axes,
             float(self.epsilon),
             dtypes.canonicalize_dtype(x, *promoted_with, *params.values(), dtype=self.dtype),
             centered,
-            Devices(self.axis_name, groups and tuple(map(tuple, groups))),
+            Devices(
+                tuple(name) if isinstance(name, list) else name,
+                None if groups is None else tuple(map(integers, groups)),
+            ),
             self.residual,
         )
-        return normalize(params, x, None if mask is None else mask.astype(bool), config)
+        return normalize(params, x, None if mask is None else jnp.asarray(mask, bool), config)
 
     def _check_scale(self) -> None:
         """Refuses a scale of 0 while it can be seen; a traced one is checked when it runs."""
