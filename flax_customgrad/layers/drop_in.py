@@ -73,6 +73,19 @@ def has_custom_product(layer: Any, inputs: Any, params: Parameters) -> bool:
     )
 
 
+def has_known_size(array: jax.Array, rank: int) -> bool:
+    """Whether the space of images is known in numbers; `jax.export` may leave it symbolic.
+
+    What is written out for a size is not there for all sizes, so such images are left to nnx. A
+    batch may be symbolic.
+
+    Args:
+        array: images of shape (..., *space, features).
+        rank: the number of axes of space.
+    """
+    return all(isinstance(n, int) for n in array.shape[-1 - rank : -1])
+
+
 def has_own_bias(layer: Any, params: Parameters, shape: tuple[int, ...]) -> bool:
     """Whether a layer has the bias that its constructor makes, or none by its constructor.
 

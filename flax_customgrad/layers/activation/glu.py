@@ -8,6 +8,7 @@
 The halves are taken again in the backward; autodiff keeps them beside s(gate).
 """
 
+import operator
 from typing import NamedTuple
 
 import chex
@@ -91,7 +92,7 @@ def glu(x: ArrayLike, axis: int = -1) -> jax.Array:
 
     Source: arXiv:1612.08083
     """
-    x = as_array(x)
+    x, axis = as_array(x), operator.index(axis)
     shape = jnp.shape(x)
     if not -len(shape) <= axis < len(shape) or shape[axis] % 2:
         raise ValueError(

@@ -16,7 +16,12 @@ from flax_customgrad.layers.conv.conv_arguments import (
 )
 from flax_customgrad.layers.conv.convolution import ConvConfig, convolution
 from flax_customgrad.layers.conv.geometry import Geometry
-from flax_customgrad.layers.drop_in import given, has_custom_product, parameters
+from flax_customgrad.layers.drop_in import (
+    given,
+    has_custom_product,
+    has_known_size,
+    parameters,
+)
 from flax_customgrad.numerics.dtypes import as_array
 from flax_customgrad.numerics.products import MatmulConfig
 
@@ -27,8 +32,9 @@ class Conv(nnx.Conv):
     Constructor, parameters, initial values and results are those of `flax.nnx.Conv`. On a CPU
     grouped, depthwise, patch and 1 x 1 convolutions and their gradients are 2 to 150 times as fast;
     `choose_lowering` has the table, and `use_lowering` chooses from it. With a
-    `conv_general_dilated` or `promote_dtype` of the user's own, and for integer or complex inputs,
-    the layer computes as nnx does and JAX differentiates that.
+    `conv_general_dilated` or `promote_dtype` of the user's own, a kernel or bias of another shape
+    than the layer says, and for integer or complex inputs or images of symbolic size, the layer
+    computes as nnx does and JAX differentiates that.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -57,6 +63,7 @@ class Conv(nnx.Conv):
         if (
             self.conv_general_dilated is not lax.conv_general_dilated
             or not has_own_shapes(self, params)
+            or not has_known_size(images, len(self.kernel_size))
             or not has_custom_product(self, images, params)
         ):
             return super().__call__(inputs, **given(out_sharding=out_sharding))

@@ -19,7 +19,7 @@ from flax_customgrad.layers.conv.conv_arguments import (
 )
 from flax_customgrad.layers.conv.convolution import ConvConfig, convolution
 from flax_customgrad.layers.conv.geometry import BoundaryPadding, Geometry, dilated_size
-from flax_customgrad.layers.drop_in import has_custom_product, parameters
+from flax_customgrad.layers.drop_in import has_custom_product, has_known_size, parameters
 from flax_customgrad.numerics.dtypes import as_array
 from flax_customgrad.numerics.products import MatmulConfig
 
@@ -29,8 +29,8 @@ class ConvTranspose(nnx.ConvTranspose):
 
     Constructor, parameters, initial values and results are those of `flax.nnx.ConvTranspose`. On
     a CPU strided ones and their gradients are 4 to 24 times as fast. With a `promote_dtype` of the
-    user's own, and for integer or complex inputs, the layer computes as nnx does and JAX
-    differentiates that.
+    user's own, a kernel or bias of another shape than the layer says, and for integer or complex
+    inputs or images of symbolic size, the layer computes as nnx does and JAX differentiates that.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -54,7 +54,11 @@ class ConvTranspose(nnx.ConvTranspose):
                 the kernel, or strides, dilation or padding that do not fit `kernel_size`.
         """
         images, params = as_array(inputs), parameters(self, "kernel", "bias")
-        if not has_own_shapes(self, params) or not has_custom_product(self, images, params):
+        if (
+            not has_own_shapes(self, params)
+            or not has_known_size(images, len(self.kernel_size))
+            or not has_custom_product(self, images, params)
+        ):
             return super().__call__(inputs)
         check_conv_inputs(self, images, self.in_features)
         params, config = parameters_with_mask_applied(self), self._config(images)

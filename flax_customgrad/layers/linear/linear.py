@@ -86,8 +86,9 @@ class Linear(nnx.Linear):
     """`nnx.Linear` with float32 sums in its backward and no copy of the kernel kept.
 
     Constructor, parameters, initial values and results are those of `flax.nnx.Linear`. With a
-    `dot_general` or `promote_dtype` of the user's own, and for integer or complex inputs, the
-    layer computes as nnx does and JAX differentiates that.
+    `dot_general` or `promote_dtype` of the user's own, a bias of another shape than the kernel's
+    outputs, and for integer or complex inputs, the layer computes as nnx does and JAX
+    differentiates that. So it does while a tool such as qwix replaces the products of JAX.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg

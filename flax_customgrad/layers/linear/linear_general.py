@@ -142,8 +142,9 @@ class LinearGeneral(nnx.LinearGeneral):
     """`nnx.LinearGeneral` with float32 sums in its backward and no copy of the kernel kept.
 
     Constructor, parameters, initial values and results are those of `flax.nnx.LinearGeneral`. With
-    a `dot_general`, `dot_general_cls` or `promote_dtype` of the user's own, and for integer or
-    complex inputs or parameters, the layer computes as nnx does and JAX differentiates that.
+    a `dot_general`, `dot_general_cls` or `promote_dtype` of the user's own, parameters of other
+    shapes than the layer says, and for integer or complex inputs or parameters, the layer computes
+    as nnx does and JAX differentiates that.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg

@@ -22,9 +22,12 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.layers.drop_in import has_known_size
 from flax_customgrad.layers.pooling.pool_arguments import (
     Padding,
     Pooling,
@@ -191,7 +194,7 @@ def max_pool(
         Array([[ 5.,  7.],
                [13., 15.]], dtype=float32)
     """
-    return _pool_extreme(MAX, inputs, window_shape, strides, padding)
+    return _pool_extreme(MAX, nnx.max_pool, inputs, window_shape, strides, padding)
 
 
 def min_pool(
@@ -215,13 +218,20 @@ def min_pool(
         TypeError: an argument is not of whole numbers.
         ValueError: the arguments do not fit each other or the inputs.
     """
-    return _pool_extreme(MIN, inputs, window_shape, strides, padding)
+    return _pool_extreme(MIN, nnx.min_pool, inputs, window_shape, strides, padding)
 
 
 def _pool_extreme(
-    extreme: Extreme, inputs: Any, window_shape: Any, strides: Any, padding: Any
+    extreme: Extreme,
+    of_nnx: Callable[..., jax.Array],
+    inputs: Any,
+    window_shape: Any,
+    strides: Any,
+    padding: Any,
 ) -> jax.Array:
     inputs = as_array(inputs)
+    if not has_known_size(inputs, np.size(window_shape)):
+        return of_nnx(inputs, window_shape, strides, padding)
     pooling = parse_pooling(inputs, window_shape, strides, padding)
     if is_pooled_by_slices(inputs, pooling):
         return extreme_pool(inputs, pooling, extreme)
