@@ -21,13 +21,10 @@ def promoting(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        config = jax.config
-        if (config.jax_numpy_dtype_promotion, config.jax_numpy_rank_promotion) == _DEFAULT:
+        dtypes, ranks = jax.numpy_dtype_promotion.value, jax.numpy_rank_promotion.value
+        if (dtypes, ranks) == ("standard", "allow"):
             return function(*args)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return function(*args)
 
     return call
-
-
-_DEFAULT = ("standard", "allow")

@@ -39,7 +39,7 @@ def takes_custom_backward(*arrays: Any, dtype: Any = None) -> bool:
         return False
     if dtype is not None:
         return is_supported_dtype(dtype)
-    strict = jax.config.jax_numpy_dtype_promotion == "strict"
+    strict = jax.numpy_dtype_promotion.value == "strict"
     return not strict or len({a.dtype for a in arrays}) <= 1
 
 

@@ -77,17 +77,17 @@ def _fwd(
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None, None]:
     params, x, axes, epsilon = res
-    dims = chex.Dimensions(F=math.prod(x.shape[i] for i in axes.features))
+    F = math.prod(x.shape[i] for i in axes.features)
     chex.assert_shape(g, x.shape)
-    chex.assert_size(list(params.values()), math.prod(dims["F"]))
+    chex.assert_size(list(params.values()), F)
 
     x_hat = _x_hat(params, x, axes, epsilon)
     g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
-    sum_g = lax.reduce_sum(g, axes.reduced).reshape(dims["F"])
-    sum_gx = lax.reduce_sum(g * x_hat, axes.reduced).reshape(dims["F"])
+    sum_g = lax.reduce_sum(g, axes.reduced).reshape(F)
+    sum_gx = lax.reduce_sum(g * x_hat, axes.reduced).reshape(F)
 
-    rstd = _rstd(params, x, epsilon).reshape(dims["F"])
-    rstd_scale = rstd * params["scale"].reshape(dims["F"]) if "scale" in params else rstd
+    rstd = _rstd(params, x, epsilon).reshape(F)
+    rstd_scale = rstd * params["scale"].reshape(F) if "scale" in params else rstd
     grads = {
         "mean": -rstd_scale * sum_g,
         "var": -rstd_scale * rstd * sum_gx / 2,

@@ -174,7 +174,13 @@ def avg_pool(
     """
     inputs = as_array(inputs)
     if not has_known_size(inputs, np.size(window_shape)):
-        return nnx.avg_pool(inputs, window_shape, strides, padding, count_include_pad)
+        return nnx.avg_pool(
+            inputs,
+            window_shape,
+            strides,
+            padding,  # type: ignore[arg-type]
+            count_include_pad,
+        )
     pooling = parse_pooling(inputs, window_shape, strides, padding)
     if not is_pooled_by_sums(inputs, pooling):
         y = pooling.reduce_window(inputs, 0.0, lax.add)
