@@ -20,11 +20,11 @@ def promoting(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(function)
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         dtypes, ranks = jax.numpy_dtype_promotion.value, jax.numpy_rank_promotion.value
         if (dtypes, ranks) == ("standard", "allow"):
-            return function(*args)
+            return function(*args, **kwargs)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            return function(*args)
+            return function(*args, **kwargs)
 
     return call

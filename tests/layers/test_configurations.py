@@ -138,7 +138,7 @@ def test_images_of_symbolic_size_are_exported_with_their_gradient(name):
             y = nnx.merge(graphdef, state).layer(x)
             return jnp.sum(jnp.square(y)), y
 
-        return jax.value_and_grad(loss, argnums=1, has_aux=True)(state, x)
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(state, x)
 
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 6, 4, 4)), jnp.float32)
     symbolic = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 2*h, 2*w, 4"), jnp.float32)

@@ -161,9 +161,9 @@ class FeedbackConv(Conv):
             self.conv_general_dilated is not lax.conv_general_dilated
             or self.promote_dtype is not dtypes.promote_dtype
         )
-        images = check_inputs(self, inputs, injected)
-        check_conv_inputs(self, images, self.in_features)
         params, feedback = parameters_with_mask_applied(self), self.feedback[...]
+        images = check_inputs(self, params, inputs, injected)
+        check_conv_inputs(self, images, self.in_features)
         if self.mask is not None:
             feedback *= self.mask
         config = self._config(images, out_sharding)

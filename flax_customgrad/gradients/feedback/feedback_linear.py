@@ -125,7 +125,7 @@ class FeedbackLinear(Linear):
             self.dot_general is not lax.dot_general
             or self.promote_dtype is not dtypes.promote_dtype
         )
-        x = check_inputs(self, inputs, injected)
-        config = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         params, feedback = parameters(self, "kernel", "bias"), self.feedback[...]
+        x = check_inputs(self, params, inputs, injected)
+        config = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         return apply_with_feedback(params, feedback, x, linear, config)

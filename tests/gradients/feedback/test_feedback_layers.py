@@ -202,3 +202,19 @@ def test_bad_arguments(made):
     for bad in (x.astype(jnp.int32), x * 1j, [1.0]):
         with pytest.raises(TypeError, match=r"Feedback\w+: inputs of .* have no gradient"):
             layer(bad)
+
+
+@pytest.mark.parametrize("name", ["FeedbackLinear", "FeedbackConv"])
+def test_what_does_not_belong_together_is_said(name):
+    x, args = jnp.ones((2, 4)), (4, 3, 1)[: 3 if "Conv" in name else 2]
+
+    def layer(**kwargs):
+        return getattr(fcg, name)(*args, **kwargs, rngs=nnx.Rngs(0))
+
+    with pytest.raises(TypeError, match=r"dtype=.*complex64.* is not a real float of 16 bits"):
+        layer(dtype=jnp.complex64)(x)
+    for parameter in ("bias", "feedback"):
+        edited = layer()
+        setattr(edited, parameter, nnx.Param(jnp.ones((1, 3))))
+        with pytest.raises(ValueError, match=rf"'{parameter}': \(1, 3\).* replace them together"):
+            edited(x)
