@@ -64,9 +64,9 @@ def parameters_with_mask_applied(layer: nnx.Conv | nnx.ConvTranspose) -> Paramet
     params = parameters(layer, "kernel", "bias")
     if not has_own_kernel(layer, params):
         raise ValueError(
-            f"the kernel of a {type(layer).__name__} has shape {params['kernel'].shape}, and "
-            f"kernel_size={layer.kernel_size} and kernel_shape={layer.kernel_shape} speak of "
-            "another: set these and in_features and out_features when you replace a kernel"
+            f"{type(layer).__name__}: the kernel has shape {params['kernel'].shape}, but "
+            f"kernel_size={layer.kernel_size} and kernel_shape={layer.kernel_shape}: set them, "
+            "in_features and out_features when you replace a kernel"
         )
     if layer.mask is None:
         return params

@@ -142,6 +142,10 @@ def _window_divisor(pooling: Pooling, divisor: Divisor, y: jax.Array) -> Any:
     return number
 
 
+_of_nnx = nnx.avg_pool
+"""The function of nnx, whose name a user may give to ours."""
+
+
 def avg_pool(
     inputs: jax.Array,
     window_shape: Sequence[int],
@@ -174,7 +178,7 @@ def avg_pool(
     """
     inputs = as_array(inputs)
     if not has_known_size(inputs, np.size(window_shape)):
-        return nnx.avg_pool(
+        return _of_nnx(
             inputs,
             window_shape,
             strides,

@@ -47,15 +47,17 @@ class Extreme:
         reduce_fn: the extreme of two arrays.
         beats: whether an element takes the place of the one before it.
         identity: what the padding holds.
+        of_nnx: the function of nnx.
     """
 
     reduce_fn: Callable[[jax.Array, jax.Array], jax.Array]
     beats: Callable[[jax.Array, jax.Array], jax.Array]
     identity: float
+    of_nnx: Callable[..., jax.Array]
 
 
-MAX = Extreme(lax.max, lax.gt, -float("inf"))
-MIN = Extreme(lax.min, lax.lt, float("inf"))
+MAX = Extreme(lax.max, lax.gt, -float("inf"), nnx.max_pool)
+MIN = Extreme(lax.min, lax.lt, float("inf"), nnx.min_pool)
 
 
 class Residuals(NamedTuple):
@@ -194,7 +196,7 @@ def max_pool(
         Array([[ 5.,  7.],
                [13., 15.]], dtype=float32)
     """
-    return _pool_extreme(MAX, nnx.max_pool, inputs, window_shape, strides, padding)
+    return _pool_extreme(MAX, inputs, window_shape, strides, padding)
 
 
 def min_pool(
@@ -218,20 +220,15 @@ def min_pool(
         TypeError: an argument is not of whole numbers.
         ValueError: the arguments do not fit each other or the inputs.
     """
-    return _pool_extreme(MIN, nnx.min_pool, inputs, window_shape, strides, padding)
+    return _pool_extreme(MIN, inputs, window_shape, strides, padding)
 
 
 def _pool_extreme(
-    extreme: Extreme,
-    of_nnx: Callable[..., jax.Array],
-    inputs: Any,
-    window_shape: Any,
-    strides: Any,
-    padding: Any,
+    extreme: Extreme, inputs: Any, window_shape: Any, strides: Any, padding: Any
 ) -> jax.Array:
     inputs = as_array(inputs)
     if not has_known_size(inputs, np.size(window_shape)):
-        return of_nnx(inputs, window_shape, strides, padding)
+        return extreme.of_nnx(inputs, window_shape, strides, padding)
     pooling = parse_pooling(inputs, window_shape, strides, padding)
     if is_pooled_by_slices(inputs, pooling):
         return extreme_pool(inputs, pooling, extreme)

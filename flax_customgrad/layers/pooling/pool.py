@@ -24,6 +24,9 @@ from flax_customgrad.layers.pooling.pool_arguments import (
 )
 from flax_customgrad.numerics.dtypes import as_array
 
+_of_nnx = nnx.pool
+"""The function of nnx, whose name a user may give to ours."""
+
 
 def pool(
     inputs: jax.Array,
@@ -61,7 +64,7 @@ def pool(
     """
     inputs = as_array(inputs)
     if not has_known_size(inputs, np.size(window_shape)):
-        return nnx.pool(inputs, init, reduce_fn, window_shape, strides, padding)
+        return _of_nnx(inputs, init, reduce_fn, window_shape, strides, padding)
     pooling = parse_pooling(inputs, window_shape, strides, padding)
     begin = float(init) if isinstance(init, int | float | np.number) else None
     for extreme in (MAX, MIN):
