@@ -87,9 +87,10 @@ def has_known_size(array: jax.Array, rank: int) -> bool:
 
 
 def has_own_bias(layer: Any, params: Parameters, shape: tuple[int, ...]) -> bool:
-    """Whether a layer has the bias that its constructor makes, or none by its constructor.
+    """Whether a layer has no bias, or one as its constructor makes it.
 
-    With another one, put in by hand, the layer is left to nnx.
+    With another one, put in by hand, and where `use_bias` was set to False afterwards, the layer
+    is left to nnx.
 
     Args:
         layer: a layer of nnx, which has `use_bias`.
@@ -97,4 +98,4 @@ def has_own_bias(layer: Any, params: Parameters, shape: tuple[int, ...]) -> bool
         shape: the shape of the bias that its constructor makes for its kernel.
     """
     bias = params.get("bias")
-    return not layer.use_bias if bias is None else bool(layer.use_bias) and bias.shape == shape
+    return bias is None or (bool(layer.use_bias) and bias.shape == shape)
