@@ -44,6 +44,15 @@ def trace_state() -> Any:
 _TOP = trace_state()
 
 
+def trace_context() -> Any:
+    """What a trace depends on beside its arguments (mesh, axes, flags of JAX); hashable."""
+    return jax._src.config.trace_context()
+
+
+INFERRED_AXIS: Any = jax._src.interpreters.batching.infer
+"""As `out_axes` of `jax.vmap`: the axis along which an output is mapped, or None, and says which."""
+
+
 def is_outside_of_traces() -> bool:
     """Whether the caller runs eagerly, inside no transformation of JAX."""
     return trace_state() == _TOP

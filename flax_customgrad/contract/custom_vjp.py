@@ -18,7 +18,7 @@ import functools
 import inspect
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import jax
@@ -28,7 +28,7 @@ from jax import lax
 
 from flax_customgrad.contract import autodiff, compat, cotangents, writes
 from flax_customgrad.contract.arguments import PackedTree, Static, pack_tree
-from flax_customgrad.contract.binding import bind
+from flax_customgrad.contract.binding import Rules, bind
 from flax_customgrad.contract.residual_storage import restore, store
 from flax_customgrad.registry import operations
 
@@ -122,8 +122,18 @@ class CustomVJP:
         self._bwd: Callable[[Any, Any], tuple[Any, ...]] | None = None
         self._running = threading.local()
         self._compared: set[Any] = set()
-        self._bound = bind(self._primal, self._forward, self._backward)
         self._is_own = operations.register(self, fun)
+        self._bound = bind(
+            Rules(
+                self._name,
+                self._primal,
+                self._forward,
+                self._backward,
+                is_surrogate=surrogate,
+                # What a user's function closes over may differ from call to call.
+                is_pure=self._is_own,
+            )
+        )
 
     def defvjp(
         self,
@@ -299,7 +309,12 @@ class CustomVJP:
             )
         self._compared.add(key)
 
-    def _backward(self, packed: tuple[Static, list[Any]], g: tuple[Any, Any]) -> tuple[Any, ...]:
+    def _backward(
+        self,
+        packed: tuple[Static, list[Any]],
+        g: tuple[Any, Any],
+        differentiated: tuple[bool, ...] | None,
+    ) -> Sequence[Any]:
         assert self._bwd is not None
         static, arrays_kept = packed
         call, names, avals, rest = static.value
@@ -321,8 +336,7 @@ class CustomVJP:
             raise explanation from error
         for snapshot in snapshots:
             snapshot.forbid_updates(self._name)
-        checked = cotangents.check(f"`{self._name}`", names, call.positions(), avals, cts)
-        return (None, *checked)
+        return cotangents.check(f"`{self._name}`", names, call.positions(), avals, cts)
 
 
 def _read(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
