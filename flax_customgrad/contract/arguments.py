@@ -44,6 +44,10 @@ class Position(int):
 # Stands for an array where a static leaf would hold its value.
 _ARRAY = object()
 
+# Tuples, since these are asked of every leaf of every call and a union is built anew each time.
+_ARRAYS = (jax.Array, np.ndarray, np.generic, jax.Ref)
+_MODULES = (nnx.Module, nnx.Rngs, nnx.RngStream)
+
 
 @dataclass(frozen=True)
 class PackedTree:
@@ -135,12 +139,12 @@ def pack_tree(tree: Any, what: str) -> tuple[list[Any], PackedTree]:
 
 def is_array(value: Any) -> bool:
     """Whether JAX traces this value: an array of JAX or NumPy, or a `jax.Ref`."""
-    return isinstance(value, jax.Array | np.ndarray | np.generic | jax.Ref)
+    return isinstance(value, _ARRAYS)
 
 
 def is_module(value: Any) -> bool:
     """Whether a value is split, and what is written to it carried out: a Module, random streams."""
-    return isinstance(value, nnx.Module | nnx.Rngs | nnx.RngStream)
+    return isinstance(value, _MODULES)
 
 
 def is_parameters(argument: Any) -> bool:

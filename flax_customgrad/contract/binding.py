@@ -47,11 +47,10 @@ class Rules(NamedTuple):
             does not say. Returns one cotangent for each array; None for zero.
         is_surrogate: `backward` differs from the derivative of `primal` on purpose: forward mode
             is its transpose.
-        is_pure: what `primal` returns depends on its arguments alone, so that calls with
-            arguments of the same types share one trace.
-        shared: called with the static value. The number of leading arrays that all examples of a
-            batch may share while every other array takes any number of leading axes, which the
-            output has too; None where `jax.vmap` is needed.
+        is_pure: what `primal` returns depends on its arguments alone: calls with arguments of the
+            same types share one trace, and outside of any trace one compiled program.
+        shared: called with the static value; of an operation that takes any number of leading
+            axes, the number of leading arrays that do not have them.
     """
 
     name: str
@@ -60,7 +59,7 @@ class Rules(NamedTuple):
     backward: Rule
     is_surrogate: bool = False
     is_pure: bool = False
-    shared: Callable[[Any], int | None] = lambda static: None
+    shared: Callable[[Any], int] | None = None
 
 
 def bind(rules: Rules) -> Rule:
@@ -76,9 +75,11 @@ def bind(rules: Rules) -> Rule:
     if not HAS_PRIMITIVES:
         return by_custom_vjp
 
+    eager = jax.jit(rules.primal, static_argnums=0) if rules.is_pure else rules.primal
+
     def bound(static: Any, *arrays: Any) -> Any:
         if not any(map(compat.is_traced, arrays)):
-            return rules.primal(static, *arrays)
+            return eager(static, *arrays)
         types = tuple(map(jax.typeof, arrays))
         if any(map(compat.is_reference, types)):
             return by_custom_vjp(static, *arrays)
@@ -87,15 +88,14 @@ def bind(rules: Rules) -> Rule:
 
     def of_types(static: Any, types: tuple[Any, ...], context: Any) -> "_Operation | None":
         """The primitive for arrays of some types; what else a trace depends on is `context`."""
-        shared = rules.shared(static)
-        return _operation(
-            rules._replace(
-                primal=functools.partial(rules.primal, static),
-                forward=functools.partial(rules.forward, static),
-            ),
-            types,
-            None if shared is None else _with_leading_axis(functools.partial(bound, static), shared),
+        of_arrays = rules._replace(
+            primal=functools.partial(rules.primal, static),
+            forward=functools.partial(rules.forward, static),
         )
+        if rules.shared is None:
+            return _operation(of_arrays, types)
+        again = functools.partial(bound, static)
+        return _operation(of_arrays, types, _with_leading_axis(again, rules.shared(static)))
 
     if rules.is_pure:
         of_types = functools.lru_cache(1024)(of_types)
@@ -130,7 +130,7 @@ def _operation(
     if any(map(compat.is_traced, traced.consts)):
         return None
     structure = jax.tree.structure(shapes)
-    flat = jax.extend.core.jaxpr_as_fun(traced)
+    flat = jax.jit(jax.extend.core.jaxpr_as_fun(traced))
     rules = rules._replace(primal=lambda *arrays: structure.unflatten(flat(*arrays)))
     return _Operation(rules, types, structure.unflatten(traced.out_avals), with_leading_axis)
 
@@ -292,12 +292,14 @@ def _with_leading_axis(bound: Rule, shared: int) -> Rule:
     """What an operation makes of a batch whose mapped axis becomes one more leading axis.
 
     Returns:
-        A function of arrays and their mapped axes, which returns None if one of the first
-        `shared` arrays is mapped, or one of the others is not.
+        A function of arrays and their mapped axes, which returns None where one of the first
+        `shared` arrays is mapped or one of the others is not, and on a mesh with Explicit axes,
+        where a static argument may say how each axis of the output is sharded.
     """
 
     def with_leading_axis(arrays: Any, dims: Any) -> Any:
-        if any(dim is not None for dim in dims[:shared]) or None in dims[shared:]:
+        is_shared = [dim is None for dim in dims]
+        if not all(is_shared[:shared]) or any(is_shared[shared:]) or compat.has_explicit_axes():
             return None
         moved = (jnp.moveaxis(a, d, 0) for a, d in zip(arrays[shared:], dims[shared:], strict=True))
         return bound(*arrays[:shared], *moved)

@@ -53,6 +53,11 @@ INFERRED_AXIS: Any = jax._src.interpreters.batching.infer
 """As `out_axes` of `jax.vmap`: the axis along which an output is mapped, or None, and says which."""
 
 
+def has_explicit_axes() -> bool:
+    """Whether the current mesh has Explicit axes, with which sharding is a part of a type."""
+    return jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+
+
 def is_outside_of_traces() -> bool:
     """Whether the caller runs eagerly, inside no transformation of JAX."""
     return trace_state() == _TOP

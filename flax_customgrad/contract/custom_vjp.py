@@ -41,9 +41,15 @@ _FORWARD_MODE = (
 @overload
 def custom_vjp(fun: Callable[..., Any]) -> "CustomVJP": ...
 @overload
-def custom_vjp(*, surrogate: bool = False) -> Callable[[Callable[..., Any]], "CustomVJP"]: ...
 def custom_vjp(
-    fun: Callable[..., Any] | None = None, *, surrogate: bool = False, **unknown: Any
+    *, surrogate: bool = False, leading_axes: bool = False
+) -> Callable[[Callable[..., Any]], "CustomVJP"]: ...
+def custom_vjp(
+    fun: Callable[..., Any] | None = None,
+    *,
+    surrogate: bool = False,
+    leading_axes: bool = False,
+    **unknown: Any,
 ) -> Any:
     """Gives a function of parameters and arrays a backward pass of its own.
 
@@ -55,6 +61,11 @@ def custom_vjp(
             static value (a number, a string, a frozen dataclass).
         surrogate: the backward is meant to differ from the derivative of `fun`, as that of a
             straight-through estimator does; `use_autodiff` then leaves it in force.
+        leading_axes: every array but those of the first argument takes any number of leading
+            axes, which the output has too, as inputs of shape (..., features) do. Under `jax.vmap`
+            with parameters that all examples share, the mapped axis is then one more of them, and
+            the gradient of the parameters one product; else there is one gradient per example,
+            and their sum.
         **unknown: refused; it is here for the error that says what to write.
 
     Returns:
@@ -89,8 +100,8 @@ def custom_vjp(
             "fwd, keep it in the residuals if bwd needs it, and return None for its cotangent"
         )
     if fun is None:
-        return functools.partial(CustomVJP, surrogate=surrogate)
-    return CustomVJP(fun, surrogate=surrogate)
+        return functools.partial(CustomVJP, surrogate=surrogate, leading_axes=leading_axes)
+    return CustomVJP(fun, surrogate=surrogate, leading_axes=leading_axes)
 
 
 class CustomVJP:
@@ -101,7 +112,9 @@ class CustomVJP:
         surrogate: whether the backward is meant to differ from the derivative of `fun`.
     """
 
-    def __init__(self, fun: Callable[..., Any], surrogate: bool = False):
+    def __init__(
+        self, fun: Callable[..., Any], surrogate: bool = False, leading_axes: bool = False
+    ):
         if isinstance(fun, functools.partial):
             raise TypeError(
                 f"custom_vjp takes a function, got a functools.partial of {fun.func!r}: decorate "
@@ -132,6 +145,7 @@ class CustomVJP:
                 is_surrogate=surrogate,
                 # What a user's function closes over may differ from call to call.
                 is_pure=self._is_own,
+                shared=_size_of_first if leading_axes else None,
             )
         )
 
@@ -337,6 +351,11 @@ class CustomVJP:
         for snapshot in snapshots:
             snapshot.forbid_updates(self._name)
         return cotangents.check(f"`{self._name}`", names, call.positions(), avals, cts)
+
+
+def _size_of_first(call: Static) -> int:
+    """How many of the arrays of a call are those of its first argument."""
+    return len(jax.tree.leaves(call.value.positions()[0]))
 
 
 def _read(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
