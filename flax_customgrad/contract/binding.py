@@ -212,23 +212,27 @@ class _Operation(_Primitive):
 
     def _transpose(self, kept: Any, tangents: Any) -> Any:
         """What the backward is the transpose of."""
-        types = [aval.to_ct_aval() for aval in self.in_avals]
-        floats = [i for i, aval in enumerate(types) if aval.dtype != jax.dtypes.float0]
+        g, structure = jax.tree.flatten(
+            jax.tree.map(
+                lambda aval: hijax.instantiate_zeros(hijax.Zero(aval.to_ct_aval())), self.out_aval
+            )
+        )
+        of_g, of_arrays = (_inexact(avals) for avals in (g, self.in_avals))
 
-        def backward(g: Any) -> list[Any]:
-            cts = self._cotangents(kept, g, None)
-            return [cts[i] for i in floats]
+        def backward(*floats: Any) -> list[Any]:
+            cts = self._cotangents(kept, structure.unflatten(_replaced(g, of_g, floats)), None)
+            return [cts[i] for i in of_arrays]
 
-        g_type = jax.tree.map(lambda aval: aval.to_ct_aval(), self.out_aval)
         try:
-            (tangent,) = jax.linear_transpose(backward, g_type)([tangents[i] for i in floats])
+            transposed = jax.linear_transpose(backward, *(g[i] for i in of_g))
+            found = transposed([tangents[i] for i in of_arrays])
         except Exception as error:
             raise TypeError(
                 f"`{self.rules.name}` has no forward mode: forward mode through a surrogate is the "
                 "transpose of its backward, which has to be linear in the cotangent, made of "
                 "operations that JAX can transpose"
             ) from error
-        return tangent
+        return structure.unflatten(_replaced(g, of_g, found))
 
 
 class _Tangent(_Primitive):
@@ -358,6 +362,17 @@ def _stacked(vmap: Rule, types: Any) -> Any:
     """The types of a batch, with the mapped axis in front."""
     traced = jax.make_jaxpr(vmap(lambda tree: tree, None, 0))(types)
     return jax.tree.structure(types).unflatten(traced.out_avals)
+
+
+def _inexact(avals: Any) -> list[int]:
+    """Which of several arrays or types have a derivative."""
+    return [i for i, aval in enumerate(avals) if jnp.issubdtype(aval.dtype, jnp.inexact)]
+
+
+def _replaced(values: list[Any], places: list[int], by: Any) -> list[Any]:
+    """A list with other values in some places."""
+    other = dict(zip(places, by, strict=True))
+    return [other.get(i, value) for i, value in enumerate(values)]
 
 
 def _instantiated(tree: Any) -> Any:
