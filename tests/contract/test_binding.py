@@ -292,6 +292,19 @@ def test_an_operation_of_the_library_is_traced_once_for_arguments_of_a_kind(prim
     assert len(traced) == 1
 
 
+@pytest.mark.parametrize("policy", [None, policies.save_only_these_names("y")])
+def test_forward_mode_costs_a_backward_nothing(policy, primitive, monkeypatch):
+    def costs():
+        loss = jax.checkpoint(layers(make()), policy=policy)
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(W, X).compile()
+        cost = compiled.cost_analysis()
+        return cost["flops"], cost["transcendentals"], compiled.memory_analysis().temp_size_in_bytes
+
+    ours = costs()
+    monkeypatch.setattr(binding, "HAS_PRIMITIVES", False)
+    assert ours == costs()
+
+
 def test_a_shared_kernel_has_no_gradient_per_example(primitive):
     graphdef, params = nnx.split(fcg.Linear(32, 32, rngs=nnx.Rngs(0)))
     x = jnp.ones((64, 4, 32))
