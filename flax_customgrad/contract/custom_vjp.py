@@ -33,8 +33,8 @@ from flax_customgrad.contract.residual_storage import restore, store
 from flax_customgrad.registry import operations
 
 _FORWARD_MODE = (
-    "a hand-written backward has no forward mode; inside `with flax_customgrad.use_autodiff():` "
-    "JAX differentiates the function itself"
+    "with this JAX a hand-written backward has no forward mode; inside "
+    "`with flax_customgrad.use_autodiff():` JAX differentiates the function itself"
 )
 
 
