@@ -50,6 +50,28 @@ def test_traces_are_told_apart():
     assert compat.is_outside_of_traces()
 
 
+def test_a_trace_depends_on_flags_and_on_the_mesh():
+    contexts = {compat.trace_context()}
+    assert contexts == {compat.trace_context()}
+    with jax.enable_x64(True):
+        contexts.add(compat.trace_context())
+    with jax.set_mesh(jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))):
+        assert compat.has_explicit_axes()
+        contexts.add(compat.trace_context())
+    assert not compat.has_explicit_axes()
+    assert len(contexts) == 3
+
+
+def test_vmap_says_along_which_axis_an_output_is_mapped():
+    def rule(a, b):
+        return a.sum(), b
+
+    mapped = jax.vmap(rule, (1, None), compat.INFERRED_AXIS)
+    (_, b), axes = mapped(jnp.ones((2, 3)), jnp.ones(4))
+    assert axes == (0, None)
+    assert b.shape == (4,)
+
+
 def test_a_layer_changes_its_class_and_nothing_else():
     layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     before = dict(vars(layer))
