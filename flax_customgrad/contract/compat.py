@@ -13,6 +13,8 @@ import jax
 import jax.core
 import jax.extend
 from flax import nnx
+from jax._src import config
+from jax._src.interpreters import batching
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -46,11 +48,11 @@ _TOP = trace_state()
 
 def trace_context() -> Any:
     """What a trace depends on beside its arguments (mesh, axes, flags of JAX); hashable."""
-    return jax._src.config.trace_context()
+    return config.trace_context()
 
 
-INFERRED_AXIS: Any = jax._src.interpreters.batching.infer
-"""As `out_axes` of `jax.vmap`: the axis along which an output is mapped, or None, and says which."""
+INFERRED_AXIS: Any = batching.infer
+"""An `out_axes` of `jax.vmap`: its own mapped axis, or None, comes beside an output."""
 
 
 def has_explicit_axes() -> bool:

@@ -14,8 +14,9 @@ A square overflows from 1.8e19 on. So the variance is taken a second time of num
 `shrunk = mean((small (x - shift))^2)`, and `rstd` is the larger of `1 / sqrt(variance)` and
 `small / sqrt(shrunk)`. Below a floor, `shrunk` is replaced by 1: the first is larger there, and
 the derivatives of the second, of any order, stay finite. Above it they agree, and where the
-variance is inf the first is 0. There is no branch in it, which XLA on a CPU could not fuse. Only where the sum itself overflows (3.4e38 in float32) is the result NaN. Without an epsilon
-a square may vanish as well, and it is taken a third time of numbers made larger, `grown`.
+variance is inf the first is 0. There is no branch in it, which XLA on a CPU could not fuse. Only
+where the sum itself overflows (3.4e38 in float32) is the result NaN. Without an epsilon a square
+may vanish as well, and it is taken a third time of numbers made larger, `grown`.
 
 Devices that share statistics exchange their own (count, shift, correction, squares), in one
 collective, and combine them exactly; a device without any element weighs nothing.
