@@ -5,7 +5,7 @@ installed versions and that the library reaches it, so that a rename upstream fa
 turns a gradient off without a word.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import flax
@@ -47,6 +47,34 @@ _TOP = trace_state()
 def is_outside_of_traces() -> bool:
     """Whether the caller runs eagerly, inside no transformation of JAX."""
     return trace_state() == _TOP
+
+
+def has_shared_nodes(graphdef: nnx.GraphDef) -> bool:
+    """Whether a Module that was split holds something at two paths."""
+    return any(isinstance(node, nnx.graph.NodeRef) for node in graphdef.nodes)  # type: ignore
+
+
+def is_differentiated_here(value: Any) -> bool:
+    """Whether an array is one that the innermost derivative around the caller differentiates."""
+    derivatives = (trace for trace in _traces() if _differentiates(trace))
+    return isinstance(value, Tracer) and value._trace is next(derivatives, None)
+
+
+def is_unknown_here(value: Any) -> bool:
+    """Whether an array belongs to a transformation that the caller is not inside of."""
+    return isinstance(value, Tracer) and all(trace is not value._trace for trace in _traces())
+
+
+def _traces() -> Iterator[Any]:
+    """The transformations that the caller is inside of, from the innermost outwards."""
+    trace = jax._src.core.trace_ctx.trace
+    while trace is not None:
+        yield trace
+        trace = getattr(trace, "parent_trace", None)
+
+
+def _differentiates(trace: Any) -> bool:
+    return type(trace).__name__ in ("JVPTrace", "LinearizeTrace")
 
 
 def set_class(layer: nnx.Module, cls: type[nnx.Module]) -> None:
@@ -101,6 +129,20 @@ def overrides_hook(of: type[nnx.Module]) -> Callable[[_F], _F]:
 def is_forward_mode_error(error: BaseException) -> bool:
     """Whether JAX refuses forward mode through a function with a custom VJP."""
     return "forward-mode" in str(error)
+
+
+def is_concrete_value_error(error: BaseException) -> bool:
+    """Whether a value was needed that JAX knows only when the compiled function runs."""
+    kinds = (
+        jax.errors.ConcretizationTypeError,
+        jax.errors.TracerIntegerConversionError,
+        jax.errors.TracerArrayConversionError,
+    )
+    text = str(error)
+    return isinstance(error, kinds) or (
+        isinstance(error, TypeError)
+        and ("concrete values" in text or ("unhashable" in text and "Tracer" in text))
+    )
 
 
 def is_unbatched_write_error(error: BaseException) -> bool:

@@ -26,9 +26,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_customgrad.contract import autodiff, compat, cotangents, writes
+from flax_customgrad.contract import autodiff, compat, cotangents, explanations, writes
 from flax_customgrad.contract.arguments import PackedTree, Static, pack_tree
 from flax_customgrad.contract.binding import bind
+from flax_customgrad.contract.guard import Guard, Updates, like
 from flax_customgrad.contract.residual_storage import restore, store
 from flax_customgrad.registry import operations
 
@@ -121,9 +122,9 @@ class CustomVJP:
         self._fwd: Callable[..., tuple[Any, Any]] | None = None
         self._bwd: Callable[[Any, Any], tuple[Any, ...]] | None = None
         self._running = threading.local()
-        self._compared: set[Any] = set()
         self._bound = bind(self._primal, self._forward, self._backward)
-        self._is_own = operations.register(self, fun)
+        is_own = operations.register(self, fun)
+        self._guard = None if is_own else Guard(self._name, self._primal)
 
     def defvjp(
         self,
@@ -168,15 +169,18 @@ class CustomVJP:
             # A fwd that calls the decorated function means the plain one, whose derivative is the
             # same. A surrogate's is not: what its fwd returns has the surrogate's derivative too.
             return self.fun(*args)
-        arrays, call = pack_tree(args, f"an argument of {self._name}")
+        arrays, packed = pack_tree(args, f"an argument of {self._name}")
+        call = Static(packed)
+        if self._guard is not None:
+            arrays = self._guard.enter(self.fun, call, arrays)
         try:
-            out, written = self._bound(Static(call), *arrays)
+            out, written = self._bound(call, *arrays)
         except TypeError as error:
             if compat.is_forward_mode_error(error) and not self.surrogate:
                 error.add_note(f"{_FORWARD_MODE}: this is `{self._name}`")
             raise
-        for module, updates in zip(writes.modules(args) if written else (), written, strict=True):
-            writes.apply(module, updates)
+        if written:
+            writes.apply(self._name, args, written)
         return out
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
@@ -243,17 +247,18 @@ class CustomVJP:
 
     def _primal(self, call: Static, *arrays: Any) -> tuple[Any, Any]:
         args = call.value.unpack(_read(arrays))
-        snapshots = _snapshots(call.value, args)
-        out = self.fun(*args)
-        return out, [snapshot.updates(self._name) for snapshot in snapshots]
+        return self._run(self.fun, call.value, args)
 
     def _forward(self, call: Static, *arrays: Any) -> tuple[Any, Any]:
         assert self._fwd is not None
+        assert self._bwd is not None
+        if self._guard is not None:
+            functions = (self.fun, self._fwd)
+            self._guard.check_closures(functions, lambda: call.value.unpack(arrays))
         args = call.value.unpack(arrays)
-        snapshots = _snapshots(call.value, args)
         self._running.fwd = True
         try:
-            result = self._fwd(*args)
+            result, written = self._run(self._fwd, call.value, args)
         finally:
             self._running.fwd = False
         if not (isinstance(result, tuple) and len(result) == 2):
@@ -262,66 +267,48 @@ class CustomVJP:
                 "pair, (output, residuals)"
             )
         out, residuals = result
-        written = [snapshot.updates(self._name) for snapshot in snapshots]
-        if not self._is_own:  # the tests compare the operations of the library
-            self._check_output(call, arrays, out, written)
-        arrays_kept, rest = pack_tree(residuals, f"the residuals of {self._name}")
         avals = tuple(map(jax.typeof, arrays))
-        static = Static((call.value, self._names(args), avals, rest))
+        arrays_kept, rest = pack_tree(residuals, f"the residuals of {self._name}")
+        needed: frozenset[int] = frozenset()
+        if self._guard is not None:
+            needed = self._guard.compare_fwd(call, arrays, out, written)
+            self._guard.check_closures((self._bwd,), lambda: (rest.unpack(arrays_kept), like(out)))
+        static = Static((call, self._names(args), avals, rest, needed))
         return (out, written), (static, list(map(store, arrays_kept)))
 
-    def _check_output(
-        self, call: Static, arrays: tuple[Any, ...], out: Any, written: list[Any]
-    ) -> None:
-        """Refuses a fwd that returns or writes something else than the function does.
-
-        The function is traced for that once for each structure of a call.
-        """
-        avals = tuple(map(jax.typeof, arrays))
-        key = (call, tuple((aval.shape, aval.dtype) for aval in avals))
-        if key in self._compared or any(map(compat.is_reference, avals)):
-            return
-        expected, wrote = jax.eval_shape(functools.partial(self._primal, call), *arrays)
-        paths, came = ([static.value for static, _ in updates] for updates in (wrote, written))
-        if paths != came:
-            differ = {p for a, b in zip(paths, came, strict=True) for p in {*a} ^ {*b}}
-            named = ", ".join(sorted(".".join(map(str, path)) for path in differ))
-            raise TypeError(
-                f"`{self._name}` and its fwd write different Variables ({named}): fwd "
-                "takes the place of the function where it is differentiated, so it has to write "
-                "what the function writes"
-            )
-        if _shapes(out) != _shapes(expected):
-            raise TypeError(
-                f"the fwd of `{self._name}` returned the output {cotangents.describe(out)}, and "
-                f"the function returns {cotangents.describe(expected)}; fwd returns "
-                "(output, residuals)"
-            )
-        self._compared.add(key)
+    def _run(
+        self, function: Callable[..., Any], packed: PackedTree, args: tuple[Any, ...]
+    ) -> tuple[Any, Updates]:
+        """Calls the function or its fwd; returns what it returned, and what it wrote."""
+        snapshots = writes.snapshots(args) if packed.is_writable else []
+        try:
+            out = function(*args)
+        except Exception as error:
+            explained = explanations.of_function(self._name, self._names(args), args, error)
+            if explained is None:
+                raise
+            raise explained from error
+        return out, [snapshot.updates(self._name) for snapshot in snapshots]
 
     def _backward(self, packed: tuple[Static, list[Any]], g: tuple[Any, Any]) -> tuple[Any, ...]:
         assert self._bwd is not None
         static, arrays_kept = packed
-        call, names, avals, rest = static.value
+        call, names, avals, rest, needed = static.value
         residuals = rest.unpack(list(map(restore, arrays_kept)))
-        snapshots = _snapshots(rest, residuals)
+        snapshots = writes.snapshots(residuals) if rest.is_writable else []
         try:
             cts = self._bwd(residuals, g[0])
         except Exception as error:
-            explanation = cotangents.explain(f"`{self._name}`", error)
-            if explanation is None:
-                if isinstance(error, ValueError) and "to unpack" in str(error):
-                    error.add_note(
-                        f"the backward of `{self._name}` is given its residuals as fwd returned "
-                        "them, and g, the cotangent of the output itself: "
-                        f"{cotangents.describe(g[0])}. (nnx.custom_vjp hands over a pair, the "
-                        "updates of the inputs and g.)"
-                    )
+            explained = explanations.of_backward(self._name, g[0], error)
+            if explained is None:
                 raise
-            raise explanation from error
+            raise explained from error
         for snapshot in snapshots:
             snapshot.forbid_updates(self._name)
-        checked = cotangents.check(f"`{self._name}`", names, call.positions(), avals, cts)
+        args = call.value.positions(every_path=True)
+        checked, left_out = cotangents.check(f"`{self._name}`", names, args, avals, cts)
+        if self._guard is not None:
+            checked = self._guard.hold_left_out(call, avals, checked, left_out, needed)
         return (None, *checked)
 
 
@@ -344,16 +331,3 @@ def _read(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
     smallest = min(floats, key=lambda i: arrays[i].size)
     waited, *_ = lax.optimization_barrier((arrays[smallest], *held))
     return (*arrays[:smallest], waited, *arrays[smallest + 1 :])
-
-
-def _shapes(tree: Any) -> tuple[Any, list[Any]]:
-    """The structure of a tree, and shape and dtype of each of its arrays."""
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
-
-
-def _snapshots(packed: PackedTree, tree: Any) -> list[writes.Snapshot]:
-    """Remembers the Variables of the modules in a tree; the library's own layers pass none."""
-    if not packed.has_modules:
-        return []
-    return [writes.Snapshot(module) for module in writes.modules(tree)]

@@ -1,0 +1,146 @@
+"""What is checked of a user's operation where it is called, beside its cotangents.
+
+Each is something that JAX or NNX lets pass without a word, or reports where nobody looks for it: a
+closure over what is differentiated, a fwd that is not the function, a Variable that is
+differentiated and that the backward leaves out. The operations of this library do without: their
+tests compare them with autodiff.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_customgrad.contract import closures, cotangents, traced_function
+from flax_customgrad.contract.arguments import Static
+from flax_customgrad.contract.compat import (
+    is_differentiated_here,
+    is_reference,
+    is_unknown_here,
+)
+from flax_customgrad.contract.left_out import LeftOut
+from flax_customgrad.contract.traced_function import TracedFunction, Updates
+
+Function = Callable[..., Any]
+
+
+class Guard:
+    """The checks of one operation.
+
+    Args:
+        name: the operation, for messages.
+        primal: takes the structure of a call and its arrays; returns the output and what was
+            written.
+    """
+
+    def __init__(self, name: str, primal: Callable[..., tuple[Any, Updates]]):
+        self._name = name
+        self._primal = primal
+        self._traced: dict[Any, TracedFunction] = {}
+        self._left_out = LeftOut()
+
+    def enter(self, function: Function, call: Static, arrays: Sequence[Any]) -> Sequence[Any]:
+        """Checks a call, before JAX sees it.
+
+        Args:
+            function: the function of the operation.
+            call: the structure of the call.
+            arrays: its arrays.
+
+        Returns:
+            The arrays to go on with.
+
+        Raises:
+            TypeError: the function closes over what is differentiated.
+        """
+        self._check_closure(function, lambda: call.value.unpack(arrays), is_differentiated_here)
+        avals = list(map(jax.typeof, arrays))
+        optional = cotangents.may_be_left_out(call.value.positions(), avals)
+        return self._left_out.watch(call, arrays, optional)
+
+    def check_closures(self, functions: Sequence[Function], args: Callable[[], Any]) -> None:
+        """Checks functions that run outside of the derivative that asks for them.
+
+        Args:
+            functions: the function, its fwd or its bwd.
+            args: makes what they are called with.
+
+        Raises:
+            TypeError: one closes over what is differentiated.
+        """
+        for function in functions:
+            self._check_closure(function, args, is_unknown_here)
+
+    def compare_fwd(
+        self, call: Static, arrays: Sequence[Any], out: Any, written: Updates
+    ) -> frozenset[int]:
+        """Compares a fwd with the function, which is traced once for each structure of a call.
+
+        Args:
+            call: the structure of the call.
+            arrays: its arrays.
+            out: the output that fwd returned.
+            written: what it wrote.
+
+        Returns:
+            The positions of the arrays on which the output depends; none where a `jax.Ref` is
+            among them, for JAX traces no function of one anew.
+
+        Raises:
+            TypeError: fwd returns or writes something else.
+        """
+        avals = list(map(jax.typeof, arrays))
+        if any(map(is_reference, avals)):
+            return frozenset()
+        key = (call, tuple((aval.shape, aval.dtype) for aval in avals))
+        if key not in self._traced:
+            primal = functools.partial(self._primal, call)
+            self._traced[key] = traced_function.trace(primal, arrays)
+        self._traced[key].check_fwd(self._name, out, written)
+        return self._traced[key].needed
+
+    def hold_left_out(
+        self,
+        call: Static,
+        avals: Sequence[Any],
+        cts: list[Any],
+        left_out: Mapping[int, str],
+        needed: frozenset[int],
+    ) -> list[Any]:
+        """Sees to it that what was left out raises where it is differentiated.
+
+        Args:
+            call: the structure of the call.
+            avals: the type of each array.
+            cts: the cotangent of each array.
+            left_out: by position, what to say of an array that was left out.
+            needed: positions of the arrays on which the output depends.
+
+        Returns:
+            The cotangents to go on with.
+        """
+        left_out = {i: message for i, message in left_out.items() if i in needed}
+        self._left_out.note(call, left_out)
+        # Zeros, and not None, which JAX does not go on with.
+        return [
+            cotangents.zero(aval) if i in left_out else ct
+            for i, (ct, aval) in enumerate(zip(cts, avals, strict=True))
+        ]
+
+    def _check_closure(
+        self, function: Function, args: Callable[[], Any], is_lost: Callable[[Any], bool]
+    ) -> None:
+        closures.check(self._name, function, is_lost, lambda: function(*args()))
+
+
+def like(out: Any) -> Any:
+    """A cotangent of an output: the output itself, and of what has no gradient float0."""
+
+    def of(array: Any) -> Any:
+        is_inexact = jnp.issubdtype(jnp.result_type(array), jnp.inexact)
+        return array if is_inexact else np.zeros(jnp.shape(array), jax.dtypes.float0)
+
+    return jax.tree.map(of, out)
