@@ -7,7 +7,7 @@ that only settings are read from, `self.axis`, does no harm.
 """
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,8 @@ def check(
     name: str,
     function: Callable[..., Any],
     is_lost: Callable[[Any], bool],
-    run: Callable[[], Any],
+    run: Callable[..., Any],
+    arrays: Sequence[Any],
 ) -> None:
     """Refuses a closure over what is differentiated.
 
@@ -28,8 +29,9 @@ def check(
         name: the operation, for the message.
         function: its function, its fwd or its bwd.
         is_lost: whether an array would have a gradient and cannot get it here.
-        run: calls the function, to see which arrays it uses; it is traced, and only where the
-            closure holds something that is lost.
+        run: calls the function with arrays, to see which others it uses; it is traced, and only
+            where the closure holds something that is lost.
+        arrays: what `run` takes.
 
     Raises:
         TypeError: naming what it closes over.
@@ -40,7 +42,7 @@ def check(
         for leaf in _arrays(value)
         if is_lost(leaf)
     }
-    for array in _used(run) if lost else ():
+    for array in _used(run, arrays) if lost else ():
         if id(array) in lost:
             variable, value = lost[id(array)]
             raise TypeError(
@@ -82,11 +84,15 @@ def _arrays(value: Any) -> Iterator[Any]:
             yield leaf
 
 
-def _used(run: Callable[[], Any]) -> list[Any]:
+def _used(run: Callable[..., Any], arrays: Sequence[Any]) -> list[Any]:
     """The arrays that come into a call from outside, or that it returns."""
     returned: list[Any] = []
+
+    def call(*arrays: Any) -> None:
+        returned.extend(jax.tree.leaves(run(*arrays)))
+
     try:
-        program = jax.make_jaxpr(lambda: returned.extend(jax.tree.leaves(run())))()
+        program = jax.make_jaxpr(call)(*arrays)
     except Exception:
         return returned  # the call itself will say what is wrong
     return [*program.consts, *returned]

@@ -5,7 +5,8 @@ installed versions and that the library reaches it, so that a rename upstream fa
 turns a gradient off without a word.
 """
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import flax
@@ -54,27 +55,24 @@ def has_shared_nodes(graphdef: nnx.GraphDef) -> bool:
     return any(isinstance(node, nnx.graph.NodeRef) for node in graphdef.nodes)  # type: ignore
 
 
-def is_differentiated_here(value: Any) -> bool:
-    """Whether an array is one that the innermost derivative around the caller differentiates."""
-    derivatives = (trace for trace in _traces() if _differentiates(trace))
-    return isinstance(value, Tracer) and value._trace is next(derivatives, None)
-
-
-def is_unknown_here(value: Any) -> bool:
-    """Whether an array belongs to a transformation that the caller is not inside of."""
-    return isinstance(value, Tracer) and all(trace is not value._trace for trace in _traces())
-
-
-def _traces() -> Iterator[Any]:
-    """The transformations that the caller is inside of, from the innermost outwards."""
+def innermost_derivative() -> Any:
+    """The derivative that the caller is inside of, to ask `is_of_derivative` about; or None."""
     trace = jax._src.core.trace_ctx.trace
-    while trace is not None:
-        yield trace
+    while trace is not None and type(trace).__name__ not in ("JVPTrace", "LinearizeTrace"):
         trace = getattr(trace, "parent_trace", None)
+    return None if trace is None else weakref.ref(trace)
 
 
-def _differentiates(trace: Any) -> bool:
-    return type(trace).__name__ in ("JVPTrace", "LinearizeTrace")
+def is_of_derivative(value: Any, derivative: Any) -> bool:
+    """Whether an array is one that a derivative differentiates."""
+    return derivative is not None and is_traced(value) and value._trace is derivative()
+
+
+def is_of_finished_trace(value: Any) -> bool:
+    """Whether an array belongs to a program that has been traced to its end."""
+    frame = getattr(value._trace, "frame", None) if is_traced(value) else None
+    # JAX empties what a program under way holds weakly.
+    return isinstance(getattr(frame, "constid_to_tracer", None), dict)
 
 
 def set_class(layer: nnx.Module, cls: type[nnx.Module]) -> None:

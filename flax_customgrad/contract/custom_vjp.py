@@ -253,8 +253,7 @@ class CustomVJP:
         assert self._fwd is not None
         assert self._bwd is not None
         if self._guard is not None:
-            functions = (self.fun, self._fwd)
-            self._guard.check_closures(functions, lambda: call.value.unpack(arrays))
+            self._guard.check_closure(self._fwd, lambda *arrays: call.value.unpack(arrays), arrays)
         args = call.value.unpack(arrays)
         self._running.fwd = True
         try:
@@ -272,7 +271,9 @@ class CustomVJP:
         needed: frozenset[int] = frozenset()
         if self._guard is not None:
             needed = self._guard.compare_fwd(call, arrays, out, written)
-            self._guard.check_closures((self._bwd,), lambda: (rest.unpack(arrays_kept), like(out)))
+            self._guard.check_closure(
+                self._bwd, lambda *kept: (rest.unpack(kept), like(out)), arrays_kept
+            )
         static = Static((call, self._names(args), avals, rest, needed))
         return (out, written), (static, list(map(store, arrays_kept)))
 

@@ -14,13 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_customgrad.contract import closures, cotangents, traced_function
+from flax_customgrad.contract import closures, compat, cotangents, traced_function
 from flax_customgrad.contract.arguments import Static
-from flax_customgrad.contract.compat import (
-    is_differentiated_here,
-    is_reference,
-    is_unknown_here,
-)
 from flax_customgrad.contract.left_out import LeftOut
 from flax_customgrad.contract.traced_function import TracedFunction, Updates
 
@@ -41,6 +36,7 @@ class Guard:
         self._primal = primal
         self._traced: dict[Any, TracedFunction] = {}
         self._left_out = LeftOut()
+        self._derivative: Any = None
 
     def enter(self, function: Function, call: Static, arrays: Sequence[Any]) -> Sequence[Any]:
         """Checks a call, before JAX sees it.
@@ -56,23 +52,36 @@ class Guard:
         Raises:
             TypeError: the function closes over what is differentiated.
         """
-        self._check_closure(function, lambda: call.value.unpack(arrays), is_differentiated_here)
+        self._derivative = compat.innermost_derivative()
+        self.check_closure(function, lambda *arrays: call.value.unpack(arrays), arrays)
         avals = list(map(jax.typeof, arrays))
         optional = cotangents.may_be_left_out(call.value.positions(), avals)
         return self._left_out.watch(call, arrays, optional)
 
-    def check_closures(self, functions: Sequence[Function], args: Callable[[], Any]) -> None:
-        """Checks functions that run outside of the derivative that asks for them.
+    def check_closure(
+        self, function: Function, args: Callable[..., Any], arrays: Sequence[Any]
+    ) -> None:
+        """Checks what a function closes over.
 
         Args:
-            functions: the function, its fwd or its bwd.
-            args: makes what they are called with.
+            function: the function of the operation; or its fwd or its bwd, where they will run.
+            args: makes of the arrays what the function is called with.
+            arrays: of any shapes and dtypes.
 
         Raises:
-            TypeError: one closes over what is differentiated.
+            TypeError: it closes over what the derivative around the call differentiates, or over
+                an array of a compiled function that has been traced by now.
         """
-        for function in functions:
-            self._check_closure(function, args, is_unknown_here)
+
+        def is_lost(array: Any) -> bool:
+            return compat.is_of_derivative(array, self._derivative) or (
+                compat.is_of_finished_trace(array)
+            )
+
+        def run(*arrays: Any) -> Any:
+            return function(*args(*arrays))
+
+        closures.check(self._name, function, is_lost, run, arrays)
 
     def compare_fwd(
         self, call: Static, arrays: Sequence[Any], out: Any, written: Updates
@@ -93,7 +102,7 @@ class Guard:
             TypeError: fwd returns or writes something else.
         """
         avals = list(map(jax.typeof, arrays))
-        if any(map(is_reference, avals)):
+        if any(map(compat.is_reference, avals)):
             return frozenset()
         key = (call, tuple((aval.shape, aval.dtype) for aval in avals))
         if key not in self._traced:
@@ -129,11 +138,6 @@ class Guard:
             cotangents.zero(aval) if i in left_out else ct
             for i, (ct, aval) in enumerate(zip(cts, avals, strict=True))
         ]
-
-    def _check_closure(
-        self, function: Function, args: Callable[[], Any], is_lost: Callable[[Any], bool]
-    ) -> None:
-        closures.check(self._name, function, is_lost, lambda: function(*args()))
 
 
 def like(out: Any) -> Any:
