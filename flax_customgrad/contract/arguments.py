@@ -71,6 +71,15 @@ class PackedTree:
         """Puts the arrays back and returns the tree."""
         return self._fill(arrays, _merge, BackwardState.bound)
 
+    @property
+    def static_leaves(self) -> list[Any]:
+        """Its static values."""
+        return [
+            leaf
+            for leaf in self.leaves
+            if leaf is not _ARRAY and not isinstance(leaf, _Split | BackwardState)
+        ]
+
     def positions(self, *, every_path: bool = False) -> Any:
         """The tree with a `Position` in place of each array and a State in place of a Module.
 
@@ -214,7 +223,7 @@ def _hashable(value: Any, what: str) -> Any:
     except TypeError:
         raise TypeError(
             f"{what} holds a {type(value).__name__}, which is neither an array nor hashable: "
-            "pass an array, a Module, an nnx.State or a dict of arrays, None, or a hashable value "
-            "(a number, a string, a tuple, a frozen dataclass)"
+            "pass an array, a Module, an nnx.State or a dict of arrays, a flax.struct.dataclass, "
+            "None, or a hashable value (a number, a string, a tuple, a frozen dataclass)"
         ) from None
     return value

@@ -18,39 +18,47 @@ from flax_customgrad.contract.arguments import is_module
 
 def check(
     name: str,
+    role: str,
     function: Callable[..., Any],
     is_lost: Callable[[Any], bool],
     run: Callable[..., Any],
     arrays: Sequence[Any],
+    static: Sequence[Any] = (),
 ) -> None:
-    """Refuses a closure over what is differentiated.
+    """Refuses a closure over what is differentiated, and a static argument that holds it.
 
     Args:
         name: the operation, for the message.
-        function: its function, its fwd or its bwd.
+        role: what the function is to it, for the message.
+        function: the function of the operation, its fwd or its bwd.
         is_lost: whether an array would have a gradient and cannot get it here.
         run: calls the function with arrays, to see which others it uses; it is traced, and only
-            where the closure holds something that is lost.
+            where something is lost.
         arrays: what `run` takes.
+        static: the static values among the arguments.
 
     Raises:
-        TypeError: naming what it closes over.
+        TypeError: naming what it closes over, or is given.
     """
-    lost = {
-        id(leaf): (variable, value)
-        for variable, value in _closed_over(function, set())
-        for leaf in _arrays(value)
-        if is_lost(leaf)
-    }
+    holds = f"of which an array is differentiated or traced where `{name}` is called"
+    lost: dict[int, str] = {}
+    for value in static:
+        kind = type(value).__name__
+        for array in filter(is_lost, _arrays(value)):
+            lost[id(array)] = (
+                f"`{name}` is given a {kind} {holds}. JAX takes a {kind} for a static value: make "
+                "it an nnx.Module or a flax.struct.dataclass, or pass its arrays"
+            )
+    for variable, value in _closed_over(function, set()):
+        for array in filter(is_lost, _arrays(value)):
+            lost[id(array)] = (
+                f"the {role} of `{name}` closes over `{variable}`, a {type(value).__name__} "
+                f"{holds}. JAX differentiates an operation by its arguments alone: make "
+                f"`{variable}` an argument of `{name}`"
+            )
     for array in _used(run, arrays) if lost else ():
         if id(array) in lost:
-            variable, value = lost[id(array)]
-            raise TypeError(
-                f"{getattr(function, '__name__', function)}, of the operation `{name}`, closes "
-                f"over `{variable}`, a {type(value).__name__} that is differentiated or traced "
-                f"where `{name}` is called. JAX differentiates an operation by its arguments "
-                f"alone: make `{variable}` an argument of `{name}`"
-            )
+            raise TypeError(lost[id(array)])
 
 
 def _closed_over(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
@@ -76,12 +84,14 @@ def _closed_over(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
 
 
 def _arrays(value: Any) -> Iterator[Any]:
-    """The arrays of a tree, and of the modules in it, which may run in circles."""
+    """The arrays of a tree, of the modules in it, which may run in circles, and of objects."""
     for leaf in jax.tree.leaves(value, is_leaf=is_module):
         if is_module(leaf):
             yield from jax.tree.leaves(nnx.state(leaf, graph=True))
-        else:
-            yield leaf
+            continue
+        yield leaf
+        if hasattr(leaf, "__dict__") and not isinstance(leaf, type | types.ModuleType | jax.Array):
+            yield from jax.tree.leaves(vars(leaf))
 
 
 def _used(run: Callable[..., Any], arrays: Sequence[Any]) -> list[Any]:

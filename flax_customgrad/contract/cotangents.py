@@ -6,6 +6,7 @@ backward, on shapes and dtypes, and leaves nothing behind in the compiled progra
 conversions that make a cotangent fit: one cast, and under a mesh one reduction or reshard.
 """
 
+import dataclasses
 import difflib
 from collections.abc import Sequence
 from typing import Any
@@ -162,14 +163,15 @@ class _Checker:
         try:
             leaves = treedef.flatten_up_to(ct)
         except ValueError as error:
+            expected = jax.tree.map(self._type, arg)
             raise CotangentError(
-                f"the cotangent of {place} is {describe(ct)}, whose structure is not that of the "
-                f"argument, {treedef}: {error}"
+                f"the cotangent of {place} is {describe(ct)}; expected the structure of the "
+                f"argument, {describe(expected)}"
             ) from error
         for position, leaf in zip(positions, leaves, strict=True):
             if isinstance(position, Position):
                 self.check(place, position, leaf)
-            elif leaf is not None:
+            elif leaf is not None and not (isinstance(position, float) and jnp.ndim(leaf) == 0):
                 raise CotangentError(
                     f"the cotangent of {place} is {describe(leaf)}, but the argument is the "
                     f"static value {position!r}, which has no gradient: write None"
@@ -275,6 +277,12 @@ def describe(value: Any) -> str:
         return f"{kind}({{{', '.join(content)}}})"
     if isinstance(value, tuple | list):
         return f"a {type(value).__name__} ({', '.join(map(describe, value))})"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = (
+            f"{field.name}={describe(getattr(value, field.name))}"
+            for field in dataclasses.fields(value)
+        )
+        return f"a {type(value).__name__} ({', '.join(items)})"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     if isinstance(value, nnx.Module):

@@ -29,7 +29,7 @@ from jax import lax
 from flax_customgrad.contract import autodiff, compat, cotangents, explanations, writes
 from flax_customgrad.contract.arguments import PackedTree, Static, pack_tree
 from flax_customgrad.contract.binding import bind
-from flax_customgrad.contract.guard import Guard, Updates, like
+from flax_customgrad.contract.guard import Guard, Updates
 from flax_customgrad.contract.residual_storage import restore, store
 from flax_customgrad.registry import operations
 
@@ -103,6 +103,15 @@ class CustomVJP:
     """
 
     def __init__(self, fun: Callable[..., Any], surrogate: bool = False):
+        self._is_static_method = isinstance(fun, staticmethod)
+        if isinstance(fun, staticmethod):
+            fun = fun.__func__
+        if isinstance(fun, classmethod):
+            raise TypeError(
+                f"custom_vjp takes a function, got the classmethod {fun.__func__.__qualname__}: "
+                "write @classmethod above @custom_vjp, and set the rules of method f by "
+                "f.__func__.defvjp(fwd, bwd)"
+            )
         if isinstance(fun, functools.partial):
             raise TypeError(
                 f"custom_vjp takes a function, got a functools.partial of {fun.func!r}: decorate "
@@ -185,7 +194,9 @@ class CustomVJP:
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         """Binds like a function, so that a method can carry a backward; `self` comes first."""
-        return self if instance is None else types.MethodType(self, instance)
+        if instance is None or self._is_static_method:
+            return self
+        return types.MethodType(self, instance)
 
     # An operation is copied and pickled as a function is: by its name.
 
@@ -200,7 +211,8 @@ class CustomVJP:
 
     @property
     def _name(self) -> str:
-        return getattr(self.fun, "__qualname__", repr(self.fun)).rpartition("<locals>.")[2]
+        name = getattr(self.fun, "__qualname__", type(self.fun).__qualname__)
+        return name.rpartition("<locals>.")[2]
 
     def _check_rules(self, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
         """Refuses rules that cannot be called as they will be."""
@@ -226,7 +238,10 @@ class CustomVJP:
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         if not kwargs and len(args) == len(self._signature.parameters):
             return args
-        bound = self._signature.bind(*args, **kwargs)
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"`{self._name}{self._signature}`: {error}") from None
         bound.apply_defaults()
         return bound.args
 
@@ -253,7 +268,7 @@ class CustomVJP:
         assert self._fwd is not None
         assert self._bwd is not None
         if self._guard is not None:
-            self._guard.check_closure(self._fwd, lambda *arrays: call.value.unpack(arrays), arrays)
+            self._guard.check_fwd(self._fwd, call, arrays)
         args = call.value.unpack(arrays)
         self._running.fwd = True
         try:
@@ -271,9 +286,7 @@ class CustomVJP:
         needed: frozenset[int] = frozenset()
         if self._guard is not None:
             needed = self._guard.compare_fwd(call, arrays, out, written)
-            self._guard.check_closure(
-                self._bwd, lambda *kept: (rest.unpack(kept), like(out)), arrays_kept
-            )
+            self._guard.check_bwd(self._bwd, call, rest, arrays_kept, out)
         static = Static((call, self._names(args), avals, rest, needed))
         return (out, written), (static, list(map(store, arrays_kept)))
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_customgrad.contract import closures, compat, cotangents, traced_function
-from flax_customgrad.contract.arguments import Static
+from flax_customgrad.contract.arguments import PackedTree, Static
 from flax_customgrad.contract.left_out import LeftOut
 from flax_customgrad.contract.traced_function import TracedFunction, Updates
 
@@ -53,35 +53,60 @@ class Guard:
             TypeError: the function closes over what is differentiated.
         """
         self._derivative = compat.innermost_derivative()
-        self.check_closure(function, lambda *arrays: call.value.unpack(arrays), arrays)
+        self._check_closure("function", function, call, call.value.unpack, arrays)
         avals = list(map(jax.typeof, arrays))
         optional = cotangents.may_be_left_out(call.value.positions(), avals)
         return self._left_out.watch(call, arrays, optional)
 
-    def check_closure(
-        self, function: Function, args: Callable[..., Any], arrays: Sequence[Any]
-    ) -> None:
-        """Checks what a function closes over.
+    def check_fwd(self, fwd: Function, call: Static, arrays: Sequence[Any]) -> None:
+        """Checks a fwd, where it will run.
 
         Args:
-            function: the function of the operation; or its fwd or its bwd, where they will run.
-            args: makes of the arrays what the function is called with.
-            arrays: of any shapes and dtypes.
+            fwd: the forward rule.
+            call: the structure of the call.
+            arrays: its arrays.
 
         Raises:
-            TypeError: it closes over what the derivative around the call differentiates, or over
-                an array of a compiled function that has been traced by now.
+            TypeError: it closes over what is differentiated.
         """
+        self._check_closure("fwd", fwd, call, call.value.unpack, arrays)
 
+    def check_bwd(
+        self, bwd: Function, call: Static, residuals: PackedTree, arrays: Sequence[Any], out: Any
+    ) -> None:
+        """Checks a bwd, before JAX forgets where it was called.
+
+        Args:
+            bwd: the backward rule.
+            call: the structure of the call.
+            residuals: the structure of the residuals.
+            arrays: their arrays.
+            out: the output of the operation.
+
+        Raises:
+            TypeError: it closes over what is differentiated.
+        """
+        g = jax.tree.map(_cotangent_like, out)
+        self._check_closure("bwd", bwd, call, lambda kept: (residuals.unpack(kept), g), arrays)
+
+    def _check_closure(
+        self,
+        role: str,
+        function: Function,
+        call: Static,
+        args: Callable[[Sequence[Any]], tuple[Any, ...]],
+        arrays: Sequence[Any],
+    ) -> None:
         def is_lost(array: Any) -> bool:
             return compat.is_of_derivative(array, self._derivative) or (
                 compat.is_of_finished_trace(array)
             )
 
         def run(*arrays: Any) -> Any:
-            return function(*args(*arrays))
+            return function(*args(arrays))
 
-        closures.check(self._name, function, is_lost, run, arrays)
+        static = call.value.static_leaves
+        closures.check(self._name, role, function, is_lost, run, arrays, static)
 
     def compare_fwd(
         self, call: Static, arrays: Sequence[Any], out: Any, written: Updates
@@ -140,11 +165,7 @@ class Guard:
         ]
 
 
-def like(out: Any) -> Any:
-    """A cotangent of an output: the output itself, and of what has no gradient float0."""
-
-    def of(array: Any) -> Any:
-        is_inexact = jnp.issubdtype(jnp.result_type(array), jnp.inexact)
-        return array if is_inexact else np.zeros(jnp.shape(array), jax.dtypes.float0)
-
-    return jax.tree.map(of, out)
+def _cotangent_like(array: Any) -> Any:
+    """An array as its own cotangent; of what has no gradient, float0."""
+    is_inexact = jnp.issubdtype(jnp.result_type(array), jnp.inexact)
+    return array if is_inexact else np.zeros(jnp.shape(array), jax.dtypes.float0)

@@ -9,6 +9,7 @@ from flax import nnx
 import flax_customgrad as fcg
 
 X = jnp.arange(6.0).reshape(2, 3)
+NAMED = r"of .* closes over `m`, a Linear of .* make `m` an argument"
 
 
 def with_rules(fun, fwd, bwd):
@@ -54,7 +55,7 @@ def test_a_differentiated_module_in_a_closure_is_named(f, transform, outer):
     def loss(state, x):
         return transform(lambda x: f(nnx.merge(graphdef, state), x).sum())(x)
 
-    with pytest.raises(TypeError, match=r"closes over `m`, a Linear that .* make `m` an argument"):
+    with pytest.raises(TypeError, match=NAMED):
         outer(jax.grad(loss, argnums=(0, 1)))(state, X)
     # Where the argument alone is differentiated, the closure holds constants.
     if transform not in (jax.jit, TRANSFORMS["scan"]) or outer is not jax.jit:
@@ -66,7 +67,7 @@ def test_a_differentiated_module_in_a_closure_is_named(f, transform, outer):
 def test_an_argument_of_a_compiled_function_in_a_closure_is_named(f, transform):
     graphdef, state = nnx.split(nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
     loss = transform(lambda state, x: f(nnx.merge(graphdef, state), x).sum())
-    with pytest.raises(TypeError, match=r"closes over `m`, a Linear that .* make `m` an argument"):
+    with pytest.raises(TypeError, match=NAMED):
         jax.grad(loss, argnums=(0, 1))(state, X)
 
 
@@ -115,5 +116,5 @@ def test_a_bound_method_closes_over_its_module():
         return op(x).sum()
 
     np.testing.assert_array_equal(nnx.grad(loss, argnums=1)(Scale(), X), 2)
-    with pytest.raises(TypeError, match=r"scale, of .* closes over `self`, a Scale"):
+    with pytest.raises(TypeError, match=r"`Scale.scale` closes over `self`, a Scale"):
         nnx.grad(loss)(Scale(), X)
