@@ -287,6 +287,8 @@ def describe(value: Any) -> str:
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     if isinstance(value, nnx.Module):
         return f"a module {type(value).__name__}"
+    if value is None:
+        return "None"
     return f"{value!r}, a {type(value).__name__}"
 
 

@@ -273,6 +273,9 @@ class CustomVJP:
         self._running.fwd = True
         try:
             result, written = self._run(self._fwd, call.value, args)
+        except Exception as error:
+            error.add_note(explanations.of_fwd(self._name, self._names(args), args))
+            raise
         finally:
             self._running.fwd = False
         if not (isinstance(result, tuple) and len(result) == 2):

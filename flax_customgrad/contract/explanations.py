@@ -27,14 +27,12 @@ def of_function(
     Returns:
         The error to raise instead, or None to let it pass.
     """
-    if not compat.is_concrete_value_error(error):
-        return None
     traced = [
         f"`{argument}`, {describe(arg)}"
         for argument, arg in zip(names, args, strict=True)
         if compat.is_traced(arg) and arg.ndim == 0 and not jnp.issubdtype(arg.dtype, jnp.inexact)
     ]
-    if not traced:
+    if not traced or not compat.is_concrete_value_error(error):
         return None
     return TypeError(
         f"`{name}` needs a value that is known while JAX traces it, and of its arguments "
@@ -42,6 +40,18 @@ def of_function(
         "nnx.jit, by static_argnums or static_argnames there; where it is an array, by int(...) or "
         "bool(...) before the call"
     )
+
+
+def of_fwd(name: str, names: Sequence[str], args: Sequence[Any]) -> str:
+    """What to add to an error that a fwd raised.
+
+    Args:
+        name: the operation.
+        names: the names of its arguments.
+        args: its arguments.
+    """
+    given = ", ".join(f"{n} = {describe(arg)}" for n, arg in zip(names, args, strict=True))
+    return f"in the fwd of `{name}`, where {given}; defvjp takes first fwd, then bwd"
 
 
 def of_backward(name: str, g: Any, error: Exception) -> CotangentError | None:

@@ -210,7 +210,7 @@ def test_a_wrong_item_of_a_tree():
     assert "item 1, is float32[3]; expected an nnx.State keyed like its parameters" in message
     message = fails(lambda p: p[0].sum() + p[1]["b"].sum(), lambda res, g: ((None,),), pair)
     assert message.endswith(
-        "is a tuple (None, a NoneType); expected the structure of the argument, a tuple "
+        "is a tuple (None); expected the structure of the argument, a tuple "
         "(float32[3], dict({'b': float32[2]}))"
     )
 
