@@ -5,7 +5,7 @@ configurations as well. `pack_tree` splits any such tree into its arrays and a `
 knows how to put the arrays back; the contract does this for arguments and for residuals alike.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,13 +176,22 @@ def is_parameters(argument: Any) -> bool:
     return isinstance(argument, Mapping)
 
 
-def by_path(parameters: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Yields (path, leaf) of a State or a nested dict; a leaf is an array or a Variable."""
+def by_path(
+    parameters: Any, leaves: Container[tuple[Any, ...]] = (), above: tuple[Any, ...] = ()
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yields (path, leaf) of a State or a nested dict; a leaf is an array or a Variable.
+
+    Args:
+        parameters: the State or dict.
+        leaves: paths at which a dict is a leaf too: the value of one Variable.
+        above: the path of `parameters` itself.
+    """
     for key, value in parameters.items():
-        if isinstance(value, Mapping):
-            yield from (((key, *path), leaf) for path, leaf in by_path(value))
+        path = (*above, key)
+        if isinstance(value, Mapping) and path not in leaves:
+            yield from by_path(value, leaves, path)
         else:
-            yield (key,), value
+            yield path, value
 
 
 def value_of(leaf: Any) -> Any:

@@ -126,7 +126,7 @@ class _Checker:
                 f"the cotangent of {place} is {describe(ct)}; expected an nnx.State keyed like "
                 f"its parameters: write {self._pattern(expected)}"
             )
-        came = dict(by_path(ct))
+        came = dict(by_path(ct, leaves=expected))
         for path in came:
             if path not in expected:
                 raise CotangentError(
@@ -200,7 +200,7 @@ class _Checker:
         return [
             position
             for position in _positions(leaf)
-            if _is_inexact(self.avals[position]) and not compat.is_reference(self.avals[position])
+            if not compat.is_reference(self.avals[position]) and _is_inexact(self.avals[position])
         ]
 
 
