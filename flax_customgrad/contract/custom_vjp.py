@@ -63,7 +63,8 @@ def custom_vjp(
 
     Raises:
         TypeError: `fun` takes keyword-only arguments, for which a backward could return nothing; it
-            is a `functools.partial`; or a keyword is unknown, such as `nondiff_argnums`.
+            is a `functools.partial` or a classmethod; or a keyword is unknown, such as
+            `nondiff_argnums`.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -148,8 +149,11 @@ class CustomVJP:
                 the decorated function.
             bwd: takes the residuals and the cotangent of the output; returns a tuple with one
                 cotangent per argument. For a Module, State or dict that is an `nnx.State` (or
-                dict) keyed like its parameters, which names every `nnx.Param` and, if it likes,
-                other Variables; for an array the array; None for zero and for a static value.
+                dict) keyed like its parameters, which names every `nnx.Param` and every other
+                Variable that is differentiated; statistics, counters and random state need no
+                mention. Of a parameter that a Module holds at several paths the cotangents are
+                added. For an array it is the array, for a list, tuple or dataclass the same of
+                cotangents; None for zero and for a static value.
                 A cotangent has the shape of what it belongs to. One in a wider dtype is cast
                 once, a narrower one is an error. Under `shard_map` a gradient that varies over
                 the devices is summed for an argument that does not. A `BackwardState` among the
@@ -164,10 +168,12 @@ class CustomVJP:
         self._fwd, self._bwd = fwd, bwd
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the function; a Variable of a Module that it writes is written.
+        """Calls the function; a Variable that it writes, of a Module or by itself, is written.
 
         Raises:
-            TypeError: no backward was given, or an argument is neither array nor hashable.
+            TypeError: no backward was given; an argument is neither array nor hashable; a static
+                argument has to be known and is traced; the function closes over something that is
+                differentiated; or it writes one Variable through two arguments.
         """
         if self._fwd is None:
             raise TypeError(
