@@ -57,7 +57,7 @@ def has_shared_nodes(graphdef: nnx.GraphDef) -> bool:
 
 def innermost_derivative() -> Any:
     """The derivative that the caller is inside of, to ask `is_of_derivative` about; or None."""
-    trace = jax._src.core.trace_ctx.trace
+    trace = jax._src.core.trace_ctx.trace  # type: ignore[attr-defined]
     while trace is not None and type(trace).__name__ not in ("JVPTrace", "LinearizeTrace"):
         trace = getattr(trace, "parent_trace", None)
     return None if trace is None else weakref.ref(trace)

@@ -277,18 +277,17 @@ def describe(value: Any) -> str:
         return f"{kind}({{{', '.join(content)}}})"
     if isinstance(value, tuple | list):
         return f"a {type(value).__name__} ({', '.join(map(describe, value))})"
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = (
-            f"{field.name}={describe(getattr(value, field.name))}"
-            for field in dataclasses.fields(value)
-        )
-        return f"a {type(value).__name__} ({', '.join(items)})"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     if isinstance(value, nnx.Module):
         return f"a module {type(value).__name__}"
     if value is None:
         return "None"
+    if dataclasses.is_dataclass(value):
+        # Without the fields that flax.struct declares static.
+        named = [f.name for f in dataclasses.fields(value) if f.metadata.get("pytree_node", True)]
+        items = (f"{name}={describe(getattr(value, name))}" for name in named)
+        return f"{type(value).__name__}({', '.join(items)})"
     return f"{value!r}, a {type(value).__name__}"
 
 

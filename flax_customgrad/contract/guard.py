@@ -54,6 +54,8 @@ class Guard:
         """
         self._derivative = compat.innermost_derivative()
         self._check_closure("function", function, call, call.value.unpack, arrays)
+        if not any(map(compat.is_traced, arrays)):
+            return arrays  # what is not traced is not differentiated
         avals = list(map(jax.typeof, arrays))
         optional = cotangents.may_be_left_out(call.value.positions(), avals)
         return self._left_out.watch(call, arrays, optional)
