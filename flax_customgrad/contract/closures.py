@@ -83,15 +83,24 @@ def _closed_over(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
             yield variable, value
 
 
-def _arrays(value: Any) -> Iterator[Any]:
-    """The arrays of a tree, of the modules in it, which may run in circles, and of objects."""
-    for leaf in jax.tree.leaves(value, is_leaf=is_module):
+def _arrays(value: Any) -> list[Any]:
+    """The arrays of a tree, of the modules in it, which may run in circles, and of an object."""
+    found = []
+    for leaf in _leaves(value):
         if is_module(leaf):
-            yield from jax.tree.leaves(nnx.state(leaf, graph=True))
-            continue
-        yield leaf
-        if hasattr(leaf, "__dict__") and not isinstance(leaf, type | types.ModuleType | jax.Array):
-            yield from jax.tree.leaves(vars(leaf))
+            found += jax.tree.leaves(nnx.state(leaf, graph=True))
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | types.ModuleType):
+            found += [leaf, *_leaves(vars(leaf))]
+        else:
+            found.append(leaf)
+    return found
+
+
+def _leaves(tree: Any) -> list[Any]:
+    try:
+        return jax.tree.leaves(tree, is_leaf=is_module)
+    except ValueError:
+        return []  # JAX does not sort the keys of every dict, and so takes no arrays out of it
 
 
 def _used(run: Callable[..., Any], arrays: Sequence[Any]) -> list[Any]:

@@ -118,3 +118,18 @@ def test_a_bound_method_closes_over_its_module():
     np.testing.assert_array_equal(nnx.grad(loss, argnums=1)(Scale(), X), 2)
     with pytest.raises(TypeError, match=r"`Scale.scale` closes over `self`, a Scale"):
         nnx.grad(loss)(Scale(), X)
+
+
+def test_anything_may_be_closed_over():
+    class Node:
+        pass
+
+    node, names = Node(), {1: "one", "two": 2}
+    node.itself, node.names = node, names
+    op = with_rules(
+        lambda x: x * names["two"],
+        lambda x: (x * node.itself.names["two"], jnp),
+        lambda numpy, g: (3 * g * numpy.ones(()) * len(names),),
+    )
+    assert jax.grad(lambda x: op(x).sum())(1.0) == 6
+    assert jax.jit(jax.grad(lambda x: op(x).sum()))(1.0) == 6

@@ -119,6 +119,25 @@ def test_rules_in_the_wrong_order_are_refused():
         op.defvjp(lambda res, g: (g, None, None), lambda a, b, c: (a, None))
 
 
+def test_rules_that_are_bound_methods_are_told_where_to_be():
+    class Layer(nnx.Module):
+        @fcg.custom_vjp
+        def scale(self, x):
+            return x
+
+        def fwd(self, x):
+            return x, None
+
+        def bwd(self, res, g):
+            return None, g
+
+    layer = Layer()
+    with pytest.raises(TypeError, match=r"of a method, decorate the function in the class body"):
+        layer.scale.defvjp(layer.fwd, layer.bwd)
+    layer.scale.defvjp(Layer.fwd, layer.bwd)
+    assert jax.grad(layer.scale)(1.0) == 1
+
+
 def test_a_backward_written_for_nnx_is_told():
     def bwd(res, g):
         _, g = g
