@@ -61,6 +61,28 @@ def check(
             raise TypeError(lost[id(array)])
 
 
+def check_residuals(name: str, static: Sequence[Any], is_lost: Callable[[Any], bool]) -> None:
+    """Refuses a residual that is a static value and holds an array of the forward.
+
+    Args:
+        name: the operation, for the message.
+        static: the static values among its residuals.
+        is_lost: whether an array is no longer known.
+
+    Raises:
+        TypeError: a function among them closes over such an array, or an object holds one.
+    """
+    for value in static:
+        held = [value, *(v for _, v in _closed_over(value, set()))]
+        if any(is_lost(array) for v in held for array in _arrays(v)):
+            kind = type(value).__name__
+            raise TypeError(
+                f"the residuals of `{name}` hold a {kind} that holds an array of the forward, "
+                f"which is no longer known when the backward runs: to JAX a {kind} is static. Keep "
+                "the array itself in the residuals; of a function, a jax.tree_util.Partial"
+            )
+
+
 def _closed_over(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
     """The names and values in a closure, and in those of the functions in it."""
     if id(function) in seen:

@@ -315,6 +315,8 @@ def _holds(wide: Any, narrow: Any) -> bool:
 
 def _shape_hint(came: tuple[int, ...], expected: tuple[int, ...]) -> str:
     """What most often leads from the one shape to the other."""
+    if came == ():
+        return ". A gradient of zero is None"
     extra = len(came) - len(expected)
     if extra == 0 and came == expected[::-1]:
         return ". It is transposed: swap the operands of the product"

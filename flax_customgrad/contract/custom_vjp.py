@@ -318,6 +318,8 @@ class CustomVJP:
         static, arrays_kept = packed
         call, names, avals, rest, needed = static.value
         residuals = rest.unpack(list(map(restore, arrays_kept)))
+        if self._guard is not None:
+            self._guard.check_residuals(rest)
         snapshots = writes.snapshots(residuals) if rest.is_writable else []
         try:
             cts = self._bwd(residuals, g[0])

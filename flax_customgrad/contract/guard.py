@@ -91,6 +91,18 @@ class Guard:
         g = jax.tree.map(_cotangent_like, out)
         self._check_closure("bwd", bwd, call, lambda kept: (residuals.unpack(kept), g), arrays)
 
+    def check_residuals(self, residuals: PackedTree) -> None:
+        """Checks the residuals, where bwd is about to run.
+
+        Args:
+            residuals: their structure.
+
+        Raises:
+            TypeError: a static value among them holds an array of the forward.
+        """
+        static = residuals.static_leaves
+        closures.check_residuals(self._name, static, compat.is_of_finished_trace)
+
     def _check_closure(
         self,
         role: str,

@@ -120,6 +120,37 @@ def test_a_bound_method_closes_over_its_module():
         nnx.grad(loss)(Scale(), X)
 
 
+def closure_of(x):
+    return lambda g: g * jnp.cos(x)
+
+
+def object_of(x):
+    class Cosine:
+        def __init__(self):
+            self.x = x
+
+        def __call__(self, g):
+            return g * jnp.cos(self.x)
+
+    return Cosine()
+
+
+@pytest.mark.parametrize("transform", ["jit", "remat", "scan"])
+@pytest.mark.parametrize(("residual", "kind"), [(closure_of, "function"), (object_of, "Cosine")])
+def test_a_residual_that_is_static_holds_no_array(residual, kind, transform):
+    op = with_rules(jnp.sin, lambda x: (jnp.sin(x), residual(x)), lambda pull, g: (pull(g),))
+    x = jnp.float32(1)
+    np.testing.assert_allclose(jax.grad(op)(x), jnp.cos(x), rtol=1e-6)
+    with pytest.raises(TypeError, match=f"hold a {kind} that holds an array of the forward, which"):
+        jax.grad(TRANSFORMS[transform](op))(x)
+    partial = with_rules(
+        jnp.sin,
+        lambda x: (jnp.sin(x), jax.tree_util.Partial(lambda x, g: g * jnp.cos(x), x)),
+        lambda pull, g: (pull(g),),
+    )
+    np.testing.assert_allclose(jax.grad(TRANSFORMS[transform](partial))(x), jnp.cos(x), rtol=1e-6)
+
+
 def test_anything_may_be_closed_over():
     class Node:
         pass

@@ -64,6 +64,13 @@ def test_a_wrong_shape_for_an_array(told):
     )
 
 
+def test_zero_for_an_array_is_none(told):
+    message = told(lambda res, g: (nnx.State(right(res, g)[0]), 0.0))
+    assert message.endswith(
+        "float32[5,3], the shape of what it belongs to. A gradient of zero is None"
+    )
+
+
 @pytest.mark.smoke
 def test_a_missing_parameter(told):
     message = told(lambda res, g: (nnx.State({"kernel": right(res, g)[0]["kernel"]}), None))
