@@ -78,8 +78,8 @@ def check_residuals(name: str, static: Sequence[Any], is_lost: Callable[[Any], b
             kind = type(value).__name__
             raise TypeError(
                 f"the residuals of `{name}` hold a {kind} that holds an array of the forward, "
-                f"which is no longer known when the backward runs: to JAX a {kind} is static. "
-                "Keep the array itself in the residuals; of a function, a jax.tree_util.Partial"
+                f"which is no longer known when the backward runs: to JAX a {kind} is static. Keep "
+                "the array itself in the residuals; of a function, a jax.tree_util.Partial"
             )
 
 
