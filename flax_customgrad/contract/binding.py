@@ -184,11 +184,12 @@ class _Operation(_Primitive):
         return tangent(*args)
 
     def batch(self, axis_data: Any, arrays: Any, dims: Any) -> tuple[Any, Any]:
-        at_front = jax.tree.map(lambda _: 0, self.out_aval)
-        if self.with_leading_axis is not None:
+        if self.with_leading_axis is not None and axis_data.name is compat.NO_AXIS_NAME:
             out = self.with_leading_axis(arrays, dims)
             if out is not None:
-                return out, at_front
+                # A count, say, is the same for all examples.
+                has_axis = jax.tree.map(lambda a, aval: a.ndim > aval.ndim, out, self.out_aval)
+                return out, jax.tree.map(lambda has: 0 if has else None, has_axis)
         vmap, dims = _vmap_of(axis_data), tuple(dims)
         rules = self.rules._replace(
             primal=vmap(self.rules.primal, dims, 0),
@@ -197,7 +198,7 @@ class _Operation(_Primitive):
         )
         types = tuple(map(jax.typeof, arrays))
         operation = _Operation(rules, types, _stacked(vmap, self.out_aval), None)
-        return operation(*arrays), at_front
+        return operation(*arrays), jax.tree.map(lambda _: 0, self.out_aval)
 
     def _cotangents(self, kept: Any, g: Any, nonzeros: Any) -> tuple[Any, ...]:
         """The cotangents of all arrays, with zeros where the backward returned None."""

@@ -12,7 +12,6 @@ from flax_customgrad.layers.conv.conv_arguments import (
     parameters_with_mask_applied,
     per_axis,
     resolve_padding,
-    with_one_batch_axis,
 )
 from flax_customgrad.layers.conv.convolution import ConvConfig, convolution
 from flax_customgrad.layers.conv.geometry import Geometry
@@ -69,8 +68,7 @@ class Conv(nnx.Conv):
             return super().__call__(inputs, **given(out_sharding=out_sharding))
         check_conv_inputs(self, images, self.in_features)
         params, config = parameters_with_mask_applied(self), self._config(images, out_sharding)
-        rank = len(self.kernel_size)
-        return with_one_batch_axis(lambda x: convolution(params, x, config), images, rank)
+        return convolution(params, images, config)
 
     def _config(self, inputs: jax.Array, out_sharding: Any) -> ConvConfig:
         groups, window = self.feature_group_count, tuple(self.kernel_size)

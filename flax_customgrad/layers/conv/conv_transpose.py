@@ -15,7 +15,6 @@ from flax_customgrad.layers.conv.conv_arguments import (
     padding_pairs,
     parameters_with_mask_applied,
     per_axis,
-    with_one_batch_axis,
 )
 from flax_customgrad.layers.conv.convolution import ConvConfig, convolution
 from flax_customgrad.layers.conv.geometry import BoundaryPadding, Geometry, dilated_size
@@ -62,8 +61,7 @@ class ConvTranspose(nnx.ConvTranspose):
             return super().__call__(inputs)
         check_conv_inputs(self, images, self.in_features)
         params, config = parameters_with_mask_applied(self), self._config(images)
-        rank = len(self.kernel_size)
-        return with_one_batch_axis(lambda x: convolution(params, x, config), images, rank)
+        return convolution(params, images, config)
 
     def _config(self, inputs: jax.Array) -> ConvConfig:
         window = tuple(self.kernel_size)

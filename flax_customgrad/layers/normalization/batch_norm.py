@@ -44,7 +44,7 @@ class Residuals(NamedTuple):
     epsilon: float
 
 
-@custom_vjp
+@custom_vjp(leading_axes=True)
 def normalize_by(
     params: Parameters, x: jax.Array, axes: NormAxes, epsilon: float, dtype: Any
 ) -> jax.Array:
@@ -83,8 +83,7 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None
 
     x_hat = _x_hat(params, x, axes, epsilon)
     g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
-    sum_g = lax.reduce_sum(g, axes.reduced).reshape(F)
-    sum_gx = lax.reduce_sum(g * x_hat, axes.reduced).reshape(F)
+    sum_g, sum_gx = (axes.parameter_sum(a, params["mean"]).reshape(F) for a in (g, g * x_hat))
 
     rstd = _rstd(params, x, epsilon).reshape(F)
     rstd_scale = rstd * params["scale"].reshape(F) if "scale" in params else rstd

@@ -99,7 +99,7 @@ class Residuals(NamedTuple):
     config: NormConfig
 
 
-@custom_vjp
+@custom_vjp(leading_axes=True)
 def normalize(
     params: Parameters, x: jax.Array, mask: jax.Array | None, config: NormConfig
 ) -> tuple[jax.Array, Statistics]:
@@ -108,7 +108,8 @@ def normalize(
     Args:
         params: `scale` and `bias`, float, of as many elements as the feature axes have; or without.
         x: input of any shape, float.
-        mask: bool, broadcastable to x: where statistics are taken; or None.
+        mask: bool, of as many axes as x and broadcastable to it: where statistics are taken; or
+            None.
         config: axes, dtype and the rest.
 
     Returns:
@@ -301,7 +302,10 @@ class Norm:
             ),
             self.residual,
         )
-        return normalize(params, x, None if mask is None else jnp.asarray(mask, bool), config)
+        if mask is not None:
+            mask = jnp.asarray(mask, bool)
+            mask = jnp.expand_dims(mask, range(x.ndim - mask.ndim))
+        return normalize(params, x, mask, config)
 
     def _check_scale(self) -> None:
         """Refuses a scale of 0 while it can be seen; a traced one is checked when it runs."""
