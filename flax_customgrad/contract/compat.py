@@ -103,6 +103,11 @@ def is_forward_mode_error(error: BaseException) -> bool:
     return "forward-mode" in str(error)
 
 
+def refuses_forward_mode(jaxpr: Any) -> bool:
+    """Whether a trace holds the tangent of a custom VJP, which JAX refuses when it compiles it."""
+    return "custom_lin" in str(jaxpr)
+
+
 def is_unbatched_write_error(error: BaseException) -> bool:
     """Whether JAX refuses the write of a batch into a `jax.Ref` that has no batch axis."""
     return "on an unbatched array reference" in str(error)
