@@ -224,11 +224,9 @@ def _rows(
         names = [problem.names[i] for i in problem.differentiable]
     elif isinstance(names, str):
         names = [names] * len(expected)
-    for label, *pair in zip(names, got, expected, strict=True):
-        row = _row(
-            Row(check, comparison.case, label), comparison, *map(_as_float64, pair), tolerance
-        )
-        rows.append(row)
+    for label, g, e in zip(names, got, expected, strict=True):
+        row = Row(check, comparison.case, label)
+        rows.append(_row(row, comparison, _as_float64(g), _as_float64(e), tolerance))
     return rows
 
 
