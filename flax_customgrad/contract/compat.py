@@ -149,6 +149,11 @@ def is_forward_mode_error(error: BaseException) -> bool:
     return "forward-mode" in str(error)
 
 
+def refuses_forward_mode(jaxpr: Any) -> bool:
+    """Whether a trace holds the tangent of a custom VJP, which JAX refuses when it compiles it."""
+    return "custom_lin" in str(jaxpr)
+
+
 def is_concrete_value_error(error: BaseException) -> bool:
     """Whether a value was needed that JAX knows only when the compiled function runs."""
     kinds = (
