@@ -108,7 +108,7 @@ class QuantLayer:
         self.gradient = nnx.data(None) if gradient is None else gradient
         self.residuals = residuals
         if self.weight is not None:
-            self.weight.observe(self.to_quantize())
+            self.weight.observe_weights(self.to_quantize())
 
     def to_quantize(self) -> jax.Array:
         """The array that the quantizer of the weights quantizes: the kernel, times its mask."""

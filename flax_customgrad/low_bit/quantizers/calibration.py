@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.broadcasting import broadcasts
 from flax_customgrad.numerics.scaling import magnitude
 
 Axis = int | Sequence[int] | Literal["token"] | None
@@ -72,6 +73,22 @@ class Granularity:
     def shared(self, parameter: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         """One parameter for each group, without the axis that `grouped` inserted for blocks."""
         return parameter if self.block is None else lax.squeeze(parameter, axes)
+
+    @property
+    def is_per_example(self) -> bool:
+        """Whether each example, token or block of an activation has a range of its own.
+
+        Such a range belongs to its array: there is none to record for arrays to come.
+        """
+        return self.axis == "token" or self.block is not None or 0 in (self.axis or ())
+
+    def fits(self, shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+        """Whether parameters of one shape, one for each range, fit an array of another."""
+        if self.block is None or not shape:
+            return broadcasts(shape, to)
+        assert isinstance(self.axis, tuple)
+        axis = self.axis[0] % len(to)
+        return shape == (*to[:axis], -(-to[axis] // self.block), *to[axis + 1 :])
 
     def spread(self, parameter: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """One parameter for each range, repeated so that it broadcasts to an array of a shape."""

@@ -44,8 +44,19 @@ class Quantizer(nnx.Module):
         """
 
     def observe(self, x: jax.Array) -> None:
-        """Sets what the quantizer learns or records from an array; not for traced arrays.
+        """Sets what the quantizer learns or records from an array.
 
         Args:
             x: array of any shape, float, like those to come.
         """
+
+    def observe_weights(self, w: jax.Array) -> None:
+        """Sets what the quantizer takes from the weights of the layer that gets it.
+
+        Args:
+            w: array of any shape, float.
+        """
+        self.observe(w)
+
+    def forget(self) -> None:
+        """Empties what was recorded, so that the next array that is observed is the first."""
