@@ -90,6 +90,24 @@ class Granularity:
         axis = self.axis[0] % len(to)
         return shape == (*to[:axis], -(-to[axis] // self.block), *to[axis + 1 :])
 
+    def for_any_rank(self, parameter: jax.Array) -> jax.Array:
+        """A parameter without the axes in front of those that are counted from the end.
+
+        It then fits arrays of any rank.
+        """
+        own = self.axis if isinstance(self.axis, tuple) and self.block is None else ()
+        return parameter.reshape(parameter.shape[min(own) :]) if max(own, default=0) < 0 else parameter
+
+    def stack_axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The axes of a stack in front of a parameter, which is empty where it is not set yet."""
+        if self.axis is None:
+            return shape
+        own = self.axis if isinstance(self.axis, tuple) else ()
+        if 0 in shape:
+            return shape[:-1]
+        # Axes that are counted from the front do not say how many axes there are.
+        return shape[: min(own)] if max(own, default=0) < 0 else ()
+
     def spread(self, parameter: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """One parameter for each range, repeated so that it broadcasts to an array of a shape."""
         if self.block is None or not parameter.ndim:

@@ -125,6 +125,11 @@ class EWGS(Quantizer):
             nnx.Param(jnp.full((), value)) for value in (low, high, scale)
         )
 
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """The sizes of the axes along which `nnx.vmap` has stacked quantizers; () for one."""
+        return self.low.shape
+
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes an array; returns the values and their codes.
 

@@ -198,6 +198,11 @@ class FakeQuant(Quantizer):
         largest = 2 ** (self.bits - 1) - 1
         return -largest, largest
 
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """The sizes of the axes along which `nnx.vmap` has stacked quantizers; () for one."""
+        return () if self.low is None else self.granularity.stack_axes(self.low.shape)
+
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes an array; returns the values and their codes.
 
@@ -301,11 +306,7 @@ class FakeQuant(Quantizer):
     def _measured(self, x: jax.Array) -> Range:
         percentile = self.percentile if self._is_percentile else None
         found = measured_range(x, self.granularity, self.symmetric, percentile)
-        own = self.granularity.axis
-        if self.granularity.block is not None or not isinstance(own, tuple) or max(own, default=0) >= 0:
-            return found
-        # Axes counted from the end need none before them: a recorded range fits arrays of any rank.
-        return jax.tree.map(lambda a: a.reshape(a.shape[min(own) :]), found)
+        return jax.tree.map(self.granularity.for_any_rank, found)
 
     def _used_range(self, x: jax.Array) -> Range:
         if self._is_averaged and not self.use_running_average:

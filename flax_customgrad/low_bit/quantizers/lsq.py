@@ -155,6 +155,11 @@ class LSQ(Quantizer):
         """The smallest and the largest integer."""
         return integer_range(self.bits, self.signed)
 
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """The sizes of the axes along which `nnx.vmap` has stacked quantizers; () for one."""
+        return self.granularity.stack_axes(self.scale.shape)
+
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes an array; returns the values and their codes.
 
@@ -217,6 +222,6 @@ def set_learned_parameter(quantizer: LSQ, name: str, value: jax.Array) -> None:
         name: the name of the parameter.
         value: float array, with size 1 along the axes that share a value, as from `calibration`.
     """
-    value = value.reshape(()) if quantizer.granularity.axis is None else value
-    parameter = getattr(quantizer, name)
+    granularity, parameter = quantizer.granularity, getattr(quantizer, name)
+    value = value.reshape(()) if granularity.axis is None else granularity.for_any_rank(value)
     parameter.set_value(value.astype(parameter.dtype))

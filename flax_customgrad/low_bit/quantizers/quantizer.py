@@ -58,5 +58,10 @@ class Quantizer(nnx.Module):
         """
         self.observe(w)
 
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """The sizes of the axes along which `nnx.vmap` has stacked quantizers; () for one."""
+        return ()
+
     def forget(self) -> None:
         """Empties what was recorded, so that the next array that is observed is the first."""

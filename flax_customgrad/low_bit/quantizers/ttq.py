@@ -95,6 +95,11 @@ class TTQ(Quantizer):
         self.positive = nnx.Param(jnp.ones(()))
         self.negative = nnx.Param(jnp.ones(()))
 
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """The sizes of the axes along which `nnx.vmap` has stacked quantizers; () for one."""
+        return self.positive.shape
+
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes weights; returns the values and their codes.
 
