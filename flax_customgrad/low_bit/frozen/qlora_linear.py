@@ -252,9 +252,9 @@ class QLoRALinear(NF4Linear):
         """
         return super().from_layer(layer, lora_rank=lora_rank, rngs=rngs, **kwargs)
 
-    def to_layer(self) -> Linear:
+    def _to_one(self) -> Linear:
         """A `Linear` with both kernels in one, the dequantized W and (alpha / rank) A B."""
-        layer, low_rank = super().to_layer(), self._factor * self.lora_a[...] @ self.lora_b[...]
+        layer, low_rank = super()._to_one(), self._factor * self.lora_a[...] @ self.lora_b[...]
         layer.kernel.set_value(layer.kernel[...] + low_rank.astype(layer.kernel.dtype))
         return layer
 

@@ -8,6 +8,7 @@ from flax import nnx
 
 from flax_customgrad.layers.drop_in import Parameters, parameters
 from flax_customgrad.layers.replaced_matmul import adopt, checked, refuse_injected
+from flax_customgrad.layers.stacked import repeated, stack, stack_axes, unstack
 from flax_customgrad.low_bit.quant_layers.packed_kernel import PackedKernel
 from flax_customgrad.low_bit.quant_layers.quantized_product import (
     LinearOp,
@@ -103,12 +104,20 @@ class QuantLayer:
             raise TypeError(f"{name}: gradient={gradient!r} must be a layer to call, or None")
         if residuals not in ("quantized", "original"):
             raise ValueError(f'{name}: residuals={residuals!r} must be "quantized" or "original"')
-        self.weight = nnx.data(given["weight"])
-        self.activation = nnx.data(given["activation"])
-        self.gradient = nnx.data(None) if gradient is None else gradient
+        axes = stack_axes(self)
+        of_each = {
+            name: repeated(module, axes) if isinstance(module, nnx.Module) else module
+            for name, module in {**given, "gradient": gradient}.items()
+        }
+        if of_each["weight"] is not None:
+            quantizers, weights = unstack(of_each["weight"], axes), self.to_quantize()
+            for index, quantizer in quantizers.items():
+                quantizer.observe_weights(weights[index])
+            of_each["weight"] = stack(quantizers, axes)
+        self.weight = nnx.data(of_each["weight"])
+        self.activation = nnx.data(of_each["activation"])
+        self.gradient = nnx.data(None) if gradient is None else of_each["gradient"]
         self.residuals = residuals
-        if self.weight is not None:
-            self.weight.observe_weights(self.to_quantize())
 
     def to_quantize(self) -> jax.Array:
         """The array that the quantizer of the weights quantizes: the kernel, times its mask."""
@@ -122,7 +131,12 @@ class QuantLayer:
         """
         if self.weight is None:
             return False
-        setattr(self, self._kernel, PackedKernel(self.to_quantize(), self.weight))
+        axes, weights, variable = stack_axes(self), self.to_quantize(), getattr(self, self._kernel)
+        packed = {
+            index: PackedKernel(weights[index], quantizer, variable)
+            for index, quantizer in unstack(self.weight, axes).items()
+        }
+        setattr(self, self._kernel, stack(packed, axes))
         self.weight = nnx.data(None)
         return True
 
@@ -135,7 +149,7 @@ class QuantLayer:
         packed = getattr(self, self._kernel)
         if not isinstance(packed, PackedKernel):
             return False
-        setattr(self, self._kernel, nnx.Param(packed[...]))
+        setattr(self, self._kernel, packed.to_variable())
         self.weight = packed.quantizer
         return True
 

@@ -55,6 +55,11 @@ class EWGSScheme(Scheme):
         """`a h`, or `a (2 h - 1)`, where `h = q / n`."""
         return self._integer(q) * (parameters[2] * (1 / self.high))
 
+    def latent(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """`l + (u - l) h`."""
+        l, u, _ = parameters
+        return l + _width(l, u) * (q * (1 / self.high))
+
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
         """`x` and the parameters."""
         return x, *parameters

@@ -42,6 +42,11 @@ class TTQScheme(Scheme):
         p, n, _ = parameters
         return jnp.where(q > 0, p, jnp.where(q < 0, -n, jnp.zeros_like(q)))
 
+    def latent(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """Weights beyond the threshold, whatever the sizes have become."""
+        d = parameters[2]
+        return q * jnp.where(d > 0, 2 * d, 1)
+
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
         """The integers, in two bits, and the sizes."""
         p, n, _ = parameters
