@@ -14,7 +14,7 @@ from flax import nnx
 
 from flax_customgrad.low_bit.quantizers.fake_quant import FakeQuant
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
-from flax_customgrad.model.convert import layers
+from flax_customgrad.model.convert import layers, set_mode
 from flax_customgrad.model.observer import Observer
 
 M = TypeVar("M")
@@ -64,8 +64,7 @@ def calibrate(model: M, batches: Iterable[Any], call: Callable[[M, Any], Any] | 
         )
     targets = _quantizers_to_calibrate(model)
     observed = nnx.clone(model, graph=True)
-    for _, module in layers(observed):
-        module.eval()
+    set_mode(observed, "eval")
     observer = Observer(_quantizers_to_calibrate(observed))
     called = False
     for batch in batches:

@@ -10,11 +10,12 @@ build a new layer instead; then every reference to the old layer is replaced.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from flax import nnx
 
 from flax_customgrad.contract.compat import set_class
+from flax_customgrad.low_bit.frozen.frozen_linear import FrozenLinear
 
 M = TypeVar("M")
 
@@ -134,6 +135,19 @@ def layers(model: Any) -> list[tuple[tuple[str, ...], nnx.Module]]:
     return found
 
 
+def set_mode(model: Any, mode: Literal["train", "eval"]) -> None:
+    """Calls `train` or `eval` of every Module of a model, also of those that override it.
+
+    Args:
+        model: a Module, or a tree of Modules.
+        mode: the name of the method.
+    """
+    # Layers may be shared, which a tree may not hold.
+    with nnx.set_graph_mode(True):
+        for _, module in layers(model):
+            getattr(module, mode)()
+
+
 def _drop_in_rules() -> list[Rule]:
     from flax_customgrad import catalogue  # loads the entries of every family, so only when used
 
@@ -162,10 +176,14 @@ def _apply_rules(model: Any, rules: Sequence[Rule], where: Where | None, must_ma
                     f"that matches wins. There are {_list_layers(layers(model))}"
                 )
     replaced = {}
+    frozen: dict[int, FrozenLinear] = {}
     for rule, layer in plan:
+        kernel = id(getattr(layer, "kernel", None))
         new = _convert_layer(rule, layer)
         if new is not layer:
             replaced[id(layer)] = new
+        if isinstance(new, FrozenLinear) and (first := frozen.setdefault(kernel, new)) is not new:
+            new.share(first)
     return _replace_references(model, replaced) if replaced else model
 
 

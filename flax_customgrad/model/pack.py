@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from flax_customgrad.low_bit.quant_layers.packed_kernel import Packable, PackedWeights
-from flax_customgrad.model.convert import layers
+from flax_customgrad.model.convert import layers, set_mode
 
 M = TypeVar("M")
 
@@ -42,7 +42,7 @@ def pack(model: M) -> M:
         True
     """
     packed = nnx.clone(model, graph=True)
-    _set_mode(packed, "eval")
+    set_mode(packed, "eval")
     shared: dict[int, PackedWeights] = {}
     changed = False
     for layer in _packable(packed):
@@ -86,14 +86,9 @@ def unpack(model: M) -> M:
             setattr(layer, name, shared.setdefault(id(codes), getattr(layer, name)))
     if not changed:
         raise ValueError("unpack: no layer of the model is packed")
-    _set_mode(unpacked, "train")
+    set_mode(unpacked, "train")
     return unpacked
 
 
 def _packable(model: Any) -> list[Packable]:
     return [layer for _, layer in layers(model) if isinstance(layer, Packable)]
-
-
-def _set_mode(model: Any, mode: str) -> None:
-    for _, module in layers(model):
-        getattr(module, mode)()

@@ -235,6 +235,19 @@ class FrozenLinear(nnx.Module):
             **{"rngs": nnx.Rngs(0), **kwargs},
         )
 
+    def share(self, other: "FrozenLinear") -> None:
+        """Holds the stored kernel of another layer, if it is equal: one Param was in both.
+
+        Args:
+            other: a layer that was made of a layer with the same Param.
+        """
+        mine, others = self._stored, other._stored
+        if type(self) is type(other) and self.form == other.form and all(
+            jnp.array_equal(mine[part], others[part]) for part in self.form.parts
+        ):
+            for part in self.form.parts:
+                setattr(self, part, getattr(other, part))
+
     def to_layer(self) -> Linear:
         """A `Linear` with the dequantized kernel, which computes the same."""
         layers = unstack(self, self.stack_axes)

@@ -55,7 +55,7 @@ class PackedWeights(nnx.Module):
     @property
     def saved_nbytes(self) -> int:
         """How many bytes it saves: those of its values, less those that it holds."""
-        held = sum(a.nbytes for a in jax.tree.leaves(nnx.state(self, Packed)))
+        held = sum(a.nbytes for a in jax.tree.leaves(nnx.state(self, Packed, graph=True)))
         weights = math.prod((*self.stack_axes, *self.shape))
         return weights * jnp.dtype(self.dtype).itemsize - held
 
