@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from flax_customgrad.contract.compat import is_outside_of_traces
 from flax_customgrad.low_bit.quantizers.fake_quant import FakeQuant
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.model.convert import layers, set_mode
@@ -44,7 +45,7 @@ def calibrate(model: M, batches: Iterable[Any], call: Callable[[M, Any], Any] | 
     Raises:
         TypeError: `batches` is an array, whose rows would be taken for batches.
         ValueError: the model has no activation quantizer to calibrate, or no quantizer was called,
-            or there is no batch.
+            or there is no batch; or it is called inside a transformation.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -61,6 +62,11 @@ def calibrate(model: M, batches: Iterable[Any], call: Callable[[M, Any], Any] | 
         raise TypeError(
             f"calibrate: batches is an array of shape {batches.shape}, and its rows would be taken "
             "for batches: write [array] for one batch, or list(array) for a batch from each row"
+        )
+    if not is_outside_of_traces():
+        raise ValueError(
+            "calibrate is called inside a transformation: call it outside. A model has the same "
+            "state before it is calibrated, so an abstract one needs none"
         )
     targets = _quantizers_to_calibrate(model)
     observed = nnx.clone(model, graph=True)

@@ -60,6 +60,8 @@ def test_a_quantizer_that_is_not_called_stays_dynamic():
 
 
 def test_what_cannot_be_calibrated_is_said():
+    with pytest.raises(ValueError, match="inside a transformation: call it outside"):
+        nnx.eval_shape(lambda: fcg.calibrate(_model(), BATCHES))
     with pytest.raises(ValueError, match="there was no batch"):
         fcg.calibrate(_model(), [])
     with pytest.raises(ValueError, match="used none of its quantizers"):
