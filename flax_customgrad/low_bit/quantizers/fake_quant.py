@@ -41,6 +41,7 @@ from flax_customgrad.numerics.dtypes import in_dtype, widened
 from flax_customgrad.numerics.noise_stream import fork_stream
 from flax_customgrad.numerics.packing import masked, pack_mask
 from flax_customgrad.numerics.scaling import quotient
+from flax_customgrad.numerics.sharding import AxisName
 
 Calibration = Literal["absmax", "percentile", "moving_average"]
 Rounding = Literal["nearest", "stochastic"]
@@ -52,7 +53,8 @@ class FakeQuantScheme(Scheme):
 
     Attributes:
         granularity: which elements share a range.
-        clips: whether an element may lie outside of it.
+        clips: whether an element may lie outside of it. Then the range's ends come after the
+            parameters, which `keep` needs and a code does not.
     """
 
     granularity: Granularity
@@ -73,17 +75,20 @@ class FakeQuantScheme(Scheme):
         if not self.clips:
             return ()
         scale, zero = self._broadcast(x, parameters)
-        v = quotient(x, scale) + zero
-        # The ends are inside, whichever way the scale was rounded.
-        slack = 4 * jnp.finfo(v.dtype).eps * (self.high - self.low)
-        return (pack_mask((v >= self.low - slack) & (v <= self.high + slack)),)
+        least, largest = (self.granularity.spread(p, x.shape) for p in parameters[-2:])
+        # Rounding the zero point moves the values half a step at most, and the scale of an empty
+        # range is 1: the range holds what it was measured of, and what is not clipped.
+        least = jnp.minimum(least, (self.low - zero) * scale)
+        largest = jnp.maximum(largest, (self.high - zero) * scale)
+        return (pack_mask((x >= least) & (x <= largest)),)
 
     def cotangents(self, g: jax.Array, *inside: jax.Array) -> tuple[Any, ...]:
         """`g` where the range holds x, and 0 elsewhere."""
         return (masked(g, *inside) if inside else g,)
 
     def _broadcast(self, x: jax.Array, parameters: tuple[jax.Array, ...]) -> tuple[Any, Any]:
-        scale, *zero = (self.granularity.spread(p, x.shape) for p in parameters)
+        is_affine = self.low == 0
+        scale, *zero = (self.granularity.spread(p, x.shape) for p in parameters[: 1 + is_affine])
         return scale, zero[0] if zero else 0
 
 
@@ -109,6 +114,8 @@ class FakeQuant(Quantizer):
             `observe` has recorded. None means True, and False for a moving average.
         rounding: "nearest"; or "stochastic", at random to one of the two neighbours, such that the
             mean is exact, and to the nearest in eval mode (see `nnx.Module.eval`).
+        axis_name: the axis of a `shard_map`, `pmap` or `vmap` whose devices or examples hold parts
+            of one array, with one range for all parts; None where each array is whole.
         rng_collection: the stream of `rngs` to draw from.
         rngs: the streams; needed for stochastic rounding.
 
@@ -142,6 +149,7 @@ class FakeQuant(Quantizer):
         momentum: float = 0.99,
         dynamic: bool | None = None,
         rounding: Rounding = "nearest",
+        axis_name: AxisName = None,
         rng_collection: str = "noise",
         rngs: nnx.Rngs | None = None,
     ):
@@ -164,7 +172,7 @@ class FakeQuant(Quantizer):
             raise ValueError(f'FakeQuant: rounding={rounding!r} must be "nearest" or "stochastic"')
         self.bits = check_bits("FakeQuant", bits)
         self.symmetric = symmetric
-        self.granularity = granularity_of("FakeQuant", axis, block)
+        self.granularity = granularity_of("FakeQuant", axis, block, axis_name)
         self.calibration = calibration
         self.percentile = percentile
         self.momentum = momentum
@@ -202,16 +210,14 @@ class FakeQuant(Quantizer):
         x = jnp.asarray(x)
         low, high = self.integers
         found = lax.stop_gradient(self._used_range(x))
-        # Rounding a zero point can leave the ends of an affine range half a step outside, clipped
-        # by no more than rounding does: the gradient passes there.
-        scheme = FakeQuantScheme(
-            low, high, self.granularity, not self.dynamic or self._is_percentile
-        )
+        clips = not self.dynamic or self._is_percentile
+        scheme = FakeQuantScheme(low, high, self.granularity, clips)
         parameters = scale_of(found, low, high, self.symmetric)
-        nearest = to_codes(x, parameters, scheme)
+        ends = found if clips else ()
+        nearest = to_codes(x, (*parameters, *ends), scheme)._replace(parameters=parameters)
         if self.rngs is None or self.deterministic:
             return nearest
-        values, codes = scheme(self._dithered(x, parameters[0]), *parameters)
+        values, codes = scheme(self._dithered(x, parameters[0]), *parameters, *ends)
         values = with_derivative_of(in_dtype(values, x.dtype), nearest.values)
         return nearest._replace(values=values, codes=codes)
 
@@ -236,7 +242,7 @@ class FakeQuant(Quantizer):
         """
         if self.dynamic:
             return
-        own = self._measured(jnp.asarray(x))
+        own = self._measured(jnp.asarray(x), only_finite=True)
         if self.low is None or self.high is None:
             self.low, self.high = QuantStat(own.low), QuantStat(own.high)
             return
@@ -250,15 +256,17 @@ class FakeQuant(Quantizer):
         else:
             moved = old + (1 - self.momentum) * (new - old)
         moved = jnp.where(jnp.isnan(old), new, moved)
-        return jnp.where(jnp.isfinite(new), moved, old).astype(old.dtype)
+        return jnp.where(jnp.isnan(new), old, moved).astype(old.dtype)
 
     @property
     def _is_percentile(self) -> bool:
         return self.calibration == "percentile"
 
-    def _measured(self, x: jax.Array) -> Range:
+    def _measured(self, x: jax.Array, only_finite: bool = False) -> Range:
         percentile = self.percentile if self._is_percentile else None
-        return measured_range(x, self.granularity, self.symmetric, percentile)
+        return measured_range(
+            x, self.granularity, self.symmetric, percentile, only_finite=only_finite
+        )
 
     def _used_range(self, x: jax.Array) -> Range:
         if self.dynamic:
