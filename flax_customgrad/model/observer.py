@@ -12,6 +12,7 @@ After a call of the model, what has come in is observed, by each quantizer of a 
 """
 
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -80,6 +81,8 @@ class Observer:
         if isinstance(quantizer, FakeQuant):
             # All batches count alike, until there are as many as the average goes back.
             quantizer.momentum = min(quantizer.momentum, 1 - 1 / self._batches[key])
+            # What came from the devices is together here.
+            quantizer.granularity = replace(quantizer.granularity, axis_name=None)
         for array in _joined(arrays, quantizer):
             quantizer.observe(jnp.asarray(array))
 

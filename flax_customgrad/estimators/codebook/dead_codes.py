@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_customgrad.estimators.codebook.moving_average import MovingAverage, partition_specs
-from flax_customgrad.estimators.codebook.usage import AxisName
-from flax_customgrad.numerics.sharding import with_auto_axes
+from flax_customgrad.numerics.sharding import AxisName, with_auto_axes
 
 
 def replace_dead_codes(

@@ -20,7 +20,7 @@ from flax_customgrad.estimators.codebook.quantize_vectors import (
     quantize_vectors,
     remainder,
 )
-from flax_customgrad.estimators.codebook.usage import AxisName, Quantized, measure_usage
+from flax_customgrad.estimators.codebook.usage import Quantized, measure_usage
 from flax_customgrad.estimators.codebook.vector_quantizer import (
     Learning,
     VectorQuantizer,
@@ -28,6 +28,7 @@ from flax_customgrad.estimators.codebook.vector_quantizer import (
 )
 from flax_customgrad.numerics.argument_checks import check_size
 from flax_customgrad.numerics.dtypes import widened
+from flax_customgrad.numerics.sharding import AxisName
 
 
 class ResidualVQ(nnx.Module):

@@ -20,9 +20,10 @@ from flax_customgrad.estimators.codebook.dead_codes import replace_dead_codes
 from flax_customgrad.estimators.codebook.moving_average import MovingAverage, update_moving_average
 from flax_customgrad.estimators.codebook.nearest_code import nearest_code
 from flax_customgrad.estimators.codebook.quantize_vectors import GradientEstimator, quantize_vectors
-from flax_customgrad.estimators.codebook.usage import AxisName, Quantized, measure_usage
+from flax_customgrad.estimators.codebook.usage import Quantized, measure_usage
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import check_nonnegative, check_size, check_word
+from flax_customgrad.numerics.sharding import AxisName
 
 Learning = Literal["loss", "ema"]
 

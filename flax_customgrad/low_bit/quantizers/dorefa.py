@@ -25,6 +25,7 @@ from flax_customgrad.numerics.argument_checks import check_bits
 from flax_customgrad.numerics.hyperbolic import sech_squared
 from flax_customgrad.numerics.packing import masked, pack_mask
 from flax_customgrad.numerics.scaling import quotient
+from flax_customgrad.numerics.sharding import AxisName
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class DoReFaWeight(Quantizer):
 
     Args:
         bits: from 2 to 8; the values are odd multiples of 1 / (2^bits - 1).
+        axis_name: the axis of a `shard_map`, `pmap` or `vmap` over which weights are parts of one
+            array, with one M for all parts; None where each array is whole.
 
     Raises:
         ValueError: `bits` is not from 2 to 8.
@@ -95,8 +98,9 @@ class DoReFaWeight(Quantizer):
     Source: arXiv:1606.06160
     """
 
-    def __init__(self, bits: int = 8):
+    def __init__(self, bits: int = 8, *, axis_name: AxisName = None):
         self.bits = check_bits("DoReFaWeight", bits)
+        self.granularity = granularity_of("DoReFaWeight", None, axis_name=axis_name)
 
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes weights; returns the values and their codes.
@@ -105,7 +109,7 @@ class DoReFaWeight(Quantizer):
             x: array of any shape, float.
         """
         x = jnp.asarray(x)
-        M = jnp.tanh(measured_range(x, granularity_of("DoReFaWeight", None), True).high)
+        M = jnp.tanh(measured_range(x, self.granularity, symmetric=True).high)
         return to_codes(x, (jnp.where(M == 0, 1, M),), DoReFaWeightScheme(0, 2**self.bits - 1))
 
 

@@ -43,7 +43,7 @@ from flax_customgrad.numerics.dtypes import in_dtype, widened
 from flax_customgrad.numerics.noise_stream import fork_stream
 from flax_customgrad.numerics.packing import masked, pack_mask
 from flax_customgrad.numerics.scaling import quotient
-from flax_customgrad.numerics.sharding import varying_like
+from flax_customgrad.numerics.sharding import AxisName, varying_like
 
 Calibration = Literal["absmax", "percentile", "moving_average"]
 Rounding = Literal["nearest", "stochastic"]
@@ -55,7 +55,8 @@ class FakeQuantScheme(Scheme):
 
     Attributes:
         granularity: which elements share a range.
-        clips: whether an element may lie outside of it.
+        clips: whether an element may lie outside of it. Then the range's ends come after the
+            parameters, which `keep` needs and a code does not.
     """
 
     granularity: Granularity
@@ -76,17 +77,20 @@ class FakeQuantScheme(Scheme):
         if not self.clips:
             return ()
         scale, zero = self._broadcast(x, parameters)
-        v = quotient(x, scale) + zero
-        # The ends are inside, whichever way the scale was rounded.
-        slack = 4 * jnp.finfo(v.dtype).eps * (self.high - self.low)
-        return (pack_mask((v >= self.low - slack) & (v <= self.high + slack)),)
+        least, largest = (self.granularity.spread(p, x.shape) for p in parameters[-2:])
+        # Rounding the zero point moves the values half a step at most, and the scale of an empty
+        # range is 1: the range holds what it was measured of, and what is not clipped.
+        least = jnp.minimum(least, (self.low - zero) * scale)
+        largest = jnp.maximum(largest, (self.high - zero) * scale)
+        return (pack_mask((x >= least) & (x <= largest)),)
 
     def cotangents(self, g: jax.Array, *inside: jax.Array) -> tuple[Any, ...]:
         """`g` where the range holds x, and 0 elsewhere."""
         return (masked(g, *inside) if inside else g,)
 
     def _broadcast(self, x: jax.Array, parameters: tuple[jax.Array, ...]) -> tuple[Any, Any]:
-        scale, *zero = (self.granularity.spread(p, x.shape) for p in parameters)
+        is_affine = self.low == 0
+        scale, *zero = (self.granularity.spread(p, x.shape) for p in parameters[: 1 + is_affine])
         return scale, zero[0] if zero else 0
 
 
@@ -115,6 +119,8 @@ class FakeQuant(Quantizer):
             have ranges of their own, None means True.
         rounding: "nearest"; or "stochastic", at random to one of the two neighbours, such that the
             mean is exact, and to the nearest in eval mode (see `nnx.Module.eval`).
+        axis_name: the axis of a `shard_map`, `pmap` or `vmap` whose devices or examples hold parts
+            of one array, with one range for all parts; None where each array is whole.
         rng_collection: the stream of `rngs` to draw from.
         rngs: the streams; needed for stochastic rounding.
 
@@ -148,6 +154,7 @@ class FakeQuant(Quantizer):
         momentum: float = 0.99,
         dynamic: bool | None = None,
         rounding: Rounding = "nearest",
+        axis_name: AxisName = None,
         rng_collection: str = "noise",
         rngs: nnx.Rngs | None = None,
     ):
@@ -170,7 +177,7 @@ class FakeQuant(Quantizer):
             raise ValueError(f'FakeQuant: rounding={rounding!r} must be "nearest" or "stochastic"')
         self.bits = check_bits("FakeQuant", bits)
         self.symmetric = symmetric
-        self.granularity = granularity_of("FakeQuant", axis, block)
+        self.granularity = granularity_of("FakeQuant", axis, block, axis_name)
         self.calibration = calibration
         self.percentile = percentile
         self.momentum = momentum
@@ -218,15 +225,14 @@ class FakeQuant(Quantizer):
         x = jnp.asarray(x)
         low, high = self.integers
         found = self._used_range(lax.stop_gradient(x))
-        # Rounding a zero point can leave the ends of an affine range half a step outside, clipped
-        # by no more than rounding does: the gradient passes there.
         clips = self.dynamic is False or self._is_percentile
         scheme = FakeQuantScheme(low, high, self.granularity, clips)
         parameters = scale_of(found, low, high, self.symmetric)
-        nearest = to_codes(x, parameters, scheme)
+        ends = found if clips else ()
+        nearest = to_codes(x, (*parameters, *ends), scheme)._replace(parameters=parameters)
         if self.rngs is None or self.deterministic:
             return nearest
-        values, codes = scheme(self._dithered(x, parameters[0]), *parameters)
+        values, codes = scheme(self._dithered(x, parameters[0]), *parameters, *ends)
         values = with_derivative_of(in_dtype(values, x.dtype), nearest.values)
         return nearest._replace(values=values, codes=codes)
 
@@ -254,7 +260,7 @@ class FakeQuant(Quantizer):
         """
         if self.low is None or self.high is None or self.dynamic is not False:
             return
-        new = self._measured(jnp.asarray(x))
+        new = self._measured(jnp.asarray(x), only_finite=True)
         old = self._recorded or jax.tree.map(jnp.full_like, new, Range(jnp.inf, -jnp.inf))  # type: ignore[arg-type]
         if old.low.shape != new.low.shape:
             raise ValueError(
@@ -266,9 +272,8 @@ class FakeQuant(Quantizer):
         else:
             start = jax.tree.map(lambda a, b: jnp.where(old.low > old.high, b, a), old, new)
             moved = jax.tree.map(lambda a, b: a + (1 - self.momentum) * (b - a), start, new)
-        finite = jnp.isfinite(new.low) & jnp.isfinite(new.high)
         for end, a, b in ((self.low, old.low, moved.low), (self.high, old.high, moved.high)):
-            value = jnp.where(finite, b, a)
+            value = jnp.where(jnp.isnan(new.high), a, b)
             # A moving average is carried through loops, where its dtype may not change.
             end.set_value(value.astype(end.dtype) if self._is_averaged else value)
 
@@ -303,9 +308,11 @@ class FakeQuant(Quantizer):
             return None
         return lax.stop_gradient(Range(self.low[...], self.high[...]))
 
-    def _measured(self, x: jax.Array) -> Range:
+    def _measured(self, x: jax.Array, only_finite: bool = False) -> Range:
         percentile = self.percentile if self._is_percentile else None
-        found = measured_range(x, self.granularity, self.symmetric, percentile)
+        found = measured_range(
+            x, self.granularity, self.symmetric, percentile, only_finite=only_finite
+        )
         return jax.tree.map(self.granularity.for_any_rank, found)
 
     def _used_range(self, x: jax.Array) -> Range:
@@ -332,5 +339,9 @@ class FakeQuant(Quantizer):
             dtype = jnp.result_type(recorded.low, accumulator(x))
             return jax.tree.map(lambda a: varying_like(a.astype(dtype), x), found)
 
+        if self.granularity.axis_name is not None:
+            # Devices measure together, or not at all.
+            own = self._measured(x)
+            return jax.tree.map(lambda a, b: jnp.where(empty, a, b), own, recorded)
         # Not a choice of values: x is measured only where that is used.
         return lax.cond(empty, lambda: alike(self._measured(x)), lambda: alike(recorded))

@@ -33,6 +33,7 @@ from flax_customgrad.low_bit.quantizers.calibration import (
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import check_bits
 from flax_customgrad.numerics.noise_stream import fork_stream
+from flax_customgrad.numerics.sharding import AxisName
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ class GradientQuant(nnx.Module):
         stochastic: whether to round at random, such that the mean is exact, or to the nearest.
         axis: the axes along which each index has a range of its own, such as 0 for examples;
             "token" for each vector along the last axis; None for one range.
+        axis_name: the axis of a `shard_map`, `pmap` or `vmap` over which gradients are parts of one
+            array, with one range for all parts; None where each array is whole.
         rng_collection: the stream of `rngs` to draw from.
         rngs: the streams; needed for stochastic rounding.
 
@@ -139,11 +142,12 @@ class GradientQuant(nnx.Module):
         *,
         stochastic: bool = True,
         axis: Axis = None,
+        axis_name: AxisName = None,
         rng_collection: str = "noise",
         rngs: nnx.Rngs | None = None,
     ):
         self.bits = check_bits("GradientQuant", bits)
-        self.granularity = granularity_of("GradientQuant", axis)
+        self.granularity = granularity_of("GradientQuant", axis, axis_name=axis_name)
         self.rngs = nnx.data(None)
         if stochastic:
             self.rngs = fork_stream("GradientQuant: stochastic=True", rng_collection, rngs)
@@ -169,6 +173,8 @@ class DoReFaGradient(nnx.Module):
         bits: from 1 to 8; values are odd multiples of M / (2^bits - 1).
         axis: the axes along which each index has a range of its own: 0, each example, as in the
             paper; None for one range.
+        axis_name: the axis of a `shard_map`, `pmap` or `vmap` over which gradients are parts of one
+            array, with one range for all parts; None where each array is whole.
         rng_collection: the stream of `rngs` to draw from.
         rngs: the streams.
 
@@ -189,10 +195,16 @@ class DoReFaGradient(nnx.Module):
     """
 
     def __init__(
-        self, bits: int = 8, *, axis: Axis = 0, rng_collection: str = "noise", rngs: nnx.Rngs
+        self,
+        bits: int = 8,
+        *,
+        axis: Axis = 0,
+        axis_name: AxisName = None,
+        rng_collection: str = "noise",
+        rngs: nnx.Rngs,
     ):
         self.bits = check_bits("DoReFaGradient", bits, least=1)
-        self.granularity = granularity_of("DoReFaGradient", axis)
+        self.granularity = granularity_of("DoReFaGradient", axis, axis_name=axis_name)
         self.rngs = fork_stream("DoReFaGradient", rng_collection, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -125,6 +125,9 @@ class LSQPlus(LSQ):
         low, high = self.integers
         # Halves, whose difference does not overflow.
         scale = (largest / 2 - least / 2) * (2 / (high - low))
-        scale = jnp.where(scale > 0, scale, 1)
-        set_learned_parameter(self, "scale", scale)
-        set_learned_parameter(self, "offset", jnp.where(largest >= least, least, 0) - low * scale)
+        least = jnp.where(largest >= least, least, 0)
+        # The range of a constant is empty. It becomes the offset, and the range as wide as it is.
+        of_constant = jnp.where(least == 0, 1, jnp.abs(least) * (1 / (high - low)))
+        offset = jnp.where(scale > 0, least - low * scale, least)
+        set_learned_parameter(self, "scale", jnp.where(scale > 0, scale, of_constant))
+        set_learned_parameter(self, "offset", offset)

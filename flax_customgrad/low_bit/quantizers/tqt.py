@@ -33,8 +33,9 @@ class TQTScheme(LSQScheme):
     def scale(self, p: jax.Array) -> jax.Array:
         """`2^ceil(l) / (high + 1)`, from the parameter p, which is l."""
         limits = jnp.finfo(p.dtype)
+        most = limits.maxexp - max(-self.low, self.high).bit_length()
         exponent = jnp.ceil(p) - math.log2(self.high + 1)
-        exponent = jnp.clip(exponent, limits.minexp, limits.maxexp - 9).astype(jnp.int32)
+        exponent = jnp.clip(exponent, limits.minexp, most).astype(jnp.int32)
         power = jnp.ldexp(jnp.ones_like(p), exponent)
         return jnp.where(jnp.isnan(p), p, power)
 
@@ -98,5 +99,7 @@ class TQT(Quantizer):
         """
         size = jnp.abs(lax.stop_gradient(x).astype(accumulator(x)))
         largest = jnp.max(size, initial=0, where=jnp.isfinite(size))
-        threshold = jnp.log2(jnp.where(largest > 0, largest, 1))
-        self.log2_t[...] = threshold.astype(self.log2_t.dtype)
+        mantissa, exponent = jnp.frexp(jnp.where(largest > 0, largest, 1))
+        # A logarithm that is rounded up to just above an integer would double the scale.
+        log2_t = exponent + jnp.where(mantissa == 0.5, -1, jnp.minimum(jnp.log2(mantissa), 0))
+        self.log2_t[...] = log2_t.astype(self.log2_t.dtype)

@@ -27,6 +27,7 @@ from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Scheme
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.packing import is_packable, pack_bits, unpack_bits
+from flax_customgrad.numerics.sharding import AxisName
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class TTQ(Quantizer):
 
     Args:
         threshold: t, from 0 to below 1: weights up to t max |w| become 0.
+        axis_name: the axis of a `shard_map`, `pmap` or `vmap` over which weights are parts of one
+            array, with one threshold for all parts; None where each array is whole.
 
     Raises:
         ValueError: `threshold` is not in [0, 1).
@@ -93,10 +96,11 @@ class TTQ(Quantizer):
     Source: arXiv:1612.01064
     """
 
-    def __init__(self, threshold: float = 0.05):
+    def __init__(self, threshold: float = 0.05, *, axis_name: AxisName = None):
         if not 0 <= threshold < 1:
             raise ValueError(f"TTQ: threshold={threshold!r} must be in [0, 1)")
         self.threshold = threshold
+        self.granularity = granularity_of("TTQ", None, axis_name=axis_name)
         self.positive = nnx.Param(jnp.ones(()))
         self.negative = nnx.Param(jnp.ones(()))
 
@@ -124,10 +128,8 @@ class TTQ(Quantizer):
         wide = lax.stop_gradient(x).astype(accumulator(x))
         threshold = self._threshold_of(x)
         for size, w in ((self.positive, wide), (self.negative, -wide)):
-            mean = mean_where(w, w > threshold, granularity_of("TTQ", None)).reshape(())
+            mean = mean_where(w, w > threshold, self.granularity).reshape(())
             size[...] = jnp.where(mean > 0, mean, 1).astype(size.dtype)
 
     def _threshold_of(self, x: jax.Array) -> jax.Array:
-        return self.threshold * measured_range(x, granularity_of("TTQ", None), True).high.reshape(
-            ()
-        )
+        return self.threshold * measured_range(x, self.granularity, symmetric=True).high

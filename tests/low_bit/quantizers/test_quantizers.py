@@ -1,10 +1,13 @@
 """Quantizers: codes at every tie and bound, gradients, learned sizes, and what is kept."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 import flax_customgrad as fcg
 from flax_customgrad.low_bit.quantizers.codes import decode_packed
@@ -150,6 +153,98 @@ def test_codes_decode_to_the_values_in_every_program():
         np.testing.assert_array_equal(decoded, values, err_msg=name)
         again = decode_packed(codes, parameters, eager.scheme, 8, x)
         np.testing.assert_array_equal(again, values, err_msg=name)
+
+
+KEEPING_CONSTANTS = [
+    fcg.FakeQuant(4, dynamic=False),
+    fcg.FakeQuant(4, dynamic=False, symmetric=False, axis=-1),
+    fcg.LSQPlus(4),
+    fcg.LSQPlus(2, signed=False, axis=-1),
+    fcg.EWGS(4),
+    fcg.EWGS(1),
+    fcg.BinaryWeight(),
+    fcg.TWN(),
+    fcg.AbsMean(),
+    fcg.TTQ(),
+]
+# The value of a constant is one of theirs but for a step.
+KEEPING_ZEROS = [
+    *(fcg.LSQ(4), fcg.LSQ(3, signed=False, axis=-1), fcg.PACT(4), fcg.TQT(4)),
+    *(fcg.EWGS(4, signed=False), fcg.DoReFaActivation(4)),
+]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, -0.7, 1e-30, 3e38])
+def test_zeros_and_constants_stay(value):
+    x = jnp.full((3, 5), value, jnp.float32)
+    quantizers = [*KEEPING_CONSTANTS, *(KEEPING_ZEROS if value == 0 else ())]
+    quantizers = [nnx.clone(quantizer) for quantizer in quantizers]
+    observe(quantizers, x)
+    found = jax.jit(lambda x: [quantizer(x) for quantizer in quantizers])(x)
+    for quantizer, y in zip(quantizers, found, strict=True):
+        if value == 3e38 and isinstance(quantizer, fcg.EWGS):
+            continue  # Twice that is not finite: it is half the largest number.
+        np.testing.assert_allclose(y, x, rtol=1e-6, err_msg=type(quantizer).__name__)
+
+
+@pytest.mark.parametrize("exponent", [-26, -15, -13, 0, 3, 100])
+def test_a_threshold_that_is_a_power_of_two_is_not_doubled(exponent):
+    quantizer = _observed(fcg.TQT(4), 2.0**exponent)
+    assert quantizer.log2_t[...] == exponent
+    assert quantizer.quantize(jnp.ones(())).parameters[0] == exponent
+
+
+SHARING = [
+    fcg.FakeQuant(4, axis_name="data"),
+    fcg.FakeQuant(4, axis=-1, symmetric=False, axis_name="data"),
+    fcg.FakeQuant(4, calibration="percentile", percentile=90, axis_name="data"),
+    fcg.FakeQuant(4, calibration="moving_average", axis_name="data"),
+    fcg.DoReFaWeight(4, axis_name="data"),
+    fcg.BinaryWeight(gradient="xnor", clip_value=None, axis_name="data"),
+    fcg.TWN(axis_name="data"),
+    fcg.AbsMean(axis=-1, axis_name="data"),
+    fcg.TTQ(0.3, axis_name="data"),
+    fcg.GradientQuant(4, stochastic=False, axis_name="data"),
+]
+
+
+@pytest.mark.parametrize("how", ["check_vma", "no check_vma", "vmap"])
+def test_parts_of_an_array_share_its_range(how):
+    x = jax.random.normal(jax.random.key(3), (8, 5))
+
+    def results(axis_name, quantizers, x):
+        def result(quantizer, x):
+            quantizer = nnx.clone(quantizer)
+            granularity = dataclasses.replace(quantizer.granularity, axis_name=axis_name)
+            quantizer.granularity = granularity
+            y, pull = jax.vjp(lambda x: nnx.clone(quantizer)(x), x)
+            quantizer(x)
+            return y, pull(x)[0], getattr(quantizer, "high", None)
+
+        return [result(quantizer, x) for quantizer in quantizers]
+
+    whole = jax.jit(lambda x: results(None, SHARING, x))(x)
+    if how == "vmap":
+        split = x.reshape(2, 4, 5)
+        parts = jax.jit(jax.vmap(lambda x: results("data", SHARING, x), axis_name="data"))(split)
+    else:
+        parts = jax.jit(
+            jax.shard_map(
+                lambda x: jax.tree.map(
+                    lambda a: a[None] if a.ndim < 2 else a, results("data", SHARING, x)
+                ),
+                mesh=jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",)),
+                in_specs=P("data"),
+                out_specs=P("data"),
+                check_vma=how == "check_vma",
+            )
+        )(x)
+    for quantizer, found, expected in zip(SHARING, parts, whole, strict=True):
+        for got, want in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+            got = got.reshape(-1, *want.shape) if want.ndim < 2 else got.reshape(want.shape)
+            np.testing.assert_allclose(
+                got, np.broadcast_to(want, got.shape), rtol=1e-6, err_msg=type(quantizer).__name__
+            )
 
 
 def test_extreme_values():
