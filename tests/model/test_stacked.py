@@ -47,8 +47,8 @@ RULES = {
     "Int8Linear": lambda layer: fcg.Int8Linear.from_layer(
         layer, backward="int8", stochastic_rounding=True, rngs=nnx.Rngs(0)
     ),
-    "NVFP4Linear": fcg.NVFP4Linear,
-    "NF4Linear": fcg.NF4Linear,
+    "NVFP4Linear": fcg.NVFP4Linear.from_layer,
+    "NF4Linear": fcg.NF4Linear.from_layer,
     "Int4Linear": lambda layer: fcg.Int4Linear.from_layer(layer, symmetric=False, train_bias=True),
     "QLoRALinear": lambda layer: fcg.QLoRALinear.from_layer(layer, lora_rank=2, rngs=nnx.Rngs(0)),
 }

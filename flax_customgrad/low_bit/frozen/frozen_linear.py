@@ -145,6 +145,7 @@ class FrozenLinear(nnx.Module):
 
     Attributes:
         bits: how many bits a code of the kernel has.
+        form: how the kernel is stored.
 
     Raises:
         ValueError: a weight is not finite; a `dot_general` or `promote_dtype` of the user's own.
@@ -162,6 +163,7 @@ class FrozenLinear(nnx.Module):
         kernel_metadata: Mapping[str, Any],
         bias_metadata: Mapping[str, Any],
     ):
+        self.form = form
         name, kernel = type(self).__name__, layer.kernel[...]
         refuse_injected(name, layer)
         if not is_traced(kernel) and not jnp.all(jnp.isfinite(kernel)):
@@ -183,11 +185,6 @@ class FrozenLinear(nnx.Module):
         self.param_dtype = layer.param_dtype
         self.precision = layer.precision
         self.preferred_element_type = layer.preferred_element_type
-
-    @property
-    def form(self) -> Form:
-        """How the kernel is stored."""
-        raise NotImplementedError
 
     @classmethod
     def from_layer(cls, layer: nnx.Linear, **kwargs: Any) -> Self:

@@ -48,6 +48,7 @@ class Int8Layer:
     Attributes:
         rounding: what is rounded, and with which scales.
         noise: the stream that stochastic rounding draws from, or None.
+        deterministic: whether it rounds to the nearest, and draws nothing, as in eval mode.
     """
 
     __slots__ = ()
@@ -57,6 +58,7 @@ class Int8Layer:
     dtype: Any
     rounding: Int8Rounding
     noise: nnx.RngStream | None
+    deterministic: bool
 
     @classmethod
     def from_layer(
@@ -141,6 +143,7 @@ class Int8Layer:
                 "none: write backward='int8' or backward='switchback'"
             )
         drawing = f"{name}: stochastic_rounding=True"
+        self.deterministic = False
         noise = fork_stream(drawing, rng_collection, rngs) if stochastic_rounding else None
         self.noise = None if noise is None else repeated(noise, stack_axes(self))
         self.rounding = Int8Rounding(backward, residuals, activation_scale, weight_scale)
@@ -180,7 +183,7 @@ class Int8Layer:
 
     def _key(self) -> jax.Array | None:
         """What a call rounds its cotangents with; None to round to the nearest."""
-        return None if self.noise is None else self.noise()
+        return None if self.noise is None or self.deterministic else self.noise()
 
     def _parameters(self) -> Parameters:
         """The parameters of the product."""

@@ -244,7 +244,7 @@ class NVFP4Linear(Linear):
             residuals=self.residuals,
         )
         matmul = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
-        key = None if self.rngs is None else self.rngs()
+        key = None if self.rngs is None or self.deterministic else self.rngs()
         return scaled_linear(params, x, key, config, matmul)
 
     def _set_rounding(
@@ -257,6 +257,7 @@ class NVFP4Linear(Linear):
     ) -> None:
         self.stochastic_rounding, self.hadamard = stochastic_rounding, hadamard
         self.residuals = residuals
+        self.deterministic = False
         self.rngs = nnx.data(None)
         if stochastic_rounding:
             drawing = "NVFP4Linear: stochastic_rounding=True"

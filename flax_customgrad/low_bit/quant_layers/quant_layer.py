@@ -1,11 +1,14 @@
 """`QuantLayer`: what the quantized layers share, their quantizers and the quantized product."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.layers.drop_in import Parameters, parameters
 from flax_customgrad.layers.replaced_matmul import adopt, checked, refuse_injected
 from flax_customgrad.layers.stacked import repeated, stack, stack_axes, unstack
@@ -74,6 +77,11 @@ class QuantLayer:
         quantized: Any = adopt(cls, layer, _of_nnx(cls))  # type: ignore[type-var]
         quantized._set_quantizers(weight, activation, gradient, residuals)
         return quantized
+
+    @classmethod
+    def has_default_quantizers(cls) -> bool:
+        """Whether a layer quantizes something without being handed a quantizer."""
+        return bool(cls._defaults)
 
     def _set_quantizers(
         self,
@@ -174,6 +182,7 @@ class QuantLayer:
         """
         kernel = params[self._kernel]
         quantized = [_quantized(self.weight, kernel), _quantized(self.activation, x)]
+        _warn_of_zeros(self, quantized[1], x)
         values = [a.values if isinstance(a, Codes) else a for a in quantized]
         kept = quantized if self.residuals == "quantized" else [kernel, x]
         params = nnx.State({**params, self._kernel: values[0]})
@@ -193,3 +202,16 @@ def _of_nnx(cls: type) -> type:
 
 def _quantized(quantizer: Quantizer | None, a: jax.Array) -> Codes | jax.Array:
     return a if quantizer is None else quantizer.quantize(a)
+
+
+def _warn_of_zeros(layer: Any, quantized: Codes | jax.Array, x: jax.Array) -> None:
+    """Says that a scale, learned or recorded, takes every input to zero; where values are known."""
+    if not isinstance(quantized, Codes) or is_traced(quantized.values) or is_traced(x):
+        return
+    if jnp.any(x) and not jnp.any(quantized.values):
+        warnings.warn(
+            f"{type(layer).__name__}: its {type(layer.activation).__name__} makes every input "
+            f"zero, whose largest magnitude is {jnp.max(jnp.abs(x)):.3g}: its scale was never set, "
+            "or for other inputs; call flax_customgrad.calibrate(model, batches)",
+            stacklevel=4,
+        )

@@ -54,8 +54,8 @@ class EWGSScheme(Scheme):
 
     def latent(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
         """`l + (u - l) h`."""
-        l, u, _ = parameters
-        return l + _width(l, u) * (q * (1 / self.high))
+        l, u, a = parameters
+        return l + _width(l, u, a) * (q * (1 / self.high))
 
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
         """`x` and the parameters."""

@@ -260,7 +260,8 @@ class FakeQuant(Quantizer):
         """
         if self.low is None or self.high is None or self.dynamic is not False:
             return
-        new = self._measured(jnp.asarray(x), only_finite=True)
+        found = self._measured(jnp.asarray(x), only_finite=True)
+        new = jax.tree.map(self.granularity.for_any_rank, found)
         old = self._recorded or jax.tree.map(jnp.full_like, new, Range(jnp.inf, -jnp.inf))  # type: ignore[arg-type]
         if old.low.shape != new.low.shape:
             raise ValueError(
@@ -310,10 +311,9 @@ class FakeQuant(Quantizer):
 
     def _measured(self, x: jax.Array, only_finite: bool = False) -> Range:
         percentile = self.percentile if self._is_percentile else None
-        found = measured_range(
+        return measured_range(
             x, self.granularity, self.symmetric, percentile, only_finite=only_finite
         )
-        return jax.tree.map(self.granularity.for_any_rank, found)
 
     def _used_range(self, x: jax.Array) -> Range:
         if self._is_averaged and not self.use_running_average:
@@ -337,6 +337,7 @@ class FakeQuant(Quantizer):
 
         def alike(found: Range) -> Range:
             dtype = jnp.result_type(recorded.low, accumulator(x))
+            found = jax.tree.map(self.granularity.for_any_rank, found)
             return jax.tree.map(lambda a: varying_like(a.astype(dtype), x), found)
 
         if self.granularity.axis_name is not None:
