@@ -293,10 +293,11 @@ def put(module: Any, path: tuple[Any, ...], state: BackwardState) -> None:
 
 
 def _stack(model: Any) -> None:
-    """Lets stacked layers have a state for each; inside of `nnx.vmap` they did not know how many."""
+    """Lets stacked layers have a state each; inside of `nnx.vmap` they did not know how many."""
     for _, node in list(nnx.iter_graph(model, graph=True)):
-        if isinstance(node, nnx.Module) and hasattr(node, "stack_backward_state"):
-            node.stack_backward_state()
+        stack = getattr(node, "stack_backward_state", None)
+        if stack is not None:
+            stack()
 
 
 def _is_attribute(module: Any, key: Any) -> bool:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-M = TypeVar("M", bound=nnx.Module)
+M = TypeVar("M", bound=nnx.Pytree)
 Index = tuple[int, ...]
 
 

@@ -97,7 +97,7 @@ def _quantizers_to_calibrate(model: Any) -> list[Quantizer]:
     """
     modules = [module for _, module in layers(model)]
     of_weights = {id(getattr(module, "weight", None)) for module in modules} | {
-        id(module.quantizer) for module in modules if hasattr(module, "quantizer")
+        id(getattr(module, "quantizer", None)) for module in modules
     }
     quantizers = [m for m in modules if isinstance(m, Quantizer) and id(m) not in of_weights]
     if not quantizers:

@@ -289,8 +289,8 @@ def _check_target(rule: Rule) -> None:
     if isinstance(to, type) and issubclass(to, QuantLayer) and not to.has_default_quantizers():
         raise TypeError(
             f"the rule {rule} has nothing to quantize with: write "
-            f"{{{_qualified_name(rule.layer)}: lambda layer: {_qualified_name(to)}.from_layer(layer, "
-            "weight=flax_customgrad.FakeQuant(8, axis=-1))}"
+            f"{{{_qualified_name(rule.layer)}: lambda layer: {_qualified_name(to)}.from_layer("
+            "layer, weight=flax_customgrad.FakeQuant(8, axis=-1))}"
         )
     if _has_own_conversion(rule):
         needed = _required_keywords(to.from_layer)  # type: ignore[union-attr]

@@ -50,8 +50,9 @@ class Observer:
                 quantizer.dynamic = False
             quantizer.forget()
             set_class(quantizer, watching[type(quantizer)])
-            quantizer._number = number
-            quantizer._place = nnx.data(_places(quantizer, axes))
+            watched: Any = quantizer
+            watched._number = number
+            watched._place = nnx.data(_places(quantizer, axes))
 
     @property
     def called(self) -> list[int]:
@@ -74,7 +75,9 @@ class Observer:
             if not _needs_all(self.quantizers[key[0]]):
                 self._arrays[key].clear()
 
-    def _observe_one(self, quantizer: Any, key: tuple[int, Index], arrays: list[np.ndarray]) -> None:
+    def _observe_one(
+        self, quantizer: Any, key: tuple[int, Index], arrays: list[np.ndarray]
+    ) -> None:
         self._batches[key] += 1
         if _needs_all(quantizer):
             quantizer.forget()
@@ -88,7 +91,7 @@ class Observer:
 
     def _plain(self, number: int) -> Quantizer:
         """A copy of a quantizer that is not watched."""
-        quantizer = nnx.clone(self.quantizers[number], graph=True)
+        quantizer: Any = nnx.clone(self.quantizers[number], graph=True)
         set_class(quantizer, self._classes[number])
         del quantizer._place, quantizer._number
         return quantizer
@@ -104,9 +107,12 @@ class Observer:
 
 
 def _watching(cls: type[Quantizer], note: Any) -> type[Quantizer]:
-    """A subclass that passes on what it is called with, and quantizes it as one that observed it."""
+    """A subclass that passes on what it gets, and quantizes it as one that observed it."""
 
     class Watching(cls):
+        _number: int
+        _place: nnx.Variable[jax.Array] | None
+
         def quantize(self, x: jax.Array) -> Codes:
             x = jnp.asarray(x)
             place = 0 if self._place is None else self._place[...]
@@ -120,7 +126,7 @@ def _watching(cls: type[Quantizer], note: Any) -> type[Quantizer]:
 
 
 def _places(quantizer: Quantizer, axes: Index) -> nnx.Variable[jax.Array] | None:
-    """The places of a stack, in a Variable that loops treat as they treat those of the quantizer."""
+    """The places of a stack, in a Variable that loops treat like those of the quantizer."""
     if not axes:
         return None
     own = next(v for v in vars(quantizer).values() if isinstance(v, nnx.Variable))
@@ -140,9 +146,9 @@ def _joined(arrays: list[np.ndarray], quantizer: Any) -> list[np.ndarray]:
         return [np.concatenate([array.ravel() for array in arrays])]
     # Channels are counted from the end where an example comes without its batch.
     if len({array.shape for array in arrays}) == 1:
-        return [np.stack(arrays)] if min(quantizer.granularity.axis) < 0 else [
-            np.concatenate(arrays)
-        ]
+        return (
+            [np.stack(arrays)] if min(quantizer.granularity.axis) < 0 else [np.concatenate(arrays)]
+        )
     return arrays
 
 

@@ -160,9 +160,7 @@ def test_a_percentile_and_an_average_are_those_of_all_batches():
 
 def test_ranges_of_examples_tokens_and_blocks_stay_dynamic():
     for kwargs in ({"axis": "token"}, {"axis": 0}, {"axis": -1, "block": 2}):
-        layer = fcg.QuantLinear(
-            4, 2, activation=fcg.FakeQuant(8, **kwargs), rngs=nnx.Rngs(0)
-        )
+        layer = fcg.QuantLinear(4, 2, activation=fcg.FakeQuant(8, **kwargs), rngs=nnx.Rngs(0))
         both = nnx.Dict(per_example=layer, model=_model())
         fcg.calibrate(both, BATCHES, lambda m, x: (m.per_example(x), m.model(x)))
         assert layer.activation.dynamic

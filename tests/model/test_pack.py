@@ -246,9 +246,7 @@ def _assert_packed_to_the_bit(packed):
 
 def test_in_half_precision_the_codes_stay():
     for make in (fcg.AbsMean, QUANTIZERS["percentile"], QUANTIZERS["affine"]):
-        layer = fcg.QuantLinear(
-            33, 17, weight=make(), param_dtype=jnp.bfloat16, rngs=nnx.Rngs(1)
-        )
+        layer = fcg.QuantLinear(33, 17, weight=make(), param_dtype=jnp.bfloat16, rngs=nnx.Rngs(1))
         packed = fcg.pack(layer)
         again = fcg.pack(fcg.unpack(packed))
         np.testing.assert_array_equal(again.kernel.codes[...], packed.kernel.codes[...])

@@ -91,8 +91,7 @@ def test_layers_of_a_stack_draw_noise_of_their_own():
 def test_each_layer_of_a_stack_has_a_history_of_its_own_in_fp8(made, graph):
     with nnx.set_graph_mode(graph):
         each = [
-            fcg.Fp8Linear.from_layer(layer, history=3)
-            for layer in unstack(_stack(), (3,)).values()
+            fcg.Fp8Linear.from_layer(layer, history=3) for layer in unstack(_stack(), (3,)).values()
         ]
         if made == "converted":
             stack = fcg.Fp8Linear.from_layer(_stack(), history=3)

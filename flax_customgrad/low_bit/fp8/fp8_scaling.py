@@ -134,7 +134,7 @@ class DelayedState(NamedTuple):
     place: jax.Array | None
 
     @property
-    def index(self) -> Any:
+    def own(self) -> Any:
         """What reads and writes the part of this layer."""
         return ... if self.place is None else self.place
 
@@ -158,10 +158,10 @@ def read_scales(delayed: DelayedState, margin: int) -> ScaleSnapshot:
         delayed: the state.
         margin: how many halvings of a range are left unused.
     """
-    taken, allowed = delayed.steps[delayed.index]
-    old = delayed.scale[delayed.index]
+    taken, allowed = delayed.steps[delayed.own]
+    old = delayed.scale[delayed.own]
     begins = (allowed < 0) | (taken < allowed)
-    amax = jnp.max(delayed.amax_history[delayed.index], axis=1)
+    amax = jnp.max(delayed.amax_history[delayed.own], axis=1)
     largest = np.array([largest_of(dtype) for dtype in _DTYPES], np.float32)
     new = scale_from_amax(amax, largest, old, margin)
     return ScaleSnapshot(jnp.where(begins, new, old), jnp.where(begins, taken, _NO_STEP))
@@ -175,8 +175,8 @@ def record_amax(delayed: DelayedState, snapshot: ScaleSnapshot, amax: jax.Array)
         snapshot: the scales that its forward read.
         amax: of x, of the kernel and of g, float of shape (3,).
     """
-    index = delayed.index
-    steps, scale, history = (s[index] for s in (delayed.steps, delayed.scale, delayed.amax_history))
+    own = delayed.own
+    steps, scale, history = (s[own] for s in (delayed.steps, delayed.scale, delayed.amax_history))
     dims = chex.Dimensions(T=history.shape[-1])
     chex.assert_shape(history, dims["3T"])
     chex.assert_shape([scale, snapshot.scales, amax], (3,))
@@ -185,9 +185,9 @@ def record_amax(delayed: DelayedState, snapshot: ScaleSnapshot, amax: jax.Array)
     first = snapshot.step == taken
     amax = jnp.minimum(amax, jnp.finfo(history.dtype).max).astype(history.dtype)
     moved = jnp.roll(history, -1, axis=1).at[:, 0].set(0)
-    delayed.amax_history[index] = jnp.where(first, moved, history).at[:, 0].max(amax)
-    delayed.scale[index] = jnp.where(first, snapshot.scales, scale)
-    delayed.steps[index] = jnp.stack([taken + first, allowed])
+    delayed.amax_history[own] = jnp.where(first, moved, history).at[:, 0].max(amax)
+    delayed.scale[own] = jnp.where(first, snapshot.scales, scale)
+    delayed.steps[own] = jnp.stack([taken + first, allowed])
 
 
 class StackPlace(nnx.Variable):

@@ -211,9 +211,13 @@ class FrozenLinear(nnx.Module):
         layers = unstack(layer, axes)
         frozen = for_each(lambda index: cls._of_one(layers[index], kwargs), axes)
         # Not by the constructor, which would shard anew what has its sharding.
-        for name, variable in (("codes", layer.kernel), ("bias", layer.bias)):
+        of: dict[str, tuple[str, Any]] = {
+            "codes": ("kernel_metadata", layer.kernel),
+            "bias": ("bias_metadata", layer.bias),
+        }
+        for name, (keyword, variable) in of.items():
             held = getattr(frozen, name)
-            if held is not None and f"{name}_metadata" not in kwargs:
+            if held is not None and keyword not in kwargs:
                 kind = type(held) if isinstance(held, Frozen) else type(variable)
                 value = held[...]
                 setattr(frozen, name, kind.from_metadata(value, variable.get_metadata()))
@@ -239,8 +243,10 @@ class FrozenLinear(nnx.Module):
             other: a layer that was made of a layer with the same Param.
         """
         mine, others = self._stored, other._stored
-        if type(self) is type(other) and self.form == other.form and all(
-            jnp.array_equal(mine[part], others[part]) for part in self.form.parts
+        if (
+            type(self) is type(other)
+            and self.form == other.form
+            and all(jnp.array_equal(mine[part], others[part]) for part in self.form.parts)
         ):
             for part in self.form.parts:
                 setattr(self, part, getattr(other, part))
@@ -248,7 +254,7 @@ class FrozenLinear(nnx.Module):
     def to_layer(self) -> Linear:
         """A `Linear` with the dequantized kernel, which computes the same."""
         layers = unstack(self, self.stack_axes)
-        layer = for_each(lambda index: layers[index]._to_one(), self.stack_axes)
+        layer: Any = for_each(lambda index: layers[index]._to_one(), self.stack_axes)
         layer.kernel = nnx.Param.from_metadata(layer.kernel[...], self.codes.get_metadata())
         if self.bias is not None and layer.bias is not None:
             metadata = self.bias.get_metadata()

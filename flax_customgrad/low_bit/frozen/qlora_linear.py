@@ -261,7 +261,10 @@ class QLoRALinear(NF4Linear):
 
         a = draw(a_initializer, self.in_features, lora_rank)
         b = draw(b_initializer, lora_rank, self.out_features)
-        self.lora_a, self.lora_b = lora_param_type(a, **a_metadata), lora_param_type(b, **b_metadata)
+        self.lora_a, self.lora_b = (
+            lora_param_type(a, **a_metadata),
+            lora_param_type(b, **b_metadata),
+        )
 
     @classmethod
     def from_layer(
@@ -289,7 +292,8 @@ class QLoRALinear(NF4Linear):
             ValueError: as in the constructor.
         """
         if type(layer) not in (NF4Linear, Int4Linear):
-            return super().from_layer(layer, lora_rank=lora_rank, rngs=rngs, **kwargs)
+            linear: Any = layer
+            return super().from_layer(linear, lora_rank=lora_rank, rngs=rngs, **kwargs)
         qlora: Any = nnx.clone(layer, graph=True)
         set_class(qlora, cls)
         qlora._set_low_rank(lora_rank, rngs, **kwargs)

@@ -67,7 +67,9 @@ def latent_weights(
             if np.array_equal(results(found)[1][j], scale, equal_nan=True):
                 break
             value = lambda w, j=j: results(w)[1][j].ravel()  # noqa: E731
-            moved = _moved(start, choose(start.ravel(), of, scale.size), of, scale.ravel(), value, by)
+            moved = _moved(
+                start, choose(start.ravel(), of, scale.size), of, scale.ravel(), value, by
+            )
             same_codes, got = results(moved)
             # Earlier scales stay; the first way may come close, the others have to meet this one.
             good = np.ones(scale.size, bool)
@@ -103,7 +105,9 @@ def _by_numbers(w: np.ndarray, of: np.ndarray, total: np.ndarray, steps: np.ndar
     return np.clip(w.view(integer).astype(np.int64) + steps, 0, last).astype(integer).view(w.dtype)
 
 
-def _by_last_bits(w: np.ndarray, of: np.ndarray, total: np.ndarray, steps: np.ndarray) -> np.ndarray:
+def _by_last_bits(
+    w: np.ndarray, of: np.ndarray, total: np.ndarray, steps: np.ndarray
+) -> np.ndarray:
     """Magnitudes that are multiples of the last bit of the sum, so many of them more."""
     unit = np.spacing(total.astype(np.result_type(np.float32, w.dtype)))[of].astype(np.float64)
     return np.maximum((np.round(w / unit) + steps) * unit, 0).astype(w.dtype)

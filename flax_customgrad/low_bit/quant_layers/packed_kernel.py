@@ -46,7 +46,7 @@ class PackedWeights(nnx.Module):
         bits: how many bits a code takes.
     """
 
-    codes: Packed
+    codes: nnx.Variable[jax.Array]
     kind: type[nnx.Variable]
     shape: tuple[int, ...]
     dtype: Any
@@ -149,7 +149,9 @@ class PackedKernel(PackedWeights):
         codes = self.codes[...]
         unpacked = codes if self.bits == 8 else unpack_bits(codes, self.bits, self.shape[-1])
         granularity = getattr(self._scheme, "granularity", None)
-        blocks = {} if granularity is None else {"spread": partial(granularity.spread, shape=self.shape)}
+        blocks = (
+            {} if granularity is None else {"spread": partial(granularity.spread, shape=self.shape)}
+        )
         return latent_weights(w, Measured(unpacked, parameters), measure, **blocks)
 
 

@@ -113,7 +113,7 @@ class QuantLayer:
         if residuals not in ("quantized", "original"):
             raise ValueError(f'{name}: residuals={residuals!r} must be "quantized" or "original"')
         axes = stack_axes(self)
-        of_each = {
+        of_each: dict[str, Any] = {
             name: repeated(module, axes) if isinstance(module, nnx.Module) else module
             for name, module in {**given, "gradient": gradient}.items()
         }

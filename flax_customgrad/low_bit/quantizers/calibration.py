@@ -98,7 +98,9 @@ class Granularity:
         It then fits arrays of any rank.
         """
         own = self.axis if isinstance(self.axis, tuple) and self.block is None else ()
-        return parameter.reshape(parameter.shape[min(own) :]) if max(own, default=0) < 0 else parameter
+        return (
+            parameter.reshape(parameter.shape[min(own) :]) if max(own, default=0) < 0 else parameter
+        )
 
     def stack_axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The axes of a stack in front of a parameter, which is empty where it is not set yet."""

@@ -192,7 +192,7 @@ class FakeQuant(Quantizer):
         self.low: QuantStat | None = nnx.data(None)
         self.high: QuantStat | None = nnx.data(None)
         if not self.dynamic:
-            # The empty range, whose ends any number moves; how many channels there are is not known.
+            # The empty range, whose ends any number moves; of channels the number is not known.
             shape = () if self.granularity.axis is None else (0,)
             self.low = QuantStat(jnp.full(shape, jnp.inf, jnp.float32))
             self.high = QuantStat(jnp.full(shape, -jnp.inf, jnp.float32))
