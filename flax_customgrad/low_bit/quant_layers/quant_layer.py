@@ -22,6 +22,8 @@ from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 
 KeptOperands = Literal["quantized", "original"]
 """What is kept of the operands of a product: their codes, or the operands as they came."""
+QuantizerChoice = Quantizer | Literal["default"] | None
+"""A quantizer; "default" for that of the layer's class; None for none."""
 GradientShaper = Callable[[jax.Array], jax.Array]
 """A layer that changes nothing but the gradient."""
 
@@ -47,15 +49,15 @@ class QuantLayer:
     _kernel: ClassVar[str] = "kernel"
     """The name of the parameter that is the kernel."""
     _defaults: ClassVar[Mapping[str, Callable[[], Quantizer]]] = {}
-    """By argument, what makes the quantizer that stands for None."""
+    """By argument, what makes the quantizer of the class; without one "default" means none."""
 
     @classmethod
     def from_layer(
         cls,
         layer: nnx.Module,
         *,
-        weight: Quantizer | None = None,
-        activation: Quantizer | None = None,
+        weight: QuantizerChoice = "default",
+        activation: QuantizerChoice = "default",
         gradient: GradientShaper | None = None,
         residuals: KeptOperands = "quantized",
     ) -> Self:
@@ -85,8 +87,8 @@ class QuantLayer:
 
     def _set_quantizers(
         self,
-        weight: Quantizer | None,
-        activation: Quantizer | None,
+        weight: QuantizerChoice,
+        activation: QuantizerChoice,
         gradient: GradientShaper | None,
         residuals: KeptOperands,
     ) -> None:
@@ -99,11 +101,14 @@ class QuantLayer:
         """
         name = type(self).__name__
         refuse_injected(name, self)
-        given = {"weight": weight, "activation": activation}
-        for argument, quantizer in given.items():
-            if quantizer is None and argument in self._defaults:
-                given[argument] = self._defaults[argument]()
-            elif quantizer is not None and not isinstance(quantizer, Quantizer):
+        given: dict[str, Quantizer | None] = {}
+        for argument, quantizer in (("weight", weight), ("activation", activation)):
+            if isinstance(quantizer, str) and quantizer == "default":
+                make = self._defaults.get(argument)
+                given[argument] = None if make is None else make()
+            elif quantizer is None or isinstance(quantizer, Quantizer):
+                given[argument] = quantizer
+            else:
                 raise TypeError(
                     f"{name}: {argument}={quantizer!r} must be a quantizer, such as "
                     "flax_customgrad.FakeQuant(bits=8), or None"
