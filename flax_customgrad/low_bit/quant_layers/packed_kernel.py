@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.low_bit.quantizers.codes import decode_packed
+from flax_customgrad.low_bit.quantizers.codes import decode_packed, stored_width
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
-from flax_customgrad.numerics.packing import is_packable, pack_bits, packed_width
+from flax_customgrad.numerics.packing import pack_bits
 
 
 class Packed(nnx.Variable):
@@ -60,7 +60,8 @@ class PackedKernel(PackedWeights):
     The values, `kernel[...]`, are those of the quantizer to the bit.
 
     Attributes:
-        codes: uint8, codes of at most 4 bits several to a byte along the last axis.
+        codes: uint8, codes of at most 4 bits several to a byte along the last axis; uint16 for more
+            than 8 bits.
         parameters: what decodes them, such as a scale.
         quantizer: what quantized the kernel, for `unpack`.
         shape: of the kernel.
@@ -76,7 +77,7 @@ class PackedKernel(PackedWeights):
             quantizer: the quantizer of the kernel.
         """
         values, codes, parameters, scheme = quantizer.quantize(kernel)
-        self.bits = packed_width(scheme.bits) if is_packable(codes.shape) else 8
+        self.bits = stored_width(scheme, codes)
         self.codes = Packed(pack_bits(codes, self.bits))
         self.parameters = nnx.List([Packed(p) for p in parameters])
         self.quantizer = quantizer

@@ -183,4 +183,4 @@ def _of_nnx(cls: type) -> type:
 
 
 def _quantized(quantizer: Quantizer | None, a: jax.Array) -> Codes | jax.Array:
-    return a if quantizer is None else quantizer.quantize(a)
+    return a if quantizer is None or not quantizer.enabled else quantizer.quantize(a)
