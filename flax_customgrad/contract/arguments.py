@@ -5,7 +5,7 @@ configurations as well. `pack_tree` splits any such tree into its arrays and a `
 knows how to put the arrays back; the contract does this for arguments and for residuals alike.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from flax_customgrad.contract import compat
 from flax_customgrad.contract.backward_state import BackwardState, put, states_of
 
 
@@ -36,6 +37,10 @@ class _Split:
     size: int
     written: tuple[tuple[tuple[Any, ...], BackwardState], ...]
 
+    def merge(self, state: Any) -> nnx.Module:
+        """The Module, with a State in which something stands for each array."""
+        return nnx.merge(self.graphdef, state)
+
 
 class Position(int):
     """The place of an array among the arrays of a call; told apart from any static number."""
@@ -43,6 +48,10 @@ class Position(int):
 
 # Stands for an array where a static leaf would hold its value.
 _ARRAY = object()
+
+# Tuples, since these are asked of every leaf of every call and a union is built anew each time.
+_ARRAYS = (jax.Array, np.ndarray, np.generic, jax.Ref)
+_MODULES = (nnx.Module, nnx.Rngs, nnx.RngStream)
 
 
 @dataclass(frozen=True)
@@ -54,28 +63,39 @@ class PackedTree:
         leaves: per leaf the static value, a split Module, a `BackwardState`, or a mark where an
             array goes.
         size: number of arrays that `unpack` takes.
+        is_writable: whether it holds a Module or a Variable, into which a function can write.
     """
 
     treedef: Any
     leaves: tuple[Any, ...]
     size: int
+    is_writable: bool
 
     def unpack(self, arrays: Sequence[Any]) -> Any:
         """Puts the arrays back and returns the tree."""
         return self._fill(arrays, _merge, BackwardState.bound)
 
-    def positions(self) -> Any:
-        """The tree with a `Position` in place of each array and a State in place of a Module."""
+    @property
+    def static_leaves(self) -> list[Any]:
+        """Its static values."""
+        return [
+            leaf
+            for leaf in self.leaves
+            if leaf is not _ARRAY and not isinstance(leaf, _Split | BackwardState)
+        ]
+
+    def positions(self, *, every_path: bool = False) -> Any:
+        """The tree with a `Position` in place of each array and a State in place of a Module.
+
+        Args:
+            every_path: the State has a parameter that its Module holds at several paths at each of
+                them; otherwise at the first alone.
+        """
         return self._fill(
             map(Position, range(self.size)),
-            lambda split, state, refs: state,
+            lambda split, state, refs: _at_every_path(split, state) if every_path else state,
             lambda state, position: position,
         )
-
-    @property
-    def has_modules(self) -> bool:
-        """Whether the tree holds a Module."""
-        return any(isinstance(leaf, _Split) for leaf in self.leaves)
 
     def _fill(
         self,
@@ -111,7 +131,14 @@ def pack_tree(tree: Any, what: str) -> tuple[list[Any], PackedTree]:
     Raises:
         TypeError: a leaf is neither an array nor hashable.
     """
-    flat, treedef = jax.tree.flatten(tree, is_leaf=is_module)
+    is_writable = False
+
+    def is_leaf(node: Any) -> bool:
+        nonlocal is_writable
+        is_writable = is_writable or is_written(node)
+        return is_module(node)
+
+    flat, treedef = jax.tree.flatten(tree, is_leaf=is_leaf)
     arrays: list[Any] = []
     leaves = []
     for leaf in flat:
@@ -130,17 +157,22 @@ def pack_tree(tree: Any, what: str) -> tuple[list[Any], PackedTree]:
             leaves.append(leaf)
         else:
             leaves.append(_hashable(leaf, what))
-    return arrays, PackedTree(treedef, tuple(leaves), len(arrays))
+    return arrays, PackedTree(treedef, tuple(leaves), len(arrays), is_writable)
 
 
 def is_array(value: Any) -> bool:
     """Whether JAX traces this value: an array of JAX or NumPy, or a `jax.Ref`."""
-    return isinstance(value, jax.Array | np.ndarray | np.generic | jax.Ref)
+    return isinstance(value, _ARRAYS)
 
 
 def is_module(value: Any) -> bool:
-    """Whether a value is split, and what is written to it carried out: a Module, random streams."""
-    return isinstance(value, nnx.Module | nnx.Rngs | nnx.RngStream)
+    """Whether a value is split into its graph and its arrays: a Module, random streams."""
+    return isinstance(value, _MODULES)
+
+
+def is_written(value: Any) -> bool:
+    """Whether what a function writes to a value is carried out of it: a Module, a Variable."""
+    return is_module(value) or isinstance(value, nnx.Variable)
 
 
 def is_parameters(argument: Any) -> bool:
@@ -148,13 +180,22 @@ def is_parameters(argument: Any) -> bool:
     return isinstance(argument, Mapping)
 
 
-def by_path(parameters: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Yields (path, leaf) of a State or a nested dict; a leaf is an array or a Variable."""
+def by_path(
+    parameters: Any, leaves: Container[tuple[Any, ...]] = (), above: tuple[Any, ...] = ()
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yields (path, leaf) of a State or a nested dict; a leaf is an array or a Variable.
+
+    Args:
+        parameters: the State or dict.
+        leaves: paths at which a dict is a leaf too: the value of one Variable.
+        above: the path of `parameters` itself.
+    """
     for key, value in parameters.items():
-        if isinstance(value, Mapping):
-            yield from (((key, *path), leaf) for path, leaf in by_path(value))
+        path = (*above, key)
+        if isinstance(value, Mapping) and path not in leaves:
+            yield from by_path(value, leaves, path)
         else:
-            yield (key,), value
+            yield path, value
 
 
 def value_of(leaf: Any) -> Any:
@@ -162,8 +203,28 @@ def value_of(leaf: Any) -> Any:
     return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
+def _at_every_path(split: _Split, state: Any) -> Any:
+    """A State in which a parameter that is shared stands at each of its paths, not the first."""
+    if not compat.has_shared_nodes(split.graphdef):
+        return state
+    paths = dict(by_path(state))
+    paths.update((path, leaf) for path, leaf in _variables(split.merge(state)) if path not in paths)
+    return nnx.from_flat_state(list(paths.items()))
+
+
+def _variables(
+    node: Any, path: tuple[Any, ...] = (), above: tuple[Any, ...] = ()
+) -> Iterator[tuple[tuple[Any, ...], nnx.Variable]]:
+    """The Variables of a Module at every path that does not run in a circle."""
+    for key, child in nnx.iter_children(node, graph=True):
+        if isinstance(child, nnx.Variable):
+            yield (*path, key), child
+        elif all(child is not node for node in above):
+            yield from _variables(child, (*path, key), (*above, child))
+
+
 def _merge(split: _Split, state: Any, refs: list[Any]) -> Any:
-    module = nnx.merge(split.graphdef, state)
+    module = split.merge(state)
     for (path, held), ref in zip(split.written, refs, strict=True):
         put(module, path, held.bound(ref))
     return module
@@ -175,7 +236,7 @@ def _hashable(value: Any, what: str) -> Any:
     except TypeError:
         raise TypeError(
             f"{what} holds a {type(value).__name__}, which is neither an array nor hashable: "
-            "pass an array, a Module, an nnx.State or a dict of arrays, None, or a hashable value "
-            "(a number, a string, a tuple, a frozen dataclass)"
+            "pass an array, a Module, an nnx.State or a dict of arrays, a flax.struct.dataclass, "
+            "None, or a hashable value (a number, a string, a tuple, a frozen dataclass)"
         ) from None
     return value

@@ -13,7 +13,7 @@ not return, and that a Variable around it drops.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -281,12 +281,23 @@ def put(module: Any, path: tuple[Any, ...], state: BackwardState) -> None:
         state: the new one.
     """
     *parents, last = path
-    for key in parents:
-        module = getattr(module, key) if _is_attribute(module, key) else module[key]
+    module = at(module, parents)
     if _is_attribute(module, last):
         setattr(module, last, state)
     else:
         module[last] = state
+
+
+def at(module: Any, path: Iterable[Any]) -> Any:
+    """What a Module holds at a path.
+
+    Args:
+        module: the Module.
+        path: names of attributes, and indices.
+    """
+    for key in path:
+        module = getattr(module, key) if _is_attribute(module, key) else module[key]
+    return module
 
 
 def _is_attribute(module: Any, key: Any) -> bool:

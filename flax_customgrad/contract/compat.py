@@ -5,6 +5,7 @@ installed versions and that the library reaches it, so that a rename upstream fa
 turns a gradient off without a word.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,6 +14,8 @@ import jax
 import jax.core
 import jax.extend
 from flax import nnx
+from jax._src import config
+from jax._src.interpreters import batching
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -44,9 +47,48 @@ def trace_state() -> Any:
 _TOP = trace_state()
 
 
+def trace_context() -> Any:
+    """What a trace depends on beside its arguments (mesh, axes, flags of JAX); hashable."""
+    return config.trace_context()
+
+
+INFERRED_AXIS: Any = batching.infer
+"""An `out_axes` of `jax.vmap`: its own mapped axis, or None, comes beside an output."""
+
+
+def has_explicit_axes() -> bool:
+    """Whether the current mesh has Explicit axes, with which sharding is a part of a type."""
+    return jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+
+
 def is_outside_of_traces() -> bool:
     """Whether the caller runs eagerly, inside no transformation of JAX."""
     return trace_state() == _TOP
+
+
+def has_shared_nodes(graphdef: nnx.GraphDef) -> bool:
+    """Whether a Module that was split holds something at two paths."""
+    return any(isinstance(node, nnx.graph.NodeRef) for node in graphdef.nodes)  # type: ignore
+
+
+def innermost_derivative() -> Any:
+    """The derivative that the caller is inside of, to ask `is_of_derivative` about; or None."""
+    trace = jax._src.core.trace_ctx.trace  # type: ignore[attr-defined]
+    while trace is not None and type(trace).__name__ not in ("JVPTrace", "LinearizeTrace"):
+        trace = getattr(trace, "parent_trace", None)
+    return None if trace is None else weakref.ref(trace)
+
+
+def is_of_derivative(value: Any, derivative: Any) -> bool:
+    """Whether an array is one that a derivative differentiates."""
+    return derivative is not None and is_traced(value) and value._trace is derivative()
+
+
+def is_of_finished_trace(value: Any) -> bool:
+    """Whether an array belongs to a program that has been traced to its end."""
+    frame = getattr(value._trace, "frame", None) if is_traced(value) else None
+    # JAX empties what a program under way holds weakly.
+    return isinstance(getattr(frame, "constid_to_tracer", None), dict)
 
 
 def set_class(layer: nnx.Module, cls: type[nnx.Module]) -> None:
@@ -101,6 +143,20 @@ def overrides_hook(of: type[nnx.Module]) -> Callable[[_F], _F]:
 def is_forward_mode_error(error: BaseException) -> bool:
     """Whether JAX refuses forward mode through a function with a custom VJP."""
     return "forward-mode" in str(error)
+
+
+def is_concrete_value_error(error: BaseException) -> bool:
+    """Whether a value was needed that JAX knows only when the compiled function runs."""
+    kinds = (
+        jax.errors.ConcretizationTypeError,
+        jax.errors.TracerIntegerConversionError,
+        jax.errors.TracerArrayConversionError,
+    )
+    text = str(error)
+    return isinstance(error, kinds) or (
+        isinstance(error, TypeError)
+        and ("concrete values" in text or ("unhashable" in text and "Tracer" in text))
+    )
 
 
 def is_unbatched_write_error(error: BaseException) -> bool:

@@ -6,9 +6,9 @@ backward, on shapes and dtypes, and leaves nothing behind in the compiled progra
 conversions that make a cotangent fit: one cast, and under a mesh one reduction or reshard.
 """
 
+import dataclasses
 import difflib
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import chex
@@ -28,18 +28,20 @@ class CotangentError(ValueError):
 
 def check(
     where: str, names: Sequence[str], args: Sequence[Any], avals: Sequence[Any], cts: Any
-) -> list[Any]:
+) -> tuple[list[Any], dict[int, str]]:
     """Checks what a backward returned and lays it out flat.
 
     Args:
         where: the operation, for messages.
         names: the name of each argument.
-        args: the arguments, each array replaced by its `Position` in `avals`.
+        args: the arguments, each array replaced by its `Position` in `avals`. A parameter with
+            several paths stands at each; cotangents at several of its paths are added.
         avals: the type (shape, dtype, sharding) of each array among the arguments.
         cts: what the backward returned.
 
     Returns:
-        A list with one cotangent per array: an array of the array's shape and dtype, or None.
+        A list with one cotangent per array: an array of the array's shape and dtype, or None. And
+        by position what was left out, with what to say where that is differentiated.
 
     Raises:
         CotangentError: naming the operation, the argument, the path, what came and what to write.
@@ -58,7 +60,7 @@ def check(
     checker = _Checker(avals)
     for name, arg, ct in zip(names, args, cts, strict=True):
         checker.check(f"argument `{name}` of {where}", arg, ct)
-    return checker.flat
+    return checker.flat, checker.left_out
 
 
 class _Checker:
@@ -67,6 +69,7 @@ class _Checker:
     def __init__(self, avals: Sequence[Any]):
         self.avals = avals
         self.flat: list[Any] = [None] * len(avals)
+        self.left_out: dict[int, str] = {}
 
     def check(self, place: str, arg: Any, ct: Any) -> None:
         if ct is None:
@@ -94,7 +97,8 @@ class _Checker:
                 f"the cotangent of {place} is {describe(ct)}, but the argument is a state that the "
                 "backward may write: write it, state[...] = value, and return None"
             )
-        self.flat[arg] = _fit(place, ct, self.avals[arg])
+        ct = _fit(place, ct, self.avals[arg])
+        self.flat[arg] = ct if self.flat[arg] is None else self.flat[arg] + ct
 
     def _check_parameters(self, place: str, arg: Any, ct: Any) -> None:
         """Checks the cotangent of a Module, State or dict against its parameters, by path."""
@@ -104,19 +108,31 @@ class _Checker:
                 f"the cotangent of {place} is {describe(ct)}; expected an nnx.State keyed like "
                 f"its parameters: write {self._pattern(expected)}"
             )
-        came = dict(by_path(ct))
+        came = dict(by_path(ct, leaves=expected))
         for path in came:
             if path not in expected:
                 raise CotangentError(
                     f"the cotangent of {place} names an unknown parameter {_dotted(path)!r}"
                     f"{_similar(path, expected)}: write {self._pattern(expected)}"
                 )
+        mentioned = {position for path in came for position in _positions(expected[path])}
         for path, leaf in expected.items():
-            if path not in came and self._is_trained(path, expected):
+            if mentioned.issuperset(_positions(leaf)):
+                continue
+            missing = (
+                f"the cotangent of {place} misses the parameter {_dotted(path)!r}, "
+                f"{describe(self._type(leaf))}"
+            )
+            if self._is_trained(path, expected):
                 raise CotangentError(
-                    f"the cotangent of {place} misses the parameter {_dotted(path)!r}, "
-                    f"{describe(self._type(leaf))}: write {self._pattern(expected)}, with None "
-                    "for a parameter that has no gradient"
+                    f"{missing}: write {self._pattern(expected)}, with None for a parameter that "
+                    "has no gradient"
+                )
+            for position in self._floating(leaf):
+                self.left_out[position] = (
+                    f"{missing}, which is differentiated and on which the output depends: write "
+                    f"{self._pattern(expected, path)}, with None for a parameter that has no "
+                    "gradient"
                 )
         for path, leaf in came.items():
             self.check(
@@ -129,24 +145,25 @@ class _Checker:
         try:
             leaves = treedef.flatten_up_to(ct)
         except ValueError as error:
+            expected = jax.tree.map(self._type, arg)
             raise CotangentError(
-                f"the cotangent of {place} is {describe(ct)}, whose structure is not that of the "
-                f"argument, {treedef}: {error}"
+                f"the cotangent of {place} is {describe(ct)}; expected the structure of the "
+                f"argument, {describe(expected)}"
             ) from error
         for position, leaf in zip(positions, leaves, strict=True):
             if isinstance(position, Position):
                 self.check(place, position, leaf)
-            elif leaf is not None:
+            elif leaf is not None and not (isinstance(position, float) and jnp.ndim(leaf) == 0):
                 raise CotangentError(
                     f"the cotangent of {place} is {describe(leaf)}, but the argument is the "
                     f"static value {position!r}, which has no gradient: write None"
                 )
 
-    def _pattern(self, expected: _ByPath) -> str:
-        """The State that a user would write for these parameters."""
-        return (
-            f"nnx.State({_nested([path for path in expected if self._is_trained(path, expected)])})"
-        )
+    def _pattern(self, expected: _ByPath, *others: tuple[Any, ...]) -> str:
+        """The State that a user would write for these parameters, each at its first path."""
+        paths = [path for path in expected if self._is_trained(path, expected) or path in others]
+        first = {_positions(expected[path]): path for path in reversed(paths)}
+        return f"nnx.State({_nested([path for path in paths if path in first.values()])})"
 
     def _type(self, leaf: Any) -> Any:
         return jax.tree.map(
@@ -158,8 +175,15 @@ class _Checker:
         leaf = expected[path]
         if not isinstance(leaf, nnx.Param) and any(map(_is_variable, expected.values())):
             return False
-        positions = (p for p in jax.tree.leaves(value_of(leaf)) if isinstance(p, Position))
-        return any(_is_inexact(self.avals[p]) for p in positions)
+        return bool(self._floating(leaf))
+
+    def _floating(self, leaf: Any) -> list[Position]:
+        """The arrays of a leaf that can have a gradient."""
+        return [
+            position
+            for position in _positions(leaf)
+            if not compat.is_reference(self.avals[position]) and _is_inexact(self.avals[position])
+        ]
 
 
 def _fit(place: str, ct: Any, aval: Any) -> Any:
@@ -216,40 +240,6 @@ def _placed(ct: Any, aval: Any) -> Any:
     return ct
 
 
-def explain(where: str, error: Exception) -> CotangentError | None:
-    """Explains an error that a backward raised, where the cause is a known one.
-
-    `nnx.State((x_grad,))`, the form in circulation for the cotangent of an array, fails inside
-    flax with "unhashable type" before anything is returned. On a mesh with Explicit axes `x.T @ g`
-    fails because JAX will not guess the sharding of the product; that error gets a note.
-
-    Args:
-        where: the operation, for the message.
-        error: what the backward raised.
-
-    Returns:
-        The error to raise instead, or None to let it pass.
-    """
-    if compat.is_sharding_type_error(error):
-        error.add_note(
-            f"in the backward of {where}: a product over a sharded axis has to say how its result "
-            "is sharded. For the gradient of `kernel` that is as the kernel is: "
-            "jnp.einsum(..., out_sharding=jax.typeof(kernel).sharding)"
-        )
-    frame = _innermost(error.__traceback__)
-    if frame is None or frame.f_code is not nnx.State.__init__.__code__:
-        return None
-    content = frame.f_locals.get("mapping")
-    if not isinstance(content, tuple | list):
-        return None
-    built = ", ".join(map(describe, content))
-    return CotangentError(
-        f"the backward of {where} built nnx.State(({built},)): a State maps names to cotangents, "
-        "and an array has no names. The cotangent of an array is the array itself: write `x_grad` "
-        "for an array, and nnx.State({'kernel': kernel_grad, ...}) for a Module"
-    )
-
-
 def describe(value: Any) -> str:
     """An array as `float32[3,4]`; anything else by its type and what it holds."""
     if isinstance(value, nnx.Variable):
@@ -264,7 +254,18 @@ def describe(value: Any) -> str:
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     if isinstance(value, nnx.Module):
         return f"a module {type(value).__name__}"
+    if value is None:
+        return "None"
+    if dataclasses.is_dataclass(value):
+        # Without the fields that flax.struct declares static.
+        named = [f.name for f in dataclasses.fields(value) if f.metadata.get("pytree_node", True)]
+        items = (f"{name}={describe(getattr(value, name))}" for name in named)
+        return f"{type(value).__name__}({', '.join(items)})"
     return f"{value!r}, a {type(value).__name__}"
+
+
+def _positions(leaf: Any) -> tuple[Position, ...]:
+    return tuple(p for p in jax.tree.leaves(value_of(leaf)) if isinstance(p, Position))
 
 
 def _is_variable(leaf: Any) -> bool:
@@ -287,6 +288,8 @@ def _holds(wide: Any, narrow: Any) -> bool:
 
 def _shape_hint(came: tuple[int, ...], expected: tuple[int, ...]) -> str:
     """What most often leads from the one shape to the other."""
+    if came == ():
+        return ". A gradient of zero is None"
     extra = len(came) - len(expected)
     if extra == 0 and came == expected[::-1]:
         return ". It is transposed: swap the operands of the product"
@@ -320,9 +323,3 @@ def _nested(paths: Sequence[tuple[Any, ...]]) -> str:
         children.setdefault(key, []).append(tuple(rest))
     items = (f"{k!r}: {'...' if rest == [()] else _nested(rest)}" for k, rest in children.items())
     return f"{{{', '.join(items)}}}"
-
-
-def _innermost(traceback: TracebackType | None):
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return None if traceback is None else traceback.tb_frame

@@ -18,7 +18,7 @@ import functools
 import inspect
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import jax
@@ -26,24 +26,31 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_customgrad.contract import autodiff, compat, cotangents, writes
+from flax_customgrad.contract import autodiff, compat, cotangents, explanations, writes
 from flax_customgrad.contract.arguments import PackedTree, Static, pack_tree
-from flax_customgrad.contract.binding import bind
+from flax_customgrad.contract.binding import Rules, bind
+from flax_customgrad.contract.guard import Guard, Updates
 from flax_customgrad.contract.residual_storage import restore, store
 from flax_customgrad.registry import operations
 
 _FORWARD_MODE = (
-    "a hand-written backward has no forward mode; inside `with flax_customgrad.use_autodiff():` "
-    "JAX differentiates the function itself"
+    "with this JAX a hand-written backward has no forward mode; inside "
+    "`with flax_customgrad.use_autodiff():` JAX differentiates the function itself"
 )
 
 
 @overload
 def custom_vjp(fun: Callable[..., Any]) -> "CustomVJP": ...
 @overload
-def custom_vjp(*, surrogate: bool = False) -> Callable[[Callable[..., Any]], "CustomVJP"]: ...
 def custom_vjp(
-    fun: Callable[..., Any] | None = None, *, surrogate: bool = False, **unknown: Any
+    *, surrogate: bool = False, leading_axes: bool = False
+) -> Callable[[Callable[..., Any]], "CustomVJP"]: ...
+def custom_vjp(
+    fun: Callable[..., Any] | None = None,
+    *,
+    surrogate: bool = False,
+    leading_axes: bool = False,
+    **unknown: Any,
 ) -> Any:
     """Gives a function of parameters and arrays a backward pass of its own.
 
@@ -55,6 +62,11 @@ def custom_vjp(
             static value (a number, a string, a frozen dataclass).
         surrogate: the backward is meant to differ from the derivative of `fun`, as that of a
             straight-through estimator does; `use_autodiff` then leaves it in force.
+        leading_axes: every array but those of the first argument takes any number of leading
+            axes, which the output has too, as inputs of shape (..., features) do. Under `jax.vmap`
+            with parameters that all examples share, the mapped axis is then one more of them, and
+            the gradient of the parameters one product; else there is one gradient per example,
+            and their sum.
         **unknown: refused; it is here for the error that says what to write.
 
     Returns:
@@ -62,7 +74,8 @@ def custom_vjp(
 
     Raises:
         TypeError: `fun` takes keyword-only arguments, for which a backward could return nothing; it
-            is a `functools.partial`; or a keyword is unknown, such as `nondiff_argnums`.
+            is a `functools.partial` or a classmethod; or a keyword is unknown, such as
+            `nondiff_argnums`.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -89,8 +102,8 @@ def custom_vjp(
             "fwd, keep it in the residuals if bwd needs it, and return None for its cotangent"
         )
     if fun is None:
-        return functools.partial(CustomVJP, surrogate=surrogate)
-    return CustomVJP(fun, surrogate=surrogate)
+        return functools.partial(CustomVJP, surrogate=surrogate, leading_axes=leading_axes)
+    return CustomVJP(fun, surrogate=surrogate, leading_axes=leading_axes)
 
 
 class CustomVJP:
@@ -101,7 +114,18 @@ class CustomVJP:
         surrogate: whether the backward is meant to differ from the derivative of `fun`.
     """
 
-    def __init__(self, fun: Callable[..., Any], surrogate: bool = False):
+    def __init__(
+        self, fun: Callable[..., Any], surrogate: bool = False, leading_axes: bool = False
+    ):
+        self._is_static_method = isinstance(fun, staticmethod)
+        if isinstance(fun, staticmethod):
+            fun = fun.__func__
+        if isinstance(fun, classmethod):
+            raise TypeError(
+                f"custom_vjp takes a function, got the classmethod {fun.__func__.__qualname__}: "
+                "write @classmethod above @custom_vjp, and set the rules of method f by "
+                "f.__func__.defvjp(fwd, bwd)"
+            )
         if isinstance(fun, functools.partial):
             raise TypeError(
                 f"custom_vjp takes a function, got a functools.partial of {fun.func!r}: decorate "
@@ -121,9 +145,20 @@ class CustomVJP:
         self._fwd: Callable[..., tuple[Any, Any]] | None = None
         self._bwd: Callable[[Any, Any], tuple[Any, ...]] | None = None
         self._running = threading.local()
-        self._compared: set[Any] = set()
-        self._bound = bind(self._primal, self._forward, self._backward)
-        self._is_own = operations.register(self, fun)
+        is_own = operations.register(self, fun)
+        self._guard = None if is_own else Guard(self._name, self._primal)
+        self._bound = bind(
+            Rules(
+                self._name,
+                self._primal,
+                self._forward,
+                self._backward,
+                is_surrogate=surrogate,
+                # What a user's function closes over may differ from call to call.
+                is_pure=is_own,
+                shared=_size_of_first if leading_axes else None,
+            )
+        )
 
     def defvjp(
         self,
@@ -138,8 +173,11 @@ class CustomVJP:
                 the decorated function.
             bwd: takes the residuals and the cotangent of the output; returns a tuple with one
                 cotangent per argument. For a Module, State or dict that is an `nnx.State` (or
-                dict) keyed like its parameters, which names every `nnx.Param` and, if it likes,
-                other Variables; for an array the array; None for zero and for a static value.
+                dict) keyed like its parameters, which names every `nnx.Param` and every other
+                Variable that is differentiated; statistics, counters and random state need no
+                mention. Of a parameter that a Module holds at several paths the cotangents are
+                added. For an array it is the array, for a list, tuple or dataclass the same of
+                cotangents; None for zero and for a static value.
                 A cotangent has the shape of what it belongs to. One in a wider dtype is cast
                 once, a narrower one is an error. Under `shard_map` a gradient that varies over
                 the devices is summed for an argument that does not. A `BackwardState` among the
@@ -154,10 +192,12 @@ class CustomVJP:
         self._fwd, self._bwd = fwd, bwd
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the function; a Variable of a Module that it writes is written.
+        """Calls the function; a Variable that it writes, of a Module or by itself, is written.
 
         Raises:
-            TypeError: no backward was given, or an argument is neither array nor hashable.
+            TypeError: no backward was given; an argument is neither array nor hashable; a static
+                argument has to be known and is traced; the function closes over something that is
+                differentiated; or it writes one Variable through two arguments.
         """
         if self._fwd is None:
             raise TypeError(
@@ -168,20 +208,25 @@ class CustomVJP:
             # A fwd that calls the decorated function means the plain one, whose derivative is the
             # same. A surrogate's is not: what its fwd returns has the surrogate's derivative too.
             return self.fun(*args)
-        arrays, call = pack_tree(args, f"an argument of {self._name}")
+        arrays, packed = pack_tree(args, f"an argument of {self._name}")
+        call = Static(packed)
+        if self._guard is not None:
+            self._guard.enter(self.fun, call, arrays)
         try:
-            out, written = self._bound(Static(call), *arrays)
+            out, written = self._bound(call, *arrays)
         except TypeError as error:
             if compat.is_forward_mode_error(error) and not self.surrogate:
                 error.add_note(f"{_FORWARD_MODE}: this is `{self._name}`")
             raise
-        for module, updates in zip(writes.modules(args) if written else (), written, strict=True):
-            writes.apply(module, updates)
+        if written:
+            writes.apply(self._name, args, written)
         return out
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         """Binds like a function, so that a method can carry a backward; `self` comes first."""
-        return self if instance is None else types.MethodType(self, instance)
+        if instance is None or self._is_static_method:
+            return self
+        return types.MethodType(self, instance)
 
     # An operation is copied and pickled as a function is: by its name.
 
@@ -196,7 +241,8 @@ class CustomVJP:
 
     @property
     def _name(self) -> str:
-        return getattr(self.fun, "__qualname__", repr(self.fun)).rpartition("<locals>.")[2]
+        name = getattr(self.fun, "__qualname__", type(self.fun).__qualname__)
+        return name.rpartition("<locals>.")[2]
 
     def _check_rules(self, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
         """Refuses rules that cannot be called as they will be."""
@@ -222,7 +268,10 @@ class CustomVJP:
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         if not kwargs and len(args) == len(self._signature.parameters):
             return args
-        bound = self._signature.bind(*args, **kwargs)
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"`{self._name}{self._signature}`: {error}") from None
         bound.apply_defaults()
         return bound.args
 
@@ -243,17 +292,20 @@ class CustomVJP:
 
     def _primal(self, call: Static, *arrays: Any) -> tuple[Any, Any]:
         args = call.value.unpack(_read(arrays))
-        snapshots = _snapshots(call.value, args)
-        out = self.fun(*args)
-        return out, [snapshot.updates(self._name) for snapshot in snapshots]
+        return self._run(self.fun, call.value, args)
 
     def _forward(self, call: Static, *arrays: Any) -> tuple[Any, Any]:
         assert self._fwd is not None
+        assert self._bwd is not None
+        if self._guard is not None:
+            self._guard.check_fwd(self._fwd, call, arrays)
         args = call.value.unpack(arrays)
-        snapshots = _snapshots(call.value, args)
         self._running.fwd = True
         try:
-            result = self._fwd(*args)
+            result, written = self._run(self._fwd, call.value, args)
+        except Exception as error:
+            error.add_note(explanations.of_fwd(self._name, self._names(args), args))
+            raise
         finally:
             self._running.fwd = False
         if not (isinstance(result, tuple) and len(result) == 2):
@@ -262,67 +314,61 @@ class CustomVJP:
                 "pair, (output, residuals)"
             )
         out, residuals = result
-        written = [snapshot.updates(self._name) for snapshot in snapshots]
-        if not self._is_own:  # the tests compare the operations of the library
-            self._check_output(call, arrays, out, written)
-        arrays_kept, rest = pack_tree(residuals, f"the residuals of {self._name}")
         avals = tuple(map(jax.typeof, arrays))
-        static = Static((call.value, self._names(args), avals, rest))
+        arrays_kept, rest = pack_tree(residuals, f"the residuals of {self._name}")
+        needed: frozenset[int] = frozenset()
+        if self._guard is not None:
+            needed = self._guard.compare_fwd(call, arrays, out, written)
+            self._guard.check_bwd(self._bwd, call, rest, arrays_kept, out)
+        static = Static((call, self._names(args), avals, rest, needed))
         return (out, written), (static, list(map(store, arrays_kept)))
 
-    def _check_output(
-        self, call: Static, arrays: tuple[Any, ...], out: Any, written: list[Any]
-    ) -> None:
-        """Refuses a fwd that returns or writes something else than the function does.
+    def _run(
+        self, function: Callable[..., Any], packed: PackedTree, args: tuple[Any, ...]
+    ) -> tuple[Any, Updates]:
+        """Calls the function or its fwd; returns what it returned, and what it wrote."""
+        snapshots = writes.snapshots(args) if packed.is_writable else []
+        try:
+            out = function(*args)
+        except Exception as error:
+            explained = explanations.of_function(self._name, self._names(args), args, error)
+            if explained is None:
+                raise
+            raise explained from error
+        return out, [snapshot.updates(self._name) for snapshot in snapshots]
 
-        The function is traced for that once for each structure of a call.
-        """
-        avals = tuple(map(jax.typeof, arrays))
-        key = (call, tuple((aval.shape, aval.dtype) for aval in avals))
-        if key in self._compared or any(map(compat.is_reference, avals)):
-            return
-        expected, wrote = jax.eval_shape(functools.partial(self._primal, call), *arrays)
-        paths, came = ([static.value for static, _ in updates] for updates in (wrote, written))
-        if paths != came:
-            differ = {p for a, b in zip(paths, came, strict=True) for p in {*a} ^ {*b}}
-            named = ", ".join(sorted(".".join(map(str, path)) for path in differ))
-            raise TypeError(
-                f"`{self._name}` and its fwd write different Variables ({named}): fwd "
-                "takes the place of the function where it is differentiated, so it has to write "
-                "what the function writes"
-            )
-        if _shapes(out) != _shapes(expected):
-            raise TypeError(
-                f"the fwd of `{self._name}` returned the output {cotangents.describe(out)}, and "
-                f"the function returns {cotangents.describe(expected)}; fwd returns "
-                "(output, residuals)"
-            )
-        self._compared.add(key)
-
-    def _backward(self, packed: tuple[Static, list[Any]], g: tuple[Any, Any]) -> tuple[Any, ...]:
+    def _backward(
+        self,
+        packed: tuple[Static, list[Any]],
+        g: tuple[Any, Any],
+        differentiated: tuple[bool, ...] | None,
+    ) -> Sequence[Any]:
         assert self._bwd is not None
         static, arrays_kept = packed
-        call, names, avals, rest = static.value
+        call, names, avals, rest, needed = static.value
         residuals = rest.unpack(list(map(restore, arrays_kept)))
-        snapshots = _snapshots(rest, residuals)
+        if self._guard is not None:
+            self._guard.check_residuals(rest)
+        snapshots = writes.snapshots(residuals) if rest.is_writable else []
         try:
             cts = self._bwd(residuals, g[0])
         except Exception as error:
-            explanation = cotangents.explain(f"`{self._name}`", error)
-            if explanation is None:
-                if isinstance(error, ValueError) and "to unpack" in str(error):
-                    error.add_note(
-                        f"the backward of `{self._name}` is given its residuals as fwd returned "
-                        "them, and g, the cotangent of the output itself: "
-                        f"{cotangents.describe(g[0])}. (nnx.custom_vjp hands over a pair, the "
-                        "updates of the inputs and g.)"
-                    )
+            explained = explanations.of_backward(self._name, g[0], error)
+            if explained is None:
                 raise
-            raise explanation from error
+            raise explained from error
         for snapshot in snapshots:
             snapshot.forbid_updates(self._name)
-        checked = cotangents.check(f"`{self._name}`", names, call.positions(), avals, cts)
-        return (None, *checked)
+        args = call.value.positions(every_path=True)
+        checked, left_out = cotangents.check(f"`{self._name}`", names, args, avals, cts)
+        if self._guard is not None and differentiated is not None:
+            self._guard.check_left_out(left_out, needed, differentiated)
+        return checked
+
+
+def _size_of_first(call: Static) -> int:
+    """How many of the arrays of a call are those of its first argument."""
+    return len(jax.tree.leaves(call.value.positions()[0]))
 
 
 def _read(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -344,16 +390,3 @@ def _read(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
     smallest = min(floats, key=lambda i: arrays[i].size)
     waited, *_ = lax.optimization_barrier((arrays[smallest], *held))
     return (*arrays[:smallest], waited, *arrays[smallest + 1 :])
-
-
-def _shapes(tree: Any) -> tuple[Any, list[Any]]:
-    """The structure of a tree, and shape and dtype of each of its arrays."""
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
-
-
-def _snapshots(packed: PackedTree, tree: Any) -> list[writes.Snapshot]:
-    """Remembers the Variables of the modules in a tree; the library's own layers pass none."""
-    if not packed.has_modules:
-        return []
-    return [writes.Snapshot(module) for module in writes.modules(tree)]

@@ -25,7 +25,7 @@ def register(operation: Any, fun: Callable[..., Any]) -> bool:
     Returns:
         Whether it was registered.
     """
-    package, _, module = getattr(fun, "__module__", "").partition(".")
+    package, _, module = (getattr(fun, "__module__", None) or "").partition(".")
     is_own = package == _PACKAGE and "<locals>" not in fun.__qualname__
     if is_own:
         _operations[f"{module}.{fun.__qualname__}"] = operation

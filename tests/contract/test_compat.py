@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
@@ -48,6 +49,84 @@ def test_traces_are_told_apart():
     jax.jit(lambda x: seen.append(compat.is_outside_of_traces()) or x)(1.0)
     assert seen == [False]
     assert compat.is_outside_of_traces()
+
+
+def test_a_trace_depends_on_flags_and_on_the_mesh():
+    contexts = {compat.trace_context()}
+    assert contexts == {compat.trace_context()}
+    with jax.enable_x64(True):
+        contexts.add(compat.trace_context())
+    with jax.set_mesh(jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))):
+        assert compat.has_explicit_axes()
+        contexts.add(compat.trace_context())
+    assert not compat.has_explicit_axes()
+    assert len(contexts) == 3
+
+
+def test_vmap_says_along_which_axis_an_output_is_mapped():
+    def rule(a, b):
+        return a.sum(), b
+
+    mapped = jax.vmap(rule, (1, None), compat.INFERRED_AXIS)
+    (_, b), axes = mapped(jnp.ones((2, 3)), jnp.ones(4))
+    assert axes == (0, None)
+    assert b.shape == (4,)
+
+
+def test_a_module_that_holds_something_twice_is_told():
+    class Pair(nnx.Module):
+        def __init__(self, a, b):
+            self.a, self.b = a, b
+
+    first, second = (nnx.Linear(2, 2, rngs=nnx.Rngs(0)) for _ in range(2))
+    assert compat.has_shared_nodes(nnx.graphdef(Pair(first, first)))
+    assert compat.has_shared_nodes(nnx.graphdef(Pair(first.kernel, first)))
+    assert not compat.has_shared_nodes(nnx.graphdef(Pair(first, second)))
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit, jax.vmap], ids=["", "jit", "vmap"])
+def test_what_the_innermost_derivative_differentiates(jit):
+    seen = []
+
+    def inner(x, outer):
+        derivative = compat.innermost_derivative()
+        seen.append([compat.is_of_derivative(a, derivative) for a in (x, outer, 1.0)])
+        jit(lambda _: seen.append(compat.is_of_derivative(x, compat.innermost_derivative())))(
+            jnp.ones(1)
+        )
+        return x
+
+    jax.grad(lambda x: jax.grad(inner)(x, x))(1.0)
+    assert seen == [[True, False, False], True]
+    assert compat.innermost_derivative() is None
+    assert not compat.is_of_derivative(jnp.ones(()), None)
+
+
+def test_a_program_that_has_been_traced_is_told_from_one_under_way():
+    held = []
+
+    def f(x):
+        held.append(x)
+        assert not compat.is_of_finished_trace(x)
+        jax.jit(lambda y: held.append(y))(x)
+        assert compat.is_of_finished_trace(held[1])
+        assert not compat.is_of_finished_trace(x)
+        return x
+
+    jax.jit(f)(1.0)
+    assert compat.is_of_finished_trace(held[0])
+    assert not compat.is_of_finished_trace(jnp.ones(()))
+
+
+@pytest.mark.parametrize(
+    "needs",
+    [bool, int, range, np.asarray, lambda x: {0: 1}[x], lambda x: jnp.ones(3).reshape(x, -1)],
+)
+def test_a_value_that_is_needed_and_not_known(needs):
+    with pytest.raises(TypeError) as caught:
+        jax.jit(needs)(1)
+    assert compat.is_concrete_value_error(caught.value)
+    assert not compat.is_concrete_value_error(TypeError("unhashable type: 'list'"))
 
 
 def test_a_layer_changes_its_class_and_nothing_else():

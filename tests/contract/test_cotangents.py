@@ -64,6 +64,13 @@ def test_a_wrong_shape_for_an_array(told):
     )
 
 
+def test_zero_for_an_array_is_none(told):
+    message = told(lambda res, g: (nnx.State(right(res, g)[0]), 0.0))
+    assert message.endswith(
+        "float32[5,3], the shape of what it belongs to. A gradient of zero is None"
+    )
+
+
 @pytest.mark.smoke
 def test_a_missing_parameter(told):
     message = told(lambda res, g: (nnx.State({"kernel": right(res, g)[0]["kernel"]}), None))
@@ -209,7 +216,10 @@ def test_a_wrong_item_of_a_tree():
     )
     assert "item 1, is float32[3]; expected an nnx.State keyed like its parameters" in message
     message = fails(lambda p: p[0].sum() + p[1]["b"].sum(), lambda res, g: ((None,),), pair)
-    assert "whose structure is not that of the argument" in message
+    assert message.endswith(
+        "is a tuple (None); expected the structure of the argument, a tuple "
+        "(float32[3], dict({'b': float32[2]}))"
+    )
 
 
 def test_other_errors_of_a_backward_pass_through(told):

@@ -7,7 +7,7 @@ import pickle
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
+from flax import nnx, struct
 
 import flax_customgrad as fcg
 
@@ -119,6 +119,25 @@ def test_rules_in_the_wrong_order_are_refused():
         op.defvjp(lambda res, g: (g, None, None), lambda a, b, c: (a, None))
 
 
+def test_rules_that_are_bound_methods_are_told_where_to_be():
+    class Layer(nnx.Module):
+        @fcg.custom_vjp
+        def scale(self, x):
+            return x
+
+        def fwd(self, x):
+            return x, None
+
+        def bwd(self, res, g):
+            return None, g
+
+    layer = Layer()
+    with pytest.raises(TypeError, match=r"of a method, decorate the function in the class body"):
+        layer.scale.defvjp(layer.fwd, layer.bwd)
+    layer.scale.defvjp(Layer.fwd, layer.bwd)
+    assert jax.grad(layer.scale)(1.0) == 1
+
+
 def test_a_backward_written_for_nnx_is_told():
     def bwd(res, g):
         _, g = g
@@ -135,3 +154,105 @@ def test_keywords_of_jax_are_answered():
         fcg.custom_vjp(jnp.sin, nondiff_argnums=(1,))
     with pytest.raises(TypeError, match=r"a functools.partial of .* decorate the function itself"):
         fcg.custom_vjp(functools.partial(jnp.sum, axis=0))
+
+
+def test_a_static_method_carries_a_backward():
+    class Layer:
+        @fcg.custom_vjp
+        @staticmethod
+        def scale(x):
+            return 2 * x
+
+        scale.defvjp(lambda x: (2 * x, None), lambda res, g: (3 * g,))
+
+    assert jax.grad(Layer.scale)(1.0) == jax.grad(Layer().scale)(1.0) == 3
+    with pytest.raises(TypeError, match="write @classmethod above @custom_vjp"):
+        fcg.custom_vjp(classmethod(lambda cls, x: x))
+
+
+def test_a_class_method_carries_a_backward():
+    class Layer:
+        factor = 2
+
+        @classmethod
+        @fcg.custom_vjp
+        def scale(cls, x):
+            return cls.factor * x
+
+        scale.__func__.defvjp(
+            lambda cls, x: (cls.factor * x, cls), lambda cls, g: (None, 3 * cls.factor * g)
+        )
+
+    assert jax.grad(Layer.scale)(1.0) == 6
+
+
+@struct.dataclass
+class Affine:
+    scale: jax.Array
+    offset: jax.Array
+    power: int = struct.field(pytree_node=False, default=2)
+
+
+def affine(p, x):
+    return p.scale * x**p.power + p.offset
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_dataclass_is_answered_with_its_like(transform):
+    def bwd(res, g):
+        p, x = res
+        return p.replace(scale=(g * x**p.power).sum(), offset=g.sum()), None
+
+    op = with_rules(affine, lambda p, x: (affine(p, x), (p, x)), bwd)
+    p, x = Affine(jnp.float32(2), jnp.float32(1)), jnp.arange(3.0)
+    got, expected = (transform(jax.grad(lambda p, f=f: f(p, x).sum()))(p) for f in (op, affine))
+    assert jax.tree.map(float, got) == jax.tree.map(float, expected)
+    named = with_rules(
+        affine, lambda p, x: (affine(p, x), None), lambda _, g: ({"scale": g.sum()}, None)
+    )
+    with pytest.raises(fcg.CotangentError) as caught:
+        transform(jax.grad(lambda p: named(p, x).sum()))(p)
+    assert str(caught.value) == (
+        "the cotangent of argument `p` of `affine` is dict({'scale': float32[]}); expected the "
+        "structure of the argument, Affine(scale=float32[], offset=float32[])"
+    )
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_an_object_that_holds_a_differentiated_array_is_refused(transform):
+    class Scale:
+        def __init__(self, w):
+            self.w = w
+
+        @fcg.custom_vjp
+        def apply(self, x):
+            return self.w * x
+
+        apply.defvjp(lambda self, x: (self.w * x, self.w), lambda w, g: (None, w * g))
+
+    assert transform(jax.grad(lambda x: Scale(jnp.float32(3)).apply(x)))(1.0) == 3
+    with pytest.raises(TypeError, match=r"is given a Scale of .* make it an nnx.Module or a flax"):
+        transform(jax.grad(lambda w: Scale(w).apply(1.0)))(3.0)
+
+
+def test_a_variable_that_holds_a_dict_is_answered_with_a_dict():
+    class Affine(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param({"scale": jnp.ones(3), "offset": jnp.zeros(3)})
+
+    def affine(m, x):
+        return m.w["scale"] * x + m.w["offset"]
+
+    op = with_rules(
+        affine,
+        lambda m, x: (affine(m, x), x),
+        lambda x, g: ({"w": {"scale": (g * x).sum(0), "offset": g.sum(0)}}, None),
+    )
+    x = jnp.arange(6.0).reshape(2, 3)
+    got, expected = (nnx.grad(lambda m, f=f: f(m, x).sum())(Affine()) for f in (op, affine))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, got, expected))
+
+
+def test_a_call_that_does_not_fit_names_the_operation():
+    with pytest.raises(TypeError, match=r"`double\(x\)`: got an unexpected keyword argument 'y'"):
+        double(1.0, y=2)

@@ -36,7 +36,7 @@ class LookupResiduals(NamedTuple):
     table_type: Any
 
 
-@custom_vjp
+@custom_vjp(leading_axes=True)
 def lookup(params: Parameters, ids: jax.Array, config: MatmulConfig) -> jax.Array:
     """Takes rows of a table.
 
@@ -101,7 +101,7 @@ class AttendResiduals(NamedTuple):
     config: MatmulConfig
 
 
-@custom_vjp
+@custom_vjp(leading_axes=True)
 def attend(params: Parameters, query: jax.Array, config: MatmulConfig) -> jax.Array:
     """Multiplies a query with every row of a table.
 

@@ -34,7 +34,7 @@ class Residuals(NamedTuple):
     config: MatmulConfig
 
 
-@custom_vjp
+@custom_vjp(leading_axes=True)
 def linear(params: Parameters, x: jax.Array, config: MatmulConfig) -> jax.Array:
     """Applies a linear map over the last axis.
 

@@ -42,7 +42,7 @@ class Residuals(NamedTuple):
     config: MatmulConfig
 
 
-@custom_vjp
+@custom_vjp(leading_axes=True)
 def lora(params: Parameters, x: jax.Array, config: MatmulConfig) -> jax.Array:
     """Applies a linear map of low rank over the last axis.
 

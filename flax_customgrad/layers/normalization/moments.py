@@ -12,10 +12,11 @@ seven. The correction stays apart from the shift because float32 cannot hold the
 
 A square overflows from 1.8e19 on. So the variance is taken a second time of numbers made smaller,
 `shrunk = mean((small (x - shift))^2)`, and `rstd` is the larger of `1 / sqrt(variance)` and
-`small / sqrt(max(shrunk, floor))`: below the floor the first is larger, above it they agree, and
-where the variance is inf the first is 0. There is no branch in it, which XLA on a CPU could not
-fuse. Only where the sum itself overflows (3.4e38 in float32) is the result NaN. Without an epsilon
-a square may vanish as well, and it is taken a third time of numbers made larger, `grown`.
+`small / sqrt(shrunk)`. Below a floor, `shrunk` is replaced by 1: the first is larger there, and
+the derivatives of the second, of any order, stay finite. Above it they agree, and where the
+variance is inf the first is 0. There is no branch in it, which XLA on a CPU could not fuse. Only
+where the sum itself overflows (3.4e38 in float32) is the result NaN. Without an epsilon a square
+may vanish as well, and it is taken a third time of numbers made larger, `grown`.
 
 Devices that share statistics exchange their own (count, shift, correction, squares), in one
 collective, and combine them exactly; a device without any element weighs nothing.
@@ -145,7 +146,7 @@ def moments(
             devices, count, shift, correction, squares, factors
         )
     variance, shrunk, *grown = (jnp.maximum(square, 0) for square in squares)
-    shrunk = jnp.maximum(shrunk + epsilon * small**2, floor)
+    shrunk = jnp.where(shrunk > floor, shrunk + epsilon * small**2, 1)
     rstd = jnp.maximum(lax.rsqrt(variance + epsilon), small * lax.rsqrt(shrunk))
     if grown:
         exact = grown[0] + epsilon * large**2
@@ -169,12 +170,12 @@ def _windows(dtype: Any) -> tuple[float, float, float, float]:
     """Powers of two, which change no digit, for what squares would lose.
 
     Returns:
-        A factor for what is too large to be squared, the least mean square that it is used for
-        (any that is far from both ends will do), the largest number that can be squared, and a
-        factor for what is too small: 2^-80, 2^-73, 2^60 and 2^64 for float32.
+        A factor for what is too large to be squared, the least mean square that it is used for,
+        2^9 below that of a variance which overflows, the largest number that can be squared, and a
+        factor for what is too small: 2^-80, 2^-41, 2^60 and 2^64 for float32.
     """
     half = int(jnp.finfo(dtype).maxexp) // 2
-    return 2.0 ** -(half * 5 // 4), 2.0 ** -(half + 9), 2.0 ** (half - 4), 2.0**half
+    return 2.0 ** -(half * 5 // 4), 2.0 ** -(half // 2 + 9), 2.0 ** (half - 4), 2.0**half
 
 
 def _combined(
