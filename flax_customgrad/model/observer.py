@@ -51,6 +51,7 @@ class Observer:
             quantizer.forget()
             set_class(quantizer, watching[type(quantizer)])
             watched: Any = quantizer
+            watched.enabled = True
             watched._number = number
             watched._place = nnx.data(_places(quantizer, axes))
 

@@ -12,10 +12,10 @@ from flax import nnx
 from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.layers.stacked import unstack
 from flax_customgrad.low_bit.quant_layers.latent_weights import Measured, latent_weights
-from flax_customgrad.low_bit.quantizers.codes import decode_packed, unpacked_integers
+from flax_customgrad.low_bit.quantizers.codes import decode_packed, stored_width, unpacked_integers
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.numerics.dtypes import in_dtype
-from flax_customgrad.numerics.packing import is_packable, pack_bits, packed_width, unpack_bits
+from flax_customgrad.numerics.packing import pack_bits, unpack_bits
 
 
 class Packed(nnx.Variable):
@@ -100,7 +100,8 @@ class PackedKernel(PackedWeights):
     The values, `kernel[...]`, are those of the quantizer to the bit.
 
     Attributes:
-        codes: uint8, codes of at most 4 bits several to a byte along the last axis.
+        codes: uint8, codes of at most 4 bits several to a byte along the last axis; uint16 for more
+            than 8 bits.
         parameters: what decodes them, such as a scale.
         quantizer: what quantized the kernel, for `unpack`.
         kind: the type of its Variable.
@@ -118,7 +119,7 @@ class PackedKernel(PackedWeights):
             variable: the Variable of the kernel, whose type and metadata are kept.
         """
         values, codes, parameters, scheme = quantizer.quantize(kernel)
-        self.bits = packed_width(scheme.bits) if is_packable(codes.shape) else 8
+        self.bits = stored_width(scheme, codes)
         self.codes = Packed.from_metadata(pack_bits(codes, self.bits), variable.get_metadata())
         self.kind = type(variable)
         self.parameters = nnx.List([Packed(p) for p in parameters])
@@ -147,7 +148,7 @@ class PackedKernel(PackedWeights):
             return Measured(made.codes, made.parameters)
 
         codes = self.codes[...]
-        unpacked = codes if self.bits == 8 else unpack_bits(codes, self.bits, self.shape[-1])
+        unpacked = codes if self.bits >= 8 else unpack_bits(codes, self.bits, self.shape[-1])
         granularity = getattr(self._scheme, "granularity", None)
         blocks = (
             {} if granularity is None else {"spread": partial(granularity.spread, shape=self.shape)}

@@ -140,9 +140,9 @@ class QuantLayer:
         """Puts the codes of the weights in their place; see `flax_customgrad.pack`.
 
         Returns:
-            Whether there is a quantizer for them.
+            Whether there is a quantizer for them that is enabled.
         """
-        if self.weight is None:
+        if self.weight is None or not self.weight.enabled:
             return False
         axes, weights, variable = stack_axes(self), self.to_quantize(), getattr(self, self._kernel)
         packed = {
@@ -206,7 +206,7 @@ def _of_nnx(cls: type) -> type:
 
 
 def _quantized(quantizer: Quantizer | None, a: jax.Array) -> Codes | jax.Array:
-    return a if quantizer is None else quantizer.quantize(a)
+    return a if quantizer is None or not quantizer.enabled else quantizer.quantize(a)
 
 
 def _warn_of_zeros(layer: Any, quantized: Codes | jax.Array, x: jax.Array) -> None:

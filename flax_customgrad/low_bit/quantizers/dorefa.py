@@ -83,12 +83,12 @@ class DoReFaWeight(Quantizer):
     """The weights of DoReFa-Net: tanh(w), relative to its largest, in [-1, 1].
 
     Args:
-        bits: from 2 to 8; the values are odd multiples of 1 / (2^bits - 1).
+        bits: from 2 to 16; the values are odd multiples of 1 / (2^bits - 1).
         axis_name: the axis of a `shard_map`, `pmap` or `vmap` over which weights are parts of one
             array, with one M for all parts; None where each array is whole.
 
     Raises:
-        ValueError: `bits` is not from 2 to 8.
+        ValueError: `bits` is not from 2 to 16.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -99,7 +99,7 @@ class DoReFaWeight(Quantizer):
     """
 
     def __init__(self, bits: int = 8, *, axis_name: AxisName = None):
-        self.bits = check_bits("DoReFaWeight", bits)
+        self.bits = check_bits("DoReFaWeight", bits, most=16)
         self.granularity = granularity_of("DoReFaWeight", None, axis_name=axis_name)
 
     def quantize(self, x: jax.Array) -> Codes:
@@ -117,10 +117,10 @@ class DoReFaActivation(Quantizer):
     """The activations of DoReFa-Net: clipped to [0, 1].
 
     Args:
-        bits: from 1 to 8; the values are multiples of 1 / (2^bits - 1).
+        bits: from 1 to 16; the values are multiples of 1 / (2^bits - 1).
 
     Raises:
-        ValueError: `bits` is not from 1 to 8.
+        ValueError: `bits` is not from 1 to 16.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
@@ -134,7 +134,7 @@ class DoReFaActivation(Quantizer):
     """
 
     def __init__(self, bits: int = 8):
-        self.bits = check_bits("DoReFaActivation", bits, least=1)
+        self.bits = check_bits("DoReFaActivation", bits, least=1, most=16)
 
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes activations; returns the values and their codes.

@@ -104,13 +104,13 @@ class EWGS(Quantizer):
         scale: a, the largest value, learned; float32.
 
     Args:
-        bits: from 1 to 8.
+        bits: from 1 to 16.
         signed: whether values are in [-scale, scale], for weights, or in [0, scale], for what
             comes from a relu.
         delta: how much of the rounding error scales the gradient; 0 for none.
 
     Raises:
-        ValueError: `bits` is not from 1 to 8, or `delta` is negative or not finite.
+        ValueError: `bits` is not from 1 to 16, or `delta` is negative or not finite.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
@@ -125,7 +125,7 @@ class EWGS(Quantizer):
     """
 
     def __init__(self, bits: int = 8, *, signed: bool = True, delta: float = 1e-3):
-        self.bits, self.signed = check_bits("EWGS", bits, least=1), signed
+        self.bits, self.signed = check_bits("EWGS", bits, least=1, most=16), signed
         if not 0 <= delta < math.inf:
             raise ValueError(f"EWGS: delta={delta!r} must be a number from 0 on")
         self.delta = delta

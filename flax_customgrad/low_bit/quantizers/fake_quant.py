@@ -102,7 +102,7 @@ class FakeQuant(Quantizer):
     """Rounds to integers of few bits, and passes the gradient where its range holds x.
 
     Args:
-        bits: from 2 to 8.
+        bits: from 2 to 16.
         symmetric: whether the range lies around 0, where 0 is exact and there is no zero point.
         axis: the axes along which each index has a range of its own, such as -1 for the output
             channels of a kernel; "token" for each vector along the last axis; None for one range.
@@ -175,7 +175,7 @@ class FakeQuant(Quantizer):
             )
         if rounding not in ("nearest", "stochastic"):
             raise ValueError(f'FakeQuant: rounding={rounding!r} must be "nearest" or "stochastic"')
-        self.bits = check_bits("FakeQuant", bits)
+        self.bits = check_bits("FakeQuant", bits, most=16)
         self.symmetric = symmetric
         self.granularity = granularity_of("FakeQuant", axis, block, axis_name)
         self.calibration = calibration
@@ -242,7 +242,7 @@ class FakeQuant(Quantizer):
         x, step = widened(x.dtype, lax.stop_gradient(x), self.granularity.spread(scale, x.shape))
         noise = jax.random.uniform(self.rngs(), x.shape, x.dtype) - 0.5
         # A little less than half a step: a value on the grid stays there, however it is rounded.
-        dithered = x + (1 - 2**-14) * noise * step
+        dithered = x + (1 - 2.0 ** (self.bits - 22)) * noise * step
         # The sum overflows only beyond the range, where the nearest value is its end.
         return jnp.where(jnp.isfinite(dithered), dithered, x)
 

@@ -96,7 +96,7 @@ class LSQ(Quantizer):
             Until then it is that of a unit normal distribution; with an axis it is empty.
 
     Args:
-        bits: from 2 to 8.
+        bits: from 2 to 16.
         signed: whether the integers are -2^(bits-1) to 2^(bits-1) - 1, or 0 to 2^bits - 1, such as
             for what comes from a relu.
         axis: the axes along which each index has a scale of its own, such as -1 for the output
@@ -107,7 +107,7 @@ class LSQ(Quantizer):
             number.
 
     Raises:
-        ValueError: `bits` is not from 2 to 8, `axis` is "token", `features` is not a positive
+        ValueError: `bits` is not from 2 to 16, `axis` is "token", `features` is not a positive
             integer, or `grad_scale` is a word other than "lsq".
 
     Example:
@@ -135,7 +135,7 @@ class LSQ(Quantizer):
         grad_scale: Literal["lsq"] | float = "lsq",
     ):
         name = type(self).__name__
-        self.bits, self.signed = check_bits(name, bits), signed
+        self.bits, self.signed = check_bits(name, bits, most=16), signed
         if axis == "token":
             raise ValueError(f'{name}: axis="token" has no scales to learn: give axes, or None')
         if features is not None and not (isinstance(features, int) and features > 0):

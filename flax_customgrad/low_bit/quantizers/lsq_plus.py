@@ -63,7 +63,7 @@ class LSQPlus(LSQ):
             with an axis None.
 
     Args:
-        bits: from 2 to 8.
+        bits: from 2 to 16.
         signed: whether the integers are -2^(bits-1) to 2^(bits-1) - 1, or 0 to 2^bits - 1.
         axis: the axes along which each index has a scale and an offset of its own; None for one.
         features: how many of the last axes are the features of an activation: 1, or 3 for images.
@@ -71,7 +71,7 @@ class LSQPlus(LSQ):
         grad_scale: what both gradients are multiplied by: "lsq" for 1 / sqrt(N high), or a number.
 
     Raises:
-        ValueError: `bits` is not from 2 to 8, `axis` is "token", `features` is not a positive
+        ValueError: `bits` is not from 2 to 16, `axis` is "token", `features` is not a positive
             integer, or `grad_scale` is a word other than "lsq".
 
     Example:

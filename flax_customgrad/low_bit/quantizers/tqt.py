@@ -52,11 +52,11 @@ class TQT(Quantizer):
             threshold to the largest magnitude; before, it is 1.
 
     Args:
-        bits: from 2 to 8.
+        bits: from 2 to 16.
         signed: whether the integers are -2^(bits-1) to 2^(bits-1) - 1, or 0 to 2^bits - 1.
 
     Raises:
-        ValueError: `bits` is not from 2 to 8.
+        ValueError: `bits` is not from 2 to 16.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -69,7 +69,7 @@ class TQT(Quantizer):
     """
 
     def __init__(self, bits: int = 8, *, signed: bool = True):
-        self.bits, self.signed = check_bits("TQT", bits), signed
+        self.bits, self.signed = check_bits("TQT", bits, most=16), signed
         self.log2_t = nnx.Param(jnp.zeros(()))
 
     @property

@@ -192,7 +192,7 @@ def test_zeros_infinities_and_nothing():
 @pytest.mark.parametrize(
     ("make", "error"),
     [
-        (lambda: fcg.FakeQuant(1), r"FakeQuant: bits=1 must be an integer from 2 to 8"),
+        (lambda: fcg.FakeQuant(1), r"FakeQuant: bits=1 must be an integer from 2 to 16"),
         (lambda: fcg.FakeQuant(8.0), r"FakeQuant: bits=8.0 must be an integer"),
         (lambda: fcg.FakeQuant(calibration="max"), r"calibration='max' must be \"absmax\""),
         (lambda: fcg.FakeQuant(percentile=0.99), r"percentile=0.99 must be from 50 to 100"),

@@ -105,6 +105,52 @@ def test_codes_and_gradient_at_ties_and_bounds():
         np.testing.assert_array_equal(got[2], dx, err_msg=name)
 
 
+@pytest.mark.parametrize("bits", [9, 12, 16])
+@pytest.mark.parametrize("shape", [(4, 7), ()])
+def test_more_than_8_bits_are_codes_of_two_bytes(bits, shape):
+    x = jax.random.normal(jax.random.key(0), shape)
+    quantizers = [fcg.FakeQuant(bits), fcg.FakeQuant(bits, symmetric=False), fcg.LSQ(bits)]
+    quantizers += [fcg.LSQPlus(bits, signed=False), fcg.TQT(bits), fcg.EWGS(bits)]
+    observe(quantizers, x)
+
+    @jax.jit
+    def program(x):
+        found = [quantizer.quantize(x) for quantizer in quantizers]
+        return [(codes.values, codes.codes, codes.decode(), *codes.parameters) for codes in found]
+
+    for quantizer, (values, codes, decoded, step, *_) in zip(quantizers, program(x), strict=True):
+        name = type(quantizer).__name__
+        assert codes.dtype == jnp.uint16
+        np.testing.assert_array_equal(decoded, values, err_msg=name)
+        if name not in ("TQT", "EWGS"):
+            assert np.abs(values - x).max() <= 1.01 * step + 1e-6
+
+
+def test_a_layer_of_16_bits_trains_and_packs():
+    quantizers = {"weight": fcg.FakeQuant(16, axis=-1), "activation": fcg.FakeQuant(12)}
+    layer = fcg.QuantLinear(6, 5, **quantizers, rngs=nnx.Rngs(0))
+    exact, x = fcg.Linear(6, 5, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (7, 6))
+    gradient = nnx.jit(nnx.grad(lambda m, x: (m(x) ** 2).sum(), argnums=(0, 1)))
+    for a, b in zip(*(jax.tree.leaves(gradient(m, x)) for m in (layer, exact)), strict=True):
+        np.testing.assert_allclose(a, b, atol=0.02)
+    before = layer(x)
+    packed = fcg.pack(layer)
+    np.testing.assert_array_equal(packed(x), before)
+    assert packed.kernel.codes.dtype == jnp.uint16
+
+
+def test_a_quantizer_that_is_not_enabled_changes_nothing():
+    layer = fcg.QuantLinear(6, 5, weight=fcg.LSQ(2), activation=fcg.FakeQuant(2), rngs=nnx.Rngs(0))
+    exact, x = fcg.Linear(6, 5, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (7, 6))
+    call = nnx.jit(lambda m, x: m(x))
+    quantized = call(layer, x)
+    layer.set_attributes(fcg.Quantizer, enabled=False)
+    np.testing.assert_array_equal(call(layer, x), call(exact, x))
+    assert layer.activation(x) is x
+    layer.set_attributes(fcg.Quantizer, enabled=True)
+    np.testing.assert_array_equal(call(layer, x), quantized)
+
+
 EACH = [
     fcg.FakeQuant(4, axis=-1),
     fcg.FakeQuant(3, symmetric=False),
@@ -477,7 +523,7 @@ def test_a_gradient_of_zeros_stays_zeros_and_a_non_finite_one_is_not_hidden():
 @pytest.mark.parametrize(
     ("make", "error"),
     [
-        (lambda: fcg.LSQ(1), r"LSQ: bits=1 must be an integer from 2 to 8"),
+        (lambda: fcg.LSQ(1), r"LSQ: bits=1 must be an integer from 2 to 16"),
         (lambda: fcg.LSQPlus(True), r"LSQPlus: bits=True must be an integer"),
         (lambda: fcg.LSQ(axis="token"), r'LSQ: axis="token" has no scales to learn'),
         (lambda: fcg.LSQ(features=0), r"LSQ: features=0 must be a positive integer"),
@@ -488,7 +534,7 @@ def test_a_gradient_of_zeros_stays_zeros_and_a_non_finite_one_is_not_hidden():
             r"`scale` has shape \(3,\), which does not fit an input of shape \(2, 4\)",
         ),
         (lambda: fcg.PACT(alpha=0), r"PACT: alpha=0 must be positive"),
-        (lambda: fcg.PACT(9), r"PACT: bits=9 must be an integer from 1 to 8"),
+        (lambda: fcg.PACT(17), r"PACT: bits=17 must be an integer from 1 to 16"),
         (lambda: fcg.EWGS(delta=-1), r"EWGS: delta=-1 must be a number from 0 on"),
         (lambda: fcg.TTQ(1.0), r"TTQ: threshold=1.0 must be in \[0, 1\)"),
         (lambda: fcg.TWN(0.0), r"TWN: threshold=0.0 must be positive"),
