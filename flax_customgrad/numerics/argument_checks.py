@@ -124,20 +124,21 @@ def check_word(layer: str, argument: str, value: Any, words: Iterable[str]) -> N
         raise ValueError(f"{layer}: {argument}={value!r} is none of {', '.join(map(repr, words))}")
 
 
-def check_bits(layer: str, bits: Any, least: int = 2) -> int:
-    """Refuses a number of bits that is not an integer, or with which a code does not fit a byte.
+def check_bits(layer: str, bits: Any, least: int = 2, most: int = 8) -> int:
+    """Refuses a number of bits that is not an integer, or too few or too many.
 
     Args:
         layer: the name of the layer, for the error.
         bits: the number of bits.
         least: the smallest number allowed.
+        most: the largest number allowed; up to 8 a code fits a byte.
 
     Returns:
         The number of bits.
 
     Raises:
-        ValueError: `bits` is not an integer from `least` to 8.
+        ValueError: `bits` is not an integer from `least` to `most`.
     """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= 8:
-        raise ValueError(f"{layer}: bits={bits!r} must be an integer from {least} to 8")
+    if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= most:
+        raise ValueError(f"{layer}: bits={bits!r} must be an integer from {least} to {most}")
     return bits

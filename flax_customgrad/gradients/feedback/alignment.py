@@ -24,6 +24,7 @@ from flax import nnx
 from flax_customgrad.contract.custom_vjp import CustomVJP, custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, has_own_bias
 from flax_customgrad.numerics.dtypes import as_array, is_supported_dtype, is_supported_float
+from flax_customgrad.numerics.sharding import varying_like
 
 
 class Residuals(NamedTuple):
@@ -66,10 +67,13 @@ def _fwd(
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, None, jax.Array, None, None]:
     params, feedback, x = res.params, res.feedback, res.x
     chex.assert_equal_shape([feedback, params["kernel"]])
-    at_feedback = nnx.State({**params, "kernel": feedback.astype(params["kernel"].dtype)})
+    kernel = params["kernel"]
+    # In a shard_map the gradient goes where the array lives that it is taken at: the kernel's.
+    feedback = varying_like(feedback.astype(kernel.dtype), kernel)
+    at_feedback = nnx.State({**params, "kernel": feedback})
     y, pull = jax.vjp(lambda params, x: res.f(params, x, res.config), at_feedback, x)
     chex.assert_equal_shape([g, y])
-    dparams, dx = pull(g)
+    dparams, dx = pull(varying_like(g, y))
     chex.assert_trees_all_equal_structs(dparams, params)
     chex.assert_trees_all_equal_shapes_and_dtypes((dparams, dx), (params, x))
     return dparams, None, dx, None, None

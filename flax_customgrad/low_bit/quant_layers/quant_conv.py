@@ -43,9 +43,9 @@ from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.low_bit.quant_layers.quant_layer import (
     GradientShaper,
     KeptOperands,
+    QuantizerChoice,
     QuantLayer,
 )
-from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 
 
 def masked_parameters(layer: Any) -> Parameters:
@@ -85,8 +85,10 @@ class QuantConv(Conv, QuantLayer):
     but no operation of the user's own, and quantizers.
 
     Args:
-        weight: a quantizer for the kernel, such as `FakeQuant(4, axis=-1)`; or None.
-        activation: a quantizer for the input, such as `FakeQuant(4)`; or None.
+        weight: a quantizer for the kernel, such as `FakeQuant(4, axis=-1)`; None, as by
+            default, for none.
+        activation: a quantizer for the input, such as `FakeQuant(4)`; None, as by default,
+            for none.
         gradient: a layer that changes the gradient of the output and nothing else; or None.
         residuals: what is kept, and what the gradient is that of: "quantized" for the codes and the
             quantized convolution, "original" for the operands as they came and their convolution.
@@ -129,8 +131,8 @@ class QuantConv(Conv, QuantLayer):
         rngs: nnx.Rngs,
         kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
-        weight: Quantizer | None = None,
-        activation: Quantizer | None = None,
+        weight: QuantizerChoice = "default",
+        activation: QuantizerChoice = "default",
         gradient: GradientShaper | None = None,
         residuals: KeptOperands = "quantized",
     ):

@@ -122,8 +122,10 @@ def test_it_is_a_layer_of_nnx_with_feedback_beside(made):
     layer = make(feedback_init=constant, feedback_metadata={"tag": 1}, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(layer.feedback[...], 0.5)
     assert layer.feedback.tag == 1
-    # `convert` leaves what is not of nnx alone.
-    assert type(fcg.revert(fcg.convert(nnx.Sequential(layer))).layers[0]) is type(layer)
+    # `convert` leaves what is not of nnx alone, and so does `revert`, which says so.
+    with pytest.warns(UserWarning, match=f"and stay: layers/0: .*{type(layer).__name__}"):
+        reverted = fcg.revert(fcg.convert(nnx.Sequential(layer)))
+    assert type(reverted.layers[0]) is type(layer)
 
 
 def test_an_optimizer_leaves_the_feedback_alone(made):
