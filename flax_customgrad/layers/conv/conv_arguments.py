@@ -1,6 +1,7 @@
 """The arguments of convolution layers: one number per axis, padding, masks, and their errors."""
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -109,7 +110,7 @@ def with_one_batch_axis(
     lead = inputs.shape[: inputs.ndim - rank - 1]
     if len(lead) == 1:
         return run(inputs)
-    y = run(inputs.reshape(-1, *inputs.shape[len(lead) :]))
+    y = run(inputs.reshape(math.prod(lead), *inputs.shape[len(lead) :]))
     return y.reshape(*lead, *y.shape[1:])
 
 

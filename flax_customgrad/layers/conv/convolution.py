@@ -13,6 +13,7 @@ that each of the three is one of the two maps of `geometry`. `choose_lowering` s
 them for a shape. On a CPU half precision is summed in float32 and rounded once.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,7 +53,9 @@ class ConvConfig:
     def flat(self, images: jax.Array) -> jax.Array:
         """Images with one batch axis instead of any number of them."""
         batch = self.batch(images)
-        return images if len(batch) == 1 else images.reshape(-1, *images.shape[len(batch) :])
+        if len(batch) == 1:
+            return images
+        return images.reshape(math.prod(batch), *images.shape[len(batch) :])
 
 
 class Residuals(NamedTuple):
