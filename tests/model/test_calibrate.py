@@ -186,3 +186,15 @@ def test_calibrating_again_starts_anew():
 def test_an_array_is_not_a_list_of_batches():
     with pytest.raises(TypeError, match=r"its rows would be taken for batches: write \[array\]"):
         fcg.calibrate(_model(), BATCHES[0])
+
+
+def test_a_quantizer_that_is_switched_off_is_calibrated_and_not_packed():
+    layer = fcg.QuantLinear(
+        4, 2, weight=fcg.FakeQuant(4, axis=-1), activation=fcg.FakeQuant(8), rngs=nnx.Rngs(0)
+    )
+    layer.set_attributes(fcg.Quantizer, enabled=False)
+    fcg.calibrate(layer, BATCHES)
+    assert layer.activation.high[...] == 3
+    assert not layer.activation.enabled
+    with pytest.raises(ValueError, match="no layer of the model has a quantizer"):
+        fcg.pack(layer)
