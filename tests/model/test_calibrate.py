@@ -156,6 +156,10 @@ def test_a_percentile_and_an_average_are_those_of_all_batches():
     values = np.stack(batches).ravel()
     assert recorded(calibration="percentile", percentile=60.0) == np.percentile(values, 60) == 3
     assert recorded(calibration="moving_average") == 2.5
+    # The last batch is often smaller.
+    batches[-1] = np.full((1, 4), 3.0, np.float32)
+    of_channels = recorded(calibration="percentile", percentile=60.0, axis=-1)
+    np.testing.assert_array_equal(of_channels, np.percentile(np.concatenate(batches), 60, 0))
 
 
 def test_ranges_of_examples_tokens_and_blocks_stay_dynamic():
