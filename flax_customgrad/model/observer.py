@@ -143,13 +143,14 @@ def _joined(arrays: list[np.ndarray], quantizer: Any) -> list[np.ndarray]:
     """What a quantizer is called with in one call of a model, as one array where it can be one."""
     if len(arrays) == 1:
         return arrays
-    if getattr(getattr(quantizer, "granularity", None), "axis", None) is None:
+    channels = getattr(getattr(quantizer, "granularity", None), "axis", None)
+    if channels is None:
         return [np.concatenate([array.ravel() for array in arrays])]
-    # Channels are counted from the end where an example comes without its batch.
-    if len({array.shape for array in arrays}) == 1:
-        return (
-            [np.stack(arrays)] if min(quantizer.granularity.axis) < 0 else [np.concatenate(arrays)]
-        )
+    # An example that comes without its batch has channels, counted from the end, on its first axis.
+    if all(-array.ndim in channels for array in arrays):
+        return [np.stack(arrays)]
+    if len({array.shape[1:] for array in arrays}) == 1:
+        return [np.concatenate(arrays)]
     return arrays
 
 

@@ -156,6 +156,10 @@ def test_a_percentile_and_an_average_are_those_of_all_batches():
     values = np.stack(batches).ravel()
     assert recorded(calibration="percentile", percentile=60.0) == np.percentile(values, 60) == 3
     assert recorded(calibration="moving_average") == 2.5
+    # The last batch is often smaller.
+    batches[-1] = np.full((1, 4), 3.0, np.float32)
+    of_channels = recorded(calibration="percentile", percentile=60.0, axis=-1)
+    np.testing.assert_array_equal(of_channels, np.percentile(np.concatenate(batches), 60, 0))
 
 
 def test_ranges_of_examples_tokens_and_blocks_stay_dynamic():
@@ -186,3 +190,15 @@ def test_calibrating_again_starts_anew():
 def test_an_array_is_not_a_list_of_batches():
     with pytest.raises(TypeError, match=r"its rows would be taken for batches: write \[array\]"):
         fcg.calibrate(_model(), BATCHES[0])
+
+
+def test_a_quantizer_that_is_switched_off_is_calibrated_and_not_packed():
+    layer = fcg.QuantLinear(
+        4, 2, weight=fcg.FakeQuant(4, axis=-1), activation=fcg.FakeQuant(8), rngs=nnx.Rngs(0)
+    )
+    layer.set_attributes(fcg.Quantizer, enabled=False)
+    fcg.calibrate(layer, BATCHES)
+    assert layer.activation.high[...] == 3
+    assert not layer.activation.enabled
+    with pytest.raises(ValueError, match="no layer of the model has a quantizer"):
+        fcg.pack(layer)
