@@ -5,9 +5,6 @@ dtype but sums the gradients of parameters in float32 (float64 for float64), and
 dtype: the contract casts them once, to the dtype of the parameter. Autodiff rounds a weight's
 gradient to the compute dtype, https://github.com/jax-ml/jax/issues/34330, and sums a bias's in it.
 A product of a backward is laid out and sharded like the array whose gradient it is.
-
-Under vmap with shared parameters JAX asks a custom gradient for that of each example and then sums,
-so the weight gradients of all examples are stored at once. Leading axes of the input avoid that.
 """
 
 from collections.abc import Sequence

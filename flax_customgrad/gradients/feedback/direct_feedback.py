@@ -74,7 +74,8 @@ def _fwd(module: Any, x: jax.Array) -> tuple[jax.Array, Residuals]:
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array]:
-    module, h = nnx.merge(res.graphdef, res.state), res.x
+    # A copy: what the layers write, the forward has written.
+    module, h = nnx.merge(res.graphdef, res.state, copy=True), res.x
     last = len(module.layers) - 1
     dparams, dh = {}, []
     for i, layer in enumerate(module.layers):
