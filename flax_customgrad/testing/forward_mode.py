@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax_customgrad.testing.comparison import Comparison, Fn, Skip
 from flax_customgrad.testing.problem import Gradient, Problem
 
-REQUIRED = False
+REQUIRED = True
 """Whether an exact operation without forward mode fails its check, or is skipped."""
 
 
