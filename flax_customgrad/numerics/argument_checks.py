@@ -4,12 +4,34 @@ Each check takes the name of the layer. Its error names the layer, the argument 
 """
 
 import math
+import operator
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from flax_customgrad.contract.compat import is_traced
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is one integer, of Python, NumPy or JAX."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
+def integers(value: Any) -> tuple[int, ...]:
+    """One integer or several, of Python, NumPy or JAX, as a tuple of Python's.
+
+    Args:
+        value: an integer, or an iterable of them, such as an array.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    return tuple(map(operator.index, (value,) if is_integer(value) else value))
 
 
 def check_positive(layer: str, argument: str, value: Any) -> Any:
@@ -102,20 +124,21 @@ def check_word(layer: str, argument: str, value: Any, words: Iterable[str]) -> N
         raise ValueError(f"{layer}: {argument}={value!r} is none of {', '.join(map(repr, words))}")
 
 
-def check_bits(layer: str, bits: Any, least: int = 2) -> int:
-    """Refuses a number of bits that is not an integer, or with which a code does not fit a byte.
+def check_bits(layer: str, bits: Any, least: int = 2, most: int = 8) -> int:
+    """Refuses a number of bits that is not an integer, or too few or too many.
 
     Args:
         layer: the name of the layer, for the error.
         bits: the number of bits.
         least: the smallest number allowed.
+        most: the largest number allowed; up to 8 a code fits a byte.
 
     Returns:
         The number of bits.
 
     Raises:
-        ValueError: `bits` is not an integer from `least` to 8.
+        ValueError: `bits` is not an integer from `least` to `most`.
     """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= 8:
-        raise ValueError(f"{layer}: bits={bits!r} must be an integer from {least} to 8")
+    if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= most:
+        raise ValueError(f"{layer}: bits={bits!r} must be an integer from {least} to {most}")
     return bits

@@ -15,18 +15,18 @@ import jax.numpy as jnp
 
 
 def packed_width(bits: int) -> int:
-    """How many bits a packed code takes: the next of 1, 2, 4 and 8.
+    """How many bits a packed code takes: the next of 1, 2, 4, 8 and 16.
 
     Args:
-        bits: how many bits a code has, from 1 to 8.
+        bits: how many bits a code has, from 1 to 16.
 
     Raises:
-        ValueError: `bits` is not from 1 to 8.
+        ValueError: `bits` is not from 1 to 16.
     """
-    for width in (1, 2, 4, 8):
+    for width in (1, 2, 4, 8, 16):
         if 1 <= bits <= width:
             return width
-    raise ValueError(f"a code has 1 to 8 bits, got bits={bits!r}")
+    raise ValueError(f"a code has 1 to 16 bits, got bits={bits!r}")
 
 
 def pack_bits(codes: jax.Array, bits: int) -> jax.Array:
@@ -34,15 +34,15 @@ def pack_bits(codes: jax.Array, bits: int) -> jax.Array:
 
     Args:
         codes: integers in [0, 2^bits), of shape (..., n).
-        bits: 1, 2, 4 or 8.
+        bits: 1, 2, 4, 8 or 16.
 
     Returns:
-        uint8 array of shape (..., ceil(n bits / 8)).
+        uint8 array of shape (..., ceil(n bits / 8)); for 16 bits uint16 of shape (..., n).
     """
+    if bits >= 8:
+        return codes.astype(jnp.uint8 if bits == 8 else jnp.uint16)
     per_byte = 8 // bits
     codes = codes.astype(jnp.uint8)
-    if per_byte == 1:
-        return codes
     n = codes.shape[-1]
     if n % per_byte:
         codes = jnp.pad(codes, [*[(0, 0)] * (codes.ndim - 1), (0, -n % per_byte)])
@@ -57,16 +57,16 @@ def unpack_bits(packed: jax.Array, bits: int, n: int) -> jax.Array:
     """The codes that `pack_bits` has packed.
 
     Args:
-        packed: uint8 array of shape (..., ceil(n bits / 8)).
-        bits: 1, 2, 4 or 8.
+        packed: what `pack_bits` returned.
+        bits: 1, 2, 4, 8 or 16.
         n: how many codes the last axis has.
 
     Returns:
-        uint8 array of shape (..., n).
+        uint8 array of shape (..., n); uint16 for 16 bits.
     """
-    per_byte = 8 // bits
-    if per_byte == 1:
+    if bits >= 8:
         return packed
+    per_byte = 8 // bits
     shifts = jnp.arange(per_byte, dtype=jnp.uint8) * jnp.uint8(bits)
     codes = (packed[..., None] >> shifts) & jnp.uint8(2**bits - 1)
     return codes.reshape(*packed.shape[:-1], packed.shape[-1] * per_byte)[..., :n]

@@ -9,6 +9,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flax_customgrad.contract.compat import varying_axes
 
+AxisName = str | tuple[str, ...] | None
+"""The axes of a `shard_map`, `pmap` or `vmap` over which arrays are parts of one; None for none."""
+
 
 def explicit_sharding(aval: Any, order: Sequence[int] | None = None) -> NamedSharding | None:
     """The sharding of an array where it is part of the array's type, to ask for in a product.
@@ -62,3 +65,9 @@ def varying_like(a: jax.Array, like: jax.Array) -> jax.Array:
     """Makes an array vary over the devices of a `shard_map` wherever another does."""
     missing = varying_axes(like) - varying_axes(a)
     return lax.pcast(a, tuple(sorted(missing)), to="varying") if missing else a
+
+
+def summed_like(g: jax.Array, like: jax.Array) -> jax.Array:
+    """Sums a cotangent over the devices of a `shard_map` that share what it is the cotangent of."""
+    shared = varying_axes(g) - varying_axes(like)
+    return lax.psum(g, tuple(sorted(shared))) if shared else g

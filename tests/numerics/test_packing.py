@@ -35,6 +35,7 @@ def test_packing_is_undone(bits, shape):
 
 def test_a_code_takes_the_next_power_of_two():
     assert [packed_width(bits) for bits in range(1, 9)] == [1, 2, 4, 4, 8, 8, 8, 8]
-    for bits in (0, 9):
-        with pytest.raises(ValueError, match="1 to 8 bits"):
+    assert packed_width(9) == packed_width(16) == 16
+    for bits in (0, 17):
+        with pytest.raises(ValueError, match="1 to 16 bits"):
             packed_width(bits)

@@ -9,19 +9,19 @@ of code c that follows. The two results are
     together  = H(mean) = -sum_c mean[c] log mean[c],  mean = mean_n P[n, :]
 
 P is never stored. The bits are split into two halves, left and right; a[n, i] and b[n, j] are the
-probabilities of the words of each, and a code is a pair of words:
+probabilities of the words of each, and a code is a pair of words. The operation computes `each` and
+`mean`:
 
     forward   mean[i, j] = sum_n a[n, i] b[n, j] / N
-    backward  dmean = -dtogether log mean,  0 where mean is
-              da    = b dmean^T / N,  db = a dmean / N
+    backward  da    = b dmean^T / N,  db = a dmean / N
               dodds = sum_i da a (bits[i] - p)  for the left half, and likewise for the right one
                       - deach odds p (1 - p) / N
               dz    = sharpness dodds
-    kept      z, which the caller holds, and mean
+    kept      z, which the caller holds
 
-The derivative of `-mean log mean` is `-(log mean + 1)`, of which the 1 has no effect: the sum of
-`mean` is 1 whatever `z` is. For 18 bits a vector costs two rows of 512 numbers rather than one of
-262144.
+`together` follows from `mean`, which devices with vectors of their own average before: the entropy
+of a mean is not the mean of the entropies. JAX differentiates that. For 18 bits a vector costs two
+rows of 512 numbers rather than one of 262144.
 """
 
 from typing import NamedTuple
@@ -35,50 +35,68 @@ from jax.sharding import PartitionSpec
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.numerics.dtypes import widened
-from flax_customgrad.numerics.sharding import with_auto_axes
+from flax_customgrad.numerics.sharding import AxisName, with_auto_axes
 
 _LARGEST_ODDS = 1e3
 """Log odds at which a probability is 1 in float64 as well."""
 
 
 class Residuals(NamedTuple):
-    """What the backward of `code_entropy` keeps."""
+    """What the backward of `code_distribution` keeps: only what the caller holds anyway."""
 
     z: jax.Array
-    mean: jax.Array
     sharpness: float
 
 
-@custom_vjp
-def code_entropy(z: jax.Array, sharpness: float) -> tuple[jax.Array, jax.Array]:
+def code_entropy(
+    z: jax.Array, sharpness: float, axis_name: AxisName = None
+) -> tuple[jax.Array, jax.Array]:
     """The mean entropy of each vector's code, and the entropy of the mean.
+
+    Args:
+        z: array of shape (..., bits), float.
+        sharpness: log odds of a bit per unit of z; it gets no gradient.
+        axis_name: the axis over which arrays are parts of all vectors, or None.
+
+    Returns:
+        Two numbers in float32 or wider, in nats; 0 where there are no vectors.
+    """
+    each, mean = code_distribution(z, sharpness)
+    if axis_name is not None:
+        each, mean = lax.pmean((each, mean), axis_name)
+    return each, -jnp.sum(mean * _log(mean))
+
+
+@custom_vjp
+def code_distribution(z: jax.Array, sharpness: float) -> tuple[jax.Array, jax.Array]:
+    """The mean entropy of each vector's code, and the mean probability of each code.
 
     Args:
         z: array of shape (..., bits), float.
         sharpness: log odds of a bit per unit of z; it gets no gradient.
 
     Returns:
-        Two numbers in float32 or wider, in nats; 0 where there are no vectors.
+        A number, in nats, and an array of shape (words of the left half, words of the right half),
+        in float32 or wider; 0 where there are no vectors.
     """
     odds = _odds(z, sharpness)
-    return _entropies(odds, _mean(odds))
+    size = jnp.abs(odds)
+    h = jnp.log1p(jnp.exp(-size)) + size * jax.nn.sigmoid(-size)
+    return jnp.sum(h) / _num_vectors(odds), _mean(odds)
 
 
 def _fwd(z: jax.Array, sharpness: float) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
-    odds = _odds(z, sharpness)
-    mean = _mean(odds)
-    return _entropies(odds, mean), Residuals(z, mean, sharpness)
+    return code_distribution(z, sharpness), Residuals(z, sharpness)
 
 
 def _bwd(res: Residuals, cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-    z, mean, (deach, dtogether) = res.z, res.mean, cotangents
-    chex.assert_rank([deach, dtogether], 0)
+    z, (deach, dmean) = res.z, cotangents
+    chex.assert_rank(deach, 0)
     odds, n = _odds(z, res.sharpness), _num_vectors(z)
     left, right = _halves(odds)
     a, b = _word_probabilities(left), _word_probabilities(right)
     dims = chex.Dimensions(I=2 ** left.shape[-1], J=2 ** right.shape[-1])
-    dmean = -dtogether * _log(mean)
-    chex.assert_shape([mean, dmean], dims["IJ"])
+    chex.assert_shape(dmean, dims["IJ"])
     da, db = _product(b, dmean.T) / n, _product(a, dmean) / n
     chex.assert_shape([a, da], (*z.shape[:-1], *dims["I"]))
     chex.assert_shape([b, db], (*z.shape[:-1], *dims["J"]))
@@ -89,18 +107,12 @@ def _bwd(res: Residuals, cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.A
     return res.sharpness * (of_together - of_each), None
 
 
-code_entropy.defvjp(_fwd, _bwd)
+code_distribution.defvjp(_fwd, _bwd)
 
 
 def _odds(z: jax.Array, sharpness: float) -> jax.Array:
     (z,) = widened(z.dtype, z)
     return jnp.clip(sharpness * z, -_LARGEST_ODDS, _LARGEST_ODDS)
-
-
-def _entropies(odds: jax.Array, mean: jax.Array) -> tuple[jax.Array, jax.Array]:
-    size = jnp.abs(odds)
-    h = jnp.log1p(jnp.exp(-size)) + size * jax.nn.sigmoid(-size)
-    return jnp.sum(h) / _num_vectors(odds), -jnp.sum(mean * _log(mean))
 
 
 def _log(mean: jax.Array) -> jax.Array:

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_customgrad.estimators.codebook.moving_average import MovingAverage, partition_specs
-from flax_customgrad.estimators.codebook.usage import AxisName
-from flax_customgrad.numerics.sharding import with_auto_axes
+from flax_customgrad.numerics.sharding import AxisName, with_auto_axes
 
 
 def replace_dead_codes(
@@ -23,6 +22,7 @@ def replace_dead_codes(
     threshold: float,
     key: jax.Array,
     axis_name: AxisName,
+    mask: jax.Array | None = None,
 ) -> MovingAverage:
     """Replaces the dead codes of a codebook.
 
@@ -32,27 +32,39 @@ def replace_dead_codes(
         threshold: the count below which a code is dead.
         key: random key, the same on all devices.
         axis_name: axis of a `shard_map` or `pmap`, whose devices contribute vectors in turn.
+        mask: bool array of shape (...), which vectors may be drawn; or None for all.
 
     Returns:
         The codebook and its statistics after that.
     """
 
-    def replace(state: MovingAverage, z: jax.Array, key: jax.Array) -> MovingAverage:
-        vectors, is_drawn = _draw_vectors(state.counts < threshold, z, key, axis_name)
+    def replace(
+        state: MovingAverage, z: jax.Array, key: jax.Array, mask: jax.Array | None
+    ) -> MovingAverage:
+        vectors, is_drawn = _draw_vectors(state.counts < threshold, z, key, axis_name, mask)
         codes = jnp.where(is_drawn[:, None], vectors, state.codes)
         counts = jnp.where(is_drawn, threshold, state.counts)
         sums = jnp.where(is_drawn[:, None], threshold * codes, state.sums)
         return MovingAverage(codes, counts, sums)
 
-    return with_auto_axes(replace, partition_specs(state), state, z.astype(state.codes.dtype), key)
+    z = z.astype(state.codes.dtype)
+    return with_auto_axes(replace, partition_specs(state), state, z, key, mask)
 
 
 def _draw_vectors(
-    is_dead: jax.Array, z: jax.Array, key: jax.Array, axis_name: AxisName
+    is_dead: jax.Array,
+    z: jax.Array,
+    key: jax.Array,
+    axis_name: AxisName,
+    mask: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """A vector for each dead code, and the codes for which there is one, finite."""
     z = z.reshape(-1, z.shape[-1])
     order = jax.random.permutation(key, len(z))
+    if mask is not None:
+        # What is left out comes last, and is nothing to draw.
+        z = jnp.where(mask.reshape(-1, 1), z, jnp.nan)
+        order = order[jnp.argsort(~mask.reshape(-1)[order], stable=True)]
     rank = jnp.cumsum(is_dead) - 1  # among the dead codes
     devices, device = 1, 0
     if axis_name is not None:

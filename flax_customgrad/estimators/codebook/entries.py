@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.scipy.special import entr
 
-from flax_customgrad.estimators.codebook.code_entropy import code_entropy
+from flax_customgrad.estimators.codebook.code_entropy import code_distribution
 from flax_customgrad.estimators.codebook.fsq import FSQ, round_to_levels
 from flax_customgrad.estimators.codebook.lfq import LFQ, sign_codes
 from flax_customgrad.estimators.codebook.quantize_vectors import quantize_vectors
@@ -313,7 +313,7 @@ ENTRIES = (
         },
         operations={
             sign_codes: "5 bits, 4-D, on the step",
-            code_entropy: "5 bits, 4-D, on the step",
+            code_distribution: "5 bits, 4-D, on the step",
         },
         workloads={"14 bits, 16384": lambda cls: (_values, cls(14), _many()[:, :14])},
     ),

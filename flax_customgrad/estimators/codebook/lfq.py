@@ -29,6 +29,7 @@ from flax_customgrad.estimators.codebook.codebook_arguments import check_vectors
 from flax_customgrad.estimators.codebook.usage import Quantized, measure_usage
 from flax_customgrad.numerics.argument_checks import check_nonnegative, check_size
 from flax_customgrad.numerics.dtypes import widened
+from flax_customgrad.numerics.sharding import AxisName
 
 
 class Residuals(NamedTuple):
@@ -86,8 +87,8 @@ class LFQ(nnx.Module):
     """Replaces each feature by its sign times `scale`; 2^features codes without a codebook.
 
     It has no parameters. Its loss needs 2^features numbers for the second entropy, but no array of
-    2^features for each vector. Under `shard_map` that entropy is of the device's own vectors; under
-    jit it is of all.
+    2^features for each vector. Under jit that entropy is of all vectors, however they are spread
+    over devices; under `shard_map`, `pmap` and `vmap` with `axis_name`, as is the usage.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -107,6 +108,7 @@ class LFQ(nnx.Module):
         diversity: float = 1.0,
         temperature: float = 0.01,
         commitment: float = 0.25,
+        axis_name: AxisName = None,
     ):
         """Makes the layer.
 
@@ -117,6 +119,8 @@ class LFQ(nnx.Module):
             diversity: weight of the entropy of the batch relative to that of each vector.
             temperature: temperature of the softmax of squared distances; positive.
             commitment: weight of the commitment loss.
+            axis_name: axis of a `shard_map`, `pmap` or `vmap` over which vectors are parts of one
+                batch.
 
         Raises:
             ValueError: `features` is not from 1 to 30, a weight is negative, or `scale` or
@@ -144,6 +148,7 @@ class LFQ(nnx.Module):
         self.diversity = diversity
         self.temperature = temperature
         self.commitment = commitment
+        self.axis_name = axis_name
 
     def __call__(self, z: jax.Array) -> Quantized:
         """Quantizes vectors.
@@ -166,9 +171,11 @@ class LFQ(nnx.Module):
         values, loss = sign_codes(z, self.scale, self.commitment)
         if self.entropy_weight:
             # -|z - c|^2 is 2 z.c, but for terms that do not depend on c.
-            each, together = code_entropy(z, 4 * self.scale / self.temperature)
+            each, together = code_entropy(z, 4 * self.scale / self.temperature, self.axis_name)
             loss += self.entropy_weight * (each - self.diversity * together)
-        return Quantized(values, indices, loss, *measure_usage(indices, self.num_codes))
+        return Quantized(
+            values, indices, loss, *measure_usage(indices, self.num_codes, self.axis_name)
+        )
 
     def indices_to_codes(self, indices: jax.Array) -> jax.Array:
         """The codes that have certain numbers.

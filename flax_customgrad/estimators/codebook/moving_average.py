@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_customgrad.estimators.codebook.quantize_vectors import sum_by_code
-from flax_customgrad.estimators.codebook.usage import AxisName, count_by_code
-from flax_customgrad.numerics.sharding import explicit_spec, with_auto_axes
+from flax_customgrad.estimators.codebook.usage import count_by_code
+from flax_customgrad.numerics.sharding import AxisName, explicit_spec, with_auto_axes
 
 
 class MovingAverage(NamedTuple):

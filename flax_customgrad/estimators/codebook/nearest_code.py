@@ -13,8 +13,10 @@ The place of the minimum is found by looking for its value, which XLA on a CPU v
 cores argmin takes 430 ms for 8192 codes of 64 and 16384 vectors, this 190, the products alone 145.
 
 Distances are in float32 or wider, of vectors and codes divided by powers of two, so vectors with
-norms of 1e30 and of 1e-30 have a nearest code too. Of codes whose distances differ by rounding
-alone any may be found; of equal distances, the first.
+norms of 1e30 and of 1e-30 have a nearest code too. An offset that vectors or codes have in common
+is subtracted from both first: the terms above would be as large as its square, and their rounding
+larger than the distances. Of codes whose distances differ by rounding alone any may be found; of
+equal distances, the first.
 """
 
 import functools
@@ -78,7 +80,10 @@ def _search(x: jax.Array, codes: jax.Array, block: int) -> jax.Array:
     code_power = magnitude(codes, (0, 1))[0]
     x_power = jnp.maximum(magnitude(x, (-1,)), code_power)
     codes /= code_power
-    rows = jnp.concatenate([-2 * (x / x_power), code_power / x_power], -1)
+    offset = _common_offset(x / code_power, codes)
+    codes -= offset
+    code_power /= x_power
+    rows = jnp.concatenate([-2 * (x / x_power - offset * code_power), code_power], -1)
     columns = jnp.concatenate([codes, jnp.sum(codes**2, -1, keepdims=True)], -1)
 
     def search_block(k: jax.Array | int) -> tuple[jax.Array, jax.Array]:
@@ -98,3 +103,15 @@ def _search(x: jax.Array, codes: jax.Array, block: int) -> jax.Array:
 
     least, index = lax.fori_loop(1, -(-num_codes // block), step, search_block(0))
     return jnp.where(jnp.isnan(least), num_codes, index).astype(jnp.int32)
+
+
+def _common_offset(x: jax.Array, codes: jax.Array) -> jax.Array:
+    """What can be subtracted from vectors and codes; of shape (features,), 0 where there is none.
+
+    Where vectors lie on both sides of 0 it is 0, and it lies between the codes: so neither grows by
+    more than the distance between the two, and no digit is lost that the distance depends on.
+    """
+    finite, axes = jnp.isfinite(x), tuple(range(x.ndim - 1))
+    least = jnp.min(x, axes, where=finite, initial=jnp.inf)
+    largest = jnp.max(x, axes, where=finite, initial=-jnp.inf)
+    return jnp.clip(jnp.clip(0, least, largest), jnp.min(codes, 0), jnp.max(codes, 0))

@@ -10,7 +10,10 @@ Codebook i finds a code `q[i]` for the remainder of `z` that the codebooks befor
     backward  dz   = E(dq) + 2 commitment dloss (r[1] + ... + r[n]) / N
               dcodebooks[i][j] = -2 dloss / N times the sum of r[i] where indices[i] = j
     kept      z and the codebooks, which the caller holds, and indices: 4 bytes a vector and
-              codebook
+              codebook; and masks, if there are any
+
+A mask says which vectors a codebook quantizes. The others, such as padding, get 0 for its code and
+its remainder, and what the first codebook leaves out has no gradient and is not counted by `N`.
 
 The loss with the weight `commitment` is the commitment loss, which moves `z` only. The rest is the
 codebook loss, which moves the codes only; for each codebook, the codes of the others are constants.
@@ -42,6 +45,7 @@ from flax_customgrad.numerics.sharding import explicit_spec, with_auto_axes
 GradientEstimator = Literal["straight_through", "rotation"]
 Codebooks = tuple[jax.Array, ...]
 Indices = tuple[jax.Array, ...]
+Masks = tuple[jax.Array | None, ...]
 
 
 class Residuals(NamedTuple):
@@ -50,6 +54,7 @@ class Residuals(NamedTuple):
     codebooks: Codebooks
     z: jax.Array
     indices: Indices
+    masks: Masks
     commitment: float
     codes_learn: bool
     gradient: GradientEstimator
@@ -60,6 +65,7 @@ def quantize_vectors(
     codebooks: Codebooks,
     z: jax.Array,
     indices: Indices,
+    masks: Masks,
     commitment: float,
     codes_learn: bool,
     gradient: GradientEstimator,
@@ -70,6 +76,8 @@ def quantize_vectors(
         codebooks: arrays of shape (num_codes, features), float.
         z: array of shape (..., features), float.
         indices: for each codebook an int32 array of shape (...): the number of each vector's code.
+        masks: for each codebook a bool array of shape (...), which vectors it quantizes; or None
+            for all. Each is true for no more vectors than the one before.
         commitment: weight of the commitment loss; it gets no gradient.
         codes_learn: whether there is a codebook loss.
         gradient: the estimator that passes the gradient of `q` to `z`.
@@ -78,27 +86,28 @@ def quantize_vectors(
         `q` in the dtype of `z`, NaN where no code has the number; and the loss, a number in float32
         or wider, 0 where there are no vectors.
     """
-    squares = [jnp.sum(jnp.square(r)) for r in _remainders(z, codebooks, indices)]
-    loss = (commitment + codes_learn) / max(1, z.size) * sum(squares[1:], squares[0])
-    return _sum_of_codes(z, codebooks, indices), loss
+    squares = [jnp.sum(jnp.square(r)) for r in _remainders(z, codebooks, indices, masks)]
+    loss = (commitment + codes_learn) * sum(squares[1:], squares[0]) / _count(z, masks)
+    return _sum_of_codes(z, codebooks, indices, masks), loss
 
 
 def _fwd(
     codebooks: Codebooks,
     z: jax.Array,
     indices: Indices,
+    masks: Masks,
     commitment: float,
     codes_learn: bool,
     gradient: GradientEstimator,
 ) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
-    out = quantize_vectors(codebooks, z, indices, commitment, codes_learn, gradient)
-    return out, Residuals(codebooks, z, indices, commitment, codes_learn, gradient)
+    out = quantize_vectors(codebooks, z, indices, masks, commitment, codes_learn, gradient)
+    return out, Residuals(codebooks, z, indices, masks, commitment, codes_learn, gradient)
 
 
 def _bwd(
     res: Residuals, cotangents: tuple[jax.Array, jax.Array]
-) -> tuple[tuple[jax.Array | None, ...], jax.Array, None, None, None, None]:
-    codebooks, z, indices = res.codebooks, res.z, res.indices
+) -> tuple[tuple[jax.Array | None, ...], jax.Array, None, None, None, None, None]:
+    codebooks, z, indices, masks = res.codebooks, res.z, res.indices, res.masks
     dq, dloss = cotangents
     chex.assert_equal_shape([dq, z])
     chex.assert_rank(dloss, 0)
@@ -107,48 +116,73 @@ def _bwd(
     chex.assert_shape(codebooks, (None, z.shape[-1]))
     dz = dq
     if res.gradient == "rotation":
-        dz = rotate_back(dq, z, _sum_of_codes(z, codebooks, indices))
-    scale = 2 * dloss / max(1, z.size)
+        dz = rotate_back(dq, z, _sum_of_codes(z, codebooks, indices, masks))
+    dz = where_mask(masks[0], dz)
+    scale = 2 * dloss / _count(z, masks)
     dcodebooks = []
-    for r, codes, numbers in zip(
-        _remainders(z, codebooks, indices), codebooks, indices, strict=True
-    ):
+    remainders = _remainders(z, codebooks, indices, masks)
+    for r, codes, numbers in zip(remainders, codebooks, indices, strict=True):
         dz += res.commitment * scale * r
         dcodebooks.append(sum_by_code(-scale * r, numbers, codes) if res.codes_learn else None)
     chex.assert_equal_shape([dz, z])
     if res.codes_learn:
         chex.assert_trees_all_equal_shapes(dcodebooks, list(codebooks))
-    return tuple(dcodebooks), dz, None, None, None, None
+    return tuple(dcodebooks), dz, None, None, None, None, None
 
 
 quantize_vectors.defvjp(_fwd, _bwd)
 
 
-def remainder(z: jax.Array, codes: jax.Array, indices: jax.Array) -> jax.Array:
+def remainder(
+    z: jax.Array, codes: jax.Array, indices: jax.Array, mask: jax.Array | None
+) -> jax.Array:
     """`r[1]`: the remainder that a codebook leaves of vectors.
 
     Args:
         z: array of shape (..., features), float.
         codes: array of shape (num_codes, features), float.
         indices: int32 array of shape (...).
+        mask: bool array of shape (...), which vectors it quantizes; or None for all.
 
     Returns:
         Array like z, float32 or wider.
     """
     z, q = widened(jnp.result_type(z, codes), z, gather_codes(codes, indices, z))
-    return z - q
+    return where_mask(mask, z - q)
 
 
-def _remainders(z: jax.Array, codebooks: Codebooks, indices: Indices) -> Iterator[jax.Array]:
+def where_mask(mask: jax.Array | None, vectors: jax.Array) -> jax.Array:
+    """Vectors where a mask is true, and 0 elsewhere.
+
+    Args:
+        mask: bool array of shape (...); or None for all.
+        vectors: array of shape (..., features), float.
+    """
+    return vectors if mask is None else jnp.where(mask[..., None], vectors, 0)
+
+
+def _count(z: jax.Array, masks: Masks) -> jax.Array | int:
+    """`N`, how many numbers there are in the vectors that the first codebook quantizes."""
+    if masks[0] is None:
+        return max(1, z.size)
+    return z.shape[-1] * jnp.maximum(1, jnp.sum(masks[0], dtype=accumulator(z)))
+
+
+def _remainders(
+    z: jax.Array, codebooks: Codebooks, indices: Indices, masks: Masks
+) -> Iterator[jax.Array]:
     """`r[1]`, `r[2]` and so on."""
-    for codes, numbers in zip(codebooks, indices, strict=True):
-        z = remainder(z, codes, numbers)
+    for codes, numbers, mask in zip(codebooks, indices, masks, strict=True):
+        z = remainder(z, codes, numbers, mask)
         yield z
 
 
-def _sum_of_codes(z: jax.Array, codebooks: Codebooks, indices: Indices) -> jax.Array:
+def _sum_of_codes(z: jax.Array, codebooks: Codebooks, indices: Indices, masks: Masks) -> jax.Array:
     """`q`, in the dtype of `z`."""
-    codes = (gather_codes(c, k, z) for c, k in zip(codebooks, indices, strict=True))
+    codes = (
+        where_mask(mask, gather_codes(c, k, z))
+        for c, k, mask in zip(codebooks, indices, masks, strict=True)
+    )
     first, *others = widened(jnp.result_type(z, *codebooks), *codes)
     return sum(others, first).astype(z.dtype)
 
@@ -169,6 +203,22 @@ def gather_codes(codes: jax.Array, indices: jax.Array, like: jax.Array) -> jax.A
         return jnp.take(codes, indices, axis=0, mode="fill", fill_value=jnp.nan)
 
     return with_auto_axes(take, explicit_spec(like), codes, indices)
+
+
+def codes_at(codes: jax.Array, indices: jax.Array) -> jax.Array:
+    """The codes that have certain numbers, in the sharding of the numbers.
+
+    Args:
+        codes: array of shape (num_codes, features), float.
+        indices: integers of any shape, from 0 to num_codes - 1; another number gives NaN.
+
+    Returns:
+        Array of shape (*indices.shape, features), in the dtype of codes.
+    """
+    indices = jnp.asarray(indices)
+    indices = jnp.where((indices >= 0) & (indices < len(codes)), indices, len(codes))
+    like = jnp.broadcast_to(indices[..., None], (*indices.shape, codes.shape[-1]))
+    return gather_codes(codes, indices, like)
 
 
 def sum_by_code(values: jax.Array, indices: jax.Array, like: jax.Array) -> jax.Array:

@@ -9,7 +9,9 @@
 R rotates `u` into `v` and is a constant to the gradient, so `y = stretch R z`. It is made of two
 reflections, `R^T = (I - 2 u u^T) (I - 2 r r^T)`, and computed as such: `|R^T g| = |g|` whatever the
 rounding of `r`. In the formula itself, `r` of nearly opposite vectors is nothing but rounding, and
-makes the gradient up to three times too long.
+makes the gradient up to three times too long. At any angle the result is that of the formula for
+vectors which differ from `z` and `q` by a few roundings; the formula changes much with those of
+nearly opposite vectors, and with no others.
 
     z = 0     no direction: straight through, dz = g
     q = 0     stretch = 0: dz = 0
@@ -127,9 +129,12 @@ def _polar(x: jax.Array) -> _Polar:
 def _half_way(u: jax.Array, v: jax.Array) -> jax.Array:
     """`r`, the unit vector half way from `u` to `v`; 0 between opposite ones."""
     difference, total = u - v, u + v
-    # The two are at right angles but for rounding; the sum of opposite vectors is nothing else.
-    squares = _dot(difference, difference)
-    total -= difference * _dot(difference, total) / jnp.where(squares == 0, 1, squares)
+    # The two are at right angles, and the smaller one is so but for rounding. The sum of nearly
+    # opposite vectors is little else, so it is made so. That of vectors at an acute angle is right
+    # as it is, and there the difference may be all rounding: nothing may be divided by it.
+    acute = _dot(u, v) > 0
+    along = _dot(difference, total) / jnp.where(acute, 1, _dot(difference, difference))
+    total -= jnp.where(acute, 0, difference * along)
     squares = _dot(total, total)
     opposite = squares <= (8 * jnp.finfo(u.dtype).eps) ** 2
     return jnp.where(opposite, 0, total / jnp.sqrt(jnp.where(opposite, 1, squares)))

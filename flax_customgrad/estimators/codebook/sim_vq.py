@@ -19,9 +19,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_customgrad.estimators.codebook.codebook_arguments import check_vectors
+from flax_customgrad.estimators.codebook.codebook_arguments import check_mask, check_vectors
 from flax_customgrad.estimators.codebook.nearest_code import nearest_code
-from flax_customgrad.estimators.codebook.quantize_vectors import GradientEstimator, quantize_vectors
+from flax_customgrad.estimators.codebook.quantize_vectors import (
+    GradientEstimator,
+    codes_at,
+    quantize_vectors,
+)
 from flax_customgrad.estimators.codebook.usage import Quantized, measure_usage
 from flax_customgrad.estimators.codebook.vector_quantizer import Codebook, default_codebook_init
 from flax_customgrad.numerics.argument_checks import check_nonnegative, check_size, check_word
@@ -89,24 +93,40 @@ class SimVQ(nnx.Module):
         codebook, kernel = widened(jnp.result_type(codebook, kernel), codebook, kernel)
         return jnp.matmul(codebook, kernel, precision=lax.Precision.HIGHEST)
 
-    def __call__(self, z: jax.Array) -> Quantized:
+    def indices_to_codes(self, indices: jax.Array) -> jax.Array:
+        """The codes that have certain numbers.
+
+        Args:
+            indices: integers of any shape, from 0 to num_codes - 1.
+
+        Returns:
+            Array of shape (*indices.shape, features), float32 or wider; NaN where no code has the
+            number.
+        """
+        return codes_at(self.codes(), indices)
+
+    def __call__(self, z: jax.Array, *, mask: jax.Array | None = None) -> Quantized:
         """Quantizes vectors.
 
         Args:
             z: array of shape (..., features), float.
+            mask: bool array of shape (...), false for padding; as for `VectorQuantizer`.
 
         Returns:
             A `Quantized`. A vector with an element that is infinite or NaN has NaN for its value,
             and the number num_codes.
 
         Raises:
-            TypeError: z is not a floating array.
-            ValueError: z has another number of features.
+            TypeError: z is not a floating array, or mask not one of bool.
+            ValueError: z has another number of features, or mask another shape.
         """
         z = check_vectors(type(self).__name__, z, self.features)
+        mask = check_mask(type(self).__name__, mask, z)
         codes = self.codes()
         indices = nearest_code(z, codes)
+        if mask is not None:
+            indices = jnp.where(mask, indices, self.num_codes)
         values, loss = quantize_vectors(
-            (codes,), z, (indices,), self.commitment, True, self.gradient
+            (codes,), z, (indices,), (mask,), self.commitment, True, self.gradient
         )
         return Quantized(values, indices, loss, *measure_usage(indices, self.num_codes))

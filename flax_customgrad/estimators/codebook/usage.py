@@ -8,9 +8,7 @@ from jax import lax
 from jax.scipy.special import entr
 from jax.sharding import PartitionSpec
 
-from flax_customgrad.numerics.sharding import with_auto_axes
-
-AxisName = str | tuple[str, ...] | None
+from flax_customgrad.numerics.sharding import AxisName, with_auto_axes
 
 _MOST_COUNTED = 2**24
 """The largest number of codes that are counted: 67 MB of int32."""

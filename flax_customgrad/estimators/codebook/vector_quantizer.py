@@ -15,16 +15,24 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_customgrad.estimators.codebook.codebook_arguments import check_vectors
+from flax_customgrad.estimators.codebook.codebook_arguments import check_mask, check_vectors
 from flax_customgrad.estimators.codebook.dead_codes import replace_dead_codes
+from flax_customgrad.estimators.codebook.k_means import k_means
 from flax_customgrad.estimators.codebook.moving_average import MovingAverage, update_moving_average
 from flax_customgrad.estimators.codebook.nearest_code import nearest_code
-from flax_customgrad.estimators.codebook.quantize_vectors import GradientEstimator, quantize_vectors
-from flax_customgrad.estimators.codebook.usage import AxisName, Quantized, measure_usage
+from flax_customgrad.estimators.codebook.quantize_vectors import (
+    GradientEstimator,
+    codes_at,
+    quantize_vectors,
+)
+from flax_customgrad.estimators.codebook.usage import Quantized, measure_usage
+from flax_customgrad.layers.weight_norms.unit_norm import inverse_norm
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import check_nonnegative, check_size, check_word
+from flax_customgrad.numerics.sharding import AxisName
 
 Learning = Literal["loss", "ema"]
+Distance = Literal["euclidean", "cosine"]
 
 default_codebook_init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
 
@@ -62,6 +70,7 @@ class VectorQuantizer(nnx.Module):
         *,
         gradient: GradientEstimator = "straight_through",
         learning: Learning = "loss",
+        distance: Distance = "euclidean",
         commitment: float = 0.25,
         decay: float = 0.99,
         epsilon: float = 1e-5,
@@ -79,6 +88,8 @@ class VectorQuantizer(nnx.Module):
             features: how many numbers a code has.
             gradient: "straight_through" or "rotation".
             learning: "loss" or "ema".
+            distance: "euclidean"; or "cosine", for which vectors and codes are scaled to unit norm,
+                through which the gradient passes, as in arXiv:2110.04627.
             commitment: weight of the commitment loss, which pulls vectors towards their codes.
             decay: with "ema": how much of the statistics a call leaves, from 0 to below 1.
             epsilon: with "ema": constant of the Laplace smoothing of the counts, positive.
@@ -93,14 +104,15 @@ class VectorQuantizer(nnx.Module):
             rngs: `params` for the initializer, and with `dead_below` `codebook` for the draws.
 
         Raises:
-            ValueError: a number is out of the range stated above, `gradient` or `learning` is not
-                one of its two words, or `dead_below` is given with "loss".
+            ValueError: a number is out of the range stated above, `gradient`, `learning` or
+                `distance` is not one of its two words, or `dead_below` is given with "loss".
         """
         name = type(self).__name__
         check_size(name, "num_codes", num_codes)
         check_size(name, "features", features)
         check_word(name, "gradient", gradient, get_args(GradientEstimator))
         check_word(name, "learning", learning, get_args(Learning))
+        check_word(name, "distance", distance, get_args(Distance))
         check_nonnegative(name, "commitment", commitment)
         if not 0 <= decay < 1:
             raise ValueError(f"{name}: decay={decay!r} must be at least 0 and below 1")
@@ -117,6 +129,7 @@ class VectorQuantizer(nnx.Module):
         self.features = features
         self.gradient: GradientEstimator = gradient
         self.learning = learning
+        self.distance: Distance = distance
         self.commitment = commitment
         self.decay = decay
         self.epsilon = epsilon
@@ -135,54 +148,153 @@ class VectorQuantizer(nnx.Module):
         if dead_below is not None:
             self.rngs = rngs["codebook"].fork()
 
-    def __call__(self, z: jax.Array, use_running_average: bool | None = None) -> Quantized:
+    def __call__(
+        self,
+        z: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> Quantized:
         """Quantizes vectors, and in training with "ema" moves the codebook.
 
         Args:
             z: array of shape (..., features), float.
             use_running_average: whether to leave the codebook unchanged; None for the value that
                 the constructor, `eval` or `train` has set.
+            mask: bool array of shape (...): true for the vectors that count, false for padding. A
+                vector that does not count has the value 0, the number num_codes and no gradient,
+                and changes neither the loss, nor the codebook, nor how much of it is used.
 
         Returns:
             A `Quantized`. Its values are of the codebook as it was before the call. A vector with
             an element that is infinite or NaN has NaN for its value, and the number num_codes.
 
         Raises:
-            TypeError: z is not a floating array.
-            ValueError: z has another number of features.
+            TypeError: z is not a floating array, or mask not one of bool.
+            ValueError: z has another number of features, or mask another shape.
         """
         z = check_vectors(type(self).__name__, z, self.features)
-        codes, indices = self.encode(z, use_running_average)
+        mask = check_mask(type(self).__name__, mask, z)
+        if self.distance == "cosine":
+            z = unit_vectors(z)
+        codes, indices = self.encode(z, use_running_average, mask)
         values, loss = quantize_vectors(
-            (codes,), z, (indices,), self.commitment, self.learning == "loss", self.gradient
+            (codes,),
+            z,
+            (indices,),
+            (mask,),
+            self.commitment,
+            self.learning == "loss",
+            self.gradient,
         )
         usage = measure_usage(indices, self.num_codes, self.axis_name)
         return Quantized(values, indices, loss, *usage)
 
+    def codes(self) -> jax.Array:
+        """The codes: array of shape (num_codes, features), of unit norm for "cosine"."""
+        codes = self.codebook[...]
+        return unit_vectors(codes) if self.distance == "cosine" else codes
+
+    def indices_to_codes(self, indices: jax.Array) -> jax.Array:
+        """The codes that have certain numbers.
+
+        Args:
+            indices: integers of any shape, from 0 to num_codes - 1.
+
+        Returns:
+            Array of shape (*indices.shape, features), in the dtype of the codebook; NaN where no
+            code has the number.
+        """
+        return codes_at(self.codes(), indices)
+
+    def initialize_codebook(
+        self,
+        z: jax.Array,
+        *,
+        iterations: int = 10,
+        mask: jax.Array | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Sets the codes to the means of vectors, by k-means, such as of a first batch.
+
+        Codes that are far from all vectors are never used; so begin with codes that are not. The
+        counts of a moving average are then those of these vectors.
+
+        Args:
+            z: array of shape (..., features), float: vectors like those to come, better more than
+                there are codes.
+            iterations: how often the codes are moved to the mean of their vectors.
+            mask: bool array of shape (...), false for padding.
+            rngs: `codebook`, for the vectors that the codes begin as.
+
+        Raises:
+            TypeError: z is not a floating array, or mask not one of bool.
+            ValueError: z has another number of features, no vector, or mask another shape;
+                `iterations` is below 1.
+        """
+        name = type(self).__name__
+        z = check_vectors(name, z, self.features)
+        mask = check_mask(name, mask, z)
+        check_size(name, "iterations", iterations)
+        if not z.size:
+            raise ValueError(f"{name}: z has shape {z.shape}: there are no vectors to begin with")
+        if self.distance == "cosine":
+            z = unit_vectors(z)
+        z = lax.stop_gradient(z).astype(accumulator(z)).reshape(-1, self.features)
+        mask = None if mask is None else mask.ravel()
+        found = k_means(z, self.num_codes, iterations, rngs["codebook"](), mask)
+        variables = [self.codebook] if self.learning == "loss" else self._statistics
+        for variable, value in zip(variables, found, strict=False):
+            variable[...] = value.astype(variable.dtype)
+
+    @property
+    def _statistics(self) -> tuple[nnx.Variable[jax.Array], ...]:
+        """The codebook of a moving average, and its counts and sums."""
+        return self.codebook, self.counts, self.sums
+
     def encode(
-        self, z: jax.Array, use_running_average: bool | None = None
+        self,
+        z: jax.Array,
+        use_running_average: bool | None = None,
+        mask: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Finds codes, and in training with "ema" moves the codebook.
 
         Args:
-            z: array of shape (..., features), float.
+            z: array of shape (..., features), float; of unit norm for "cosine".
             use_running_average: as for a call.
+            mask: as for a call.
 
         Returns:
-            The codebook as it was before the call, of shape (num_codes, features), and the numbers
+            The codes as they were before the call, of shape (num_codes, features), and the numbers
             of the codes, int32 of shape (...).
         """
-        codes = self.codebook[...]
+        codes = self.codes()
         indices = nearest_code(z, codes)
+        if mask is not None:
+            indices = jnp.where(mask, indices, self.num_codes)
         if use_running_average is None:
             use_running_average = self.use_running_average
         if self.learning == "ema" and not use_running_average and z.size:
-            self._update_codebook(lax.stop_gradient(z), indices)
+            self._update_codebook(lax.stop_gradient(z), indices, mask)
         return codes, indices
 
-    def _update_codebook(self, z: jax.Array, indices: jax.Array) -> None:
-        state = MovingAverage(self.codebook[...], self.counts[...], self.sums[...])
+    def _update_codebook(self, z: jax.Array, indices: jax.Array, mask: jax.Array | None) -> None:
+        state = MovingAverage(*(variable[...] for variable in self._statistics))
         state = update_moving_average(state, z, indices, self.decay, self.epsilon, self.axis_name)
         if self.dead_below is not None:
-            state = replace_dead_codes(state, z, self.dead_below, self.rngs(), self.axis_name)
-        self.codebook[...], self.counts[...], self.sums[...] = state
+            state = replace_dead_codes(state, z, self.dead_below, self.rngs(), self.axis_name, mask)
+        for variable, value in zip(self._statistics, state, strict=True):
+            variable[...] = value
+
+
+def unit_vectors(x: jax.Array) -> jax.Array:
+    """Vectors scaled to unit norm; zeros stay zeros.
+
+    Args:
+        x: array of shape (..., features), float.
+
+    Returns:
+        Array like x.
+    """
+    return (x * inverse_norm(x, (-1,), 1e-12)).astype(x.dtype)

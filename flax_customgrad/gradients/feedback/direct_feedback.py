@@ -35,6 +35,7 @@ from flax_customgrad.gradients.feedback.feedback_variable import Feedback
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.dtypes import as_array
 from flax_customgrad.numerics.products import input_gradient
+from flax_customgrad.numerics.sharding import summed_like, varying_like
 
 Shape = tuple[int, ...]
 
@@ -113,7 +114,7 @@ def _project(g: jax.Array, feedback: jax.Array, like: jax.Array) -> jax.Array:
     chex.assert_shape(feedback, (*g.shape[g.ndim - n_out :], *like.shape[g.ndim - n_out :]))
     wide = accumulator(g, feedback)
     e = input_gradient(g.astype(wide), feedback.astype(wide), over_out, like=like)
-    return e.astype(like.dtype)
+    return varying_like(summed_like(e.astype(like.dtype), like), like)
 
 
 class DirectFeedback(nnx.Module):

@@ -173,8 +173,8 @@ def correlate_gradients(
         return dx.astype(dtype), _BY_SHAPE.kernel_gradient(x, g, geometry)
 
     def by_xla(x: jax.Array, w: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # The kernel of each device: its gradient is summed later.
-        g, w = g.astype(x.dtype), varying_like(w, g)
+        # The input and the kernel of each device: their gradients are summed later.
+        g, x, w = g.astype(x.dtype), varying_like(x, g), varying_like(w, g)
         dx = xla_input_gradient(g, w, geometry, x, precision=precision)
         return dx, xla_kernel_gradient(x, g, geometry, w, precision=precision).astype(wide)
 

@@ -70,6 +70,9 @@ class Int4:
         steps = largest / 7 if self.symmetric else high / 15 - low / 15
         # Not infinity: what `dequantize` brings back into the range of a dtype was never beyond.
         scales = jnp.where(jnp.isfinite(largest), steps, jnp.nan).astype(w.dtype)
+        # Among the last digits of float16 a scale that is rounded down clips, to zero even.
+        too_small = (scales < steps) & (steps < float(jnp.finfo(w.dtype).tiny))
+        scales = jnp.where(too_small, jnp.nextafter(scales, jnp.ones_like(scales)), scales)
         each = scales.astype(wide.dtype)
         rounded = jnp.round(quotient_or_zero(wide, repeat_per_weight(each, block, n)))
         if self.symmetric:

@@ -43,16 +43,15 @@ class NF4Linear(FrozenLinear):
     Args:
         block: how many weights of an output share a scale, along the inputs. The last block is
             shorter where it does not divide in_features.
-        double_quant: whether the scales are stored in 8 bits, in groups of 256 outputs.
+        double_quant: whether the scales are stored in 8 bits, in groups of 256.
         train_bias: whether the bias is an `nnx.Param`; by default it is `Frozen` as well.
 
     Attributes:
         codes: `Frozen`, uint8 of shape (in_features, ceil(out_features / 2)).
-        scales: `Frozen`, of shape (ceil(in_features / block), out_features): int8, or in
+        scales: `Frozen`, of shape (ceil(in_features / block), out_features): uint8, or in
             `param_dtype` without double_quant.
-        scale_steps: `Frozen`, with double_quant: steps of the scales, in `param_dtype`, of shape
-            (ceil(in_features / block), ceil(out_features / 256)).
-        scale_mean: `Frozen`, with double_quant: the mean of the scales, a number.
+        scale_range: `Frozen`, with double_quant: the least and the largest of each 256 scales, in
+            `param_dtype`, of shape (ceil(out_features ceil(in_features / block) / 256), 2).
         bias: `Frozen` or `nnx.Param` of shape (out_features,), or None.
 
     Raises:
@@ -66,8 +65,8 @@ class NF4Linear(FrozenLinear):
         >>> layer = fcg.NF4Linear.from_layer(linear)
         >>> layer(jnp.ones((2, 128))).shape
         (2, 256)
-        >>> sum(v.nbytes for v in (layer.codes, layer.scales, layer.scale_steps))
-        16904
+        >>> sum(v.nbytes for v in (layer.codes, layer.scales, layer.scale_range))
+        16912
         >>> linear.kernel.nbytes
         131072
 
@@ -116,13 +115,8 @@ class NF4Linear(FrozenLinear):
         )
         super().__init__(
             layer,
-            self.form,
+            NF4(block, double_quant),
             train_bias=train_bias,
             kernel_metadata=kernel_metadata,
             bias_metadata=bias_metadata,
         )
-
-    @property
-    def form(self) -> NF4:
-        """How the kernel is stored."""
-        return NF4(self.block, self.double_quant)

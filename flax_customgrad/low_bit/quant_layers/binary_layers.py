@@ -23,8 +23,8 @@ _BINARY = {"weight": BinaryWeight, "activation": BinaryActivation}
 class BinaryLinear(QuantLinear):
     """A linear layer of binary weights and inputs, after XNOR-Net.
 
-    Takes what `QuantLinear` takes. Where they are None, `weight` is a `BinaryWeight()` and
-    `activation` a `BinaryActivation()`; for inputs that stay as they are, use `QuantLinear`.
+    Takes what `QuantLinear` takes. By default `weight` is a `BinaryWeight()` and `activation` a
+    `BinaryActivation()`; with None weights or inputs stay as they are.
 
     Raises:
         TypeError: `weight` or `activation` is no `Quantizer`, or `gradient` cannot be called.
@@ -49,8 +49,8 @@ class BinaryLinear(QuantLinear):
 class BinaryConv(QuantConv):
     """A convolution of binary weights and inputs, after XNOR-Net.
 
-    Takes what `QuantConv` takes. Where they are None, `weight` is a `BinaryWeight()` and
-    `activation` a `BinaryActivation()`; for inputs that stay as they are, use `QuantConv`.
+    Takes what `QuantConv` takes. By default `weight` is a `BinaryWeight()` and `activation` a
+    `BinaryActivation()`; with None weights or inputs stay as they are.
 
     Raises:
         TypeError: `weight` or `activation` is no `Quantizer`, or `gradient` cannot be called.

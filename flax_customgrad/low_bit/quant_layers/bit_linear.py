@@ -29,18 +29,23 @@ from flax.typing import DotGeneralT, Dtype, Initializer, PrecisionLike, PromoteD
 from jax import lax
 
 from flax_customgrad.layers.normalization.rms_norm import RMSNorm
-from flax_customgrad.low_bit.quant_layers.quant_layer import GradientShaper, KeptOperands
+from flax_customgrad.layers.stacked import repeated, stack_axes
+from flax_customgrad.low_bit.quant_layers.quant_layer import (
+    GradientShaper,
+    KeptOperands,
+    QuantizerChoice,
+)
 from flax_customgrad.low_bit.quant_layers.quant_linear import QuantLinear
 from flax_customgrad.low_bit.quantizers.fake_quant import FakeQuant
-from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.ternary_weights import AbsMean
 
 
 class BitLinear(QuantLinear):
     """The linear layer of BitNet b1.58: 1.58-bit weights, 8-bit inputs.
 
-    Takes what `QuantLinear` takes, and `norm`. Where they are None, `weight` is an `AbsMean()` and
-    `activation` a `FakeQuant(8, axis="token")`. The paper's layers have no bias: `use_bias=False`.
+    Takes what `QuantLinear` takes, and `norm`. By default `weight` is an `AbsMean()` and
+    `activation` a `FakeQuant(8, axis="token")`; with None weights or inputs stay as they are. The
+    paper's layers have no bias: `use_bias=False`.
 
     Args:
         norm: what the input goes through first: True for an `RMSNorm` without a scale, False for
@@ -84,8 +89,8 @@ class BitLinear(QuantLinear):
         kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         norm: bool | nnx.Module = True,
-        weight: Quantizer | None = None,
-        activation: Quantizer | None = None,
+        weight: QuantizerChoice = "default",
+        activation: QuantizerChoice = "default",
         gradient: GradientShaper | None = None,
         residuals: KeptOperands = "quantized",
     ):
@@ -117,8 +122,8 @@ class BitLinear(QuantLinear):
         layer: nnx.Module,
         *,
         norm: bool | nnx.Module = True,
-        weight: Quantizer | None = None,
-        activation: Quantizer | None = None,
+        weight: QuantizerChoice = "default",
+        activation: QuantizerChoice = "default",
         gradient: GradientShaper | None = None,
         residuals: KeptOperands = "quantized",
     ) -> Self:
@@ -149,7 +154,7 @@ class BitLinear(QuantLinear):
             norm = RMSNorm(self.in_features, use_scale=False, dtype=self.dtype, rngs=nnx.Rngs(0))
         if norm is not False and not callable(norm):
             raise TypeError(f"BitLinear: norm={norm!r} must be a layer, True or False")
-        self.norm = nnx.data(None if norm is False else norm)
+        self.norm = nnx.data(None if norm is False else repeated(norm, stack_axes(self)))
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer.

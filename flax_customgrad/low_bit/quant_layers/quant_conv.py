@@ -37,16 +37,15 @@ from flax_customgrad.layers.conv.conv import Conv
 from flax_customgrad.layers.conv.conv_arguments import (
     check_conv_inputs,
     parameters_with_mask_applied,
-    with_one_batch_axis,
 )
 from flax_customgrad.layers.conv.convolution import ConvConfig, convolution
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.low_bit.quant_layers.quant_layer import (
     GradientShaper,
     KeptOperands,
+    QuantizerChoice,
     QuantLayer,
 )
-from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 
 
 def masked_parameters(layer: Any) -> Parameters:
@@ -76,8 +75,7 @@ def masked_convolution(params: Parameters, x: jax.Array, how: ConvConfig) -> jax
     mask = params.pop("mask", None)
     if mask is not None:
         params["kernel"] = jnp.where(mask == 0, 0, params["kernel"])
-    state = nnx.State(params)
-    return with_one_batch_axis(lambda x: convolution(state, x, how), x, len(how.geometry.window))
+    return convolution(nnx.State(params), x, how)
 
 
 class QuantConv(Conv, QuantLayer):
@@ -87,8 +85,10 @@ class QuantConv(Conv, QuantLayer):
     but no operation of the user's own, and quantizers.
 
     Args:
-        weight: a quantizer for the kernel, such as `FakeQuant(4, axis=-1)`; or None.
-        activation: a quantizer for the input, such as `FakeQuant(4)`; or None.
+        weight: a quantizer for the kernel, such as `FakeQuant(4, axis=-1)`; None, as by
+            default, for none.
+        activation: a quantizer for the input, such as `FakeQuant(4)`; None, as by default,
+            for none.
         gradient: a layer that changes the gradient of the output and nothing else; or None.
         residuals: what is kept, and what the gradient is that of: "quantized" for the codes and the
             quantized convolution, "original" for the operands as they came and their convolution.
@@ -131,8 +131,8 @@ class QuantConv(Conv, QuantLayer):
         rngs: nnx.Rngs,
         kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
-        weight: Quantizer | None = None,
-        activation: Quantizer | None = None,
+        weight: QuantizerChoice = "default",
+        activation: QuantizerChoice = "default",
         gradient: GradientShaper | None = None,
         residuals: KeptOperands = "quantized",
     ):

@@ -28,9 +28,9 @@ from flax_customgrad.layers.linear.linear import Linear, linear
 from flax_customgrad.low_bit.quant_layers.quant_layer import (
     GradientShaper,
     KeptOperands,
+    QuantizerChoice,
     QuantLayer,
 )
-from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.numerics.products import MatmulConfig
 
 
@@ -43,8 +43,10 @@ class QuantLinear(Linear, QuantLayer):
     Takes what `flax.nnx.Linear` takes, but no operation of the user's own, and quantizers.
 
     Args:
-        weight: a quantizer for the kernel, such as `FakeQuant(4, axis=-1)`; or None.
-        activation: a quantizer for the input, such as `FakeQuant(4)`; or None.
+        weight: a quantizer for the kernel, such as `FakeQuant(4, axis=-1)`; None, as by
+            default, for none.
+        activation: a quantizer for the input, such as `FakeQuant(4)`; None, as by default,
+            for none.
         gradient: a layer that changes the gradient of the output and nothing else; or None.
         residuals: what is kept, and what the gradient is that of: "quantized" for the codes and the
             quantized product, "original" for the operands as they came and their product.
@@ -82,8 +84,8 @@ class QuantLinear(Linear, QuantLayer):
         rngs: nnx.Rngs,
         kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
-        weight: Quantizer | None = None,
-        activation: Quantizer | None = None,
+        weight: QuantizerChoice = "default",
+        activation: QuantizerChoice = "default",
         gradient: GradientShaper | None = None,
         residuals: KeptOperands = "quantized",
     ):

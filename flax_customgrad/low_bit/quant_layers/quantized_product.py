@@ -20,6 +20,7 @@ from flax import nnx
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.low_bit.quantizers.codes import Codes, PackedCodes, pack_codes, unpack_codes
+from flax_customgrad.numerics.sharding import varying_like
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,11 @@ def _fwd(
     x_kept: Codes | jax.Array,
     f: LinearOp,
 ) -> tuple[jax.Array, Residuals]:
-    kernel, x_ = (pack_codes(a) if isinstance(a, Codes) else a for a in (kernel_kept, x_kept))
+    # In a shard_map the gradient goes where the array lives that it is taken at: the operand's.
+    kernel, x_ = (
+        pack_codes(kept) if isinstance(kept, Codes) else varying_like(kept, operand)
+        for kept, operand in ((kernel_kept, params[f.kernel]), (x_kept, x))
+    )
     others = nnx.State({name: p for name, p in params.items() if name != f.kernel})
     return f(params, x), Residuals(kernel, x_, others, f)
 

@@ -21,7 +21,7 @@ from flax_customgrad.low_bit.quantizers.ternary_weights import TWN
 class TernaryLinear(QuantLinear):
     """A linear layer of ternary weights.
 
-    Takes what `QuantLinear` takes. Where it is None, `weight` is a `TWN()`; a `TTQ()` learns
+    Takes what `QuantLinear` takes. By default `weight` is a `TWN()`; a `TTQ()` learns
     its two scales.
 
     Raises:
@@ -44,7 +44,7 @@ class TernaryLinear(QuantLinear):
 class TernaryConv(QuantConv):
     """A convolution of ternary weights.
 
-    Takes what `QuantConv` takes. Where it is None, `weight` is a `TWN()`; a `TTQ()` learns its
+    Takes what `QuantConv` takes. By default `weight` is a `TWN()`; a `TTQ()` learns its
     two scales.
 
     Raises:

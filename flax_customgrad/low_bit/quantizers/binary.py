@@ -16,12 +16,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from flax_customgrad.low_bit.quantizers.calibration import Axis, granularity_of, mean_magnitude
 from flax_customgrad.low_bit.quantizers.codes import Codes, to_codes
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import ClippedGradientScheme
 from flax_customgrad.numerics.argument_checks import check_clip_value
+from flax_customgrad.numerics.sharding import AxisName
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ class BinaryWeight(Quantizer):
             a kernel of flax.nnx. None for one mean.
         scaled: whether there is a scale; without one the values are 1 and -1.
         clip_value: the gradient passes where |w| <= clip_value; None for everywhere.
+        axis_name: the axis of a `shard_map`, `pmap` or `vmap` over which weights are parts of one
+            array, with one mean for all parts; None where each array is whole.
         gradient: "bi_real" treats the scale as a constant, arXiv:1808.00278; "xnor" adds the
             gradient of the mean as XNOR-Net has it, arXiv:1603.05279.
 
@@ -128,6 +132,7 @@ class BinaryWeight(Quantizer):
         axis: Axis = -1,
         scaled: bool = True,
         clip_value: float | None = 1.0,
+        axis_name: AxisName = None,
         gradient: Literal["bi_real", "xnor"] = "bi_real",
     ):
         if gradient not in ("bi_real", "xnor"):
@@ -136,7 +141,7 @@ class BinaryWeight(Quantizer):
             raise ValueError(
                 'BinaryWeight: gradient="xnor" is that of the scale: leave out scaled=False'
             )
-        self.granularity = granularity_of("BinaryWeight", axis)
+        self.granularity = granularity_of("BinaryWeight", axis, axis_name=axis_name)
         self.scaled = scaled
         self.clip_value = check_clip_value("BinaryWeight", clip_value)
         self.gradient = gradient
@@ -152,4 +157,6 @@ class BinaryWeight(Quantizer):
             return to_codes(x, (), SignScheme(0, 1, self.clip_value))
         scale = mean_magnitude(x, self.granularity)
         share = scale.size / max(x.size, 1) if self.gradient == "xnor" else 0.0
+        if self.granularity.axis_name is not None:
+            share /= lax.axis_size(self.granularity.axis_name)
         return to_codes(x, (scale,), ScaledSignScheme(0, 1, self.clip_value, share))

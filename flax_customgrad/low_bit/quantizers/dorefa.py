@@ -25,6 +25,7 @@ from flax_customgrad.numerics.argument_checks import check_bits
 from flax_customgrad.numerics.hyperbolic import sech_squared
 from flax_customgrad.numerics.packing import masked, pack_mask
 from flax_customgrad.numerics.scaling import quotient
+from flax_customgrad.numerics.sharding import AxisName
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ class DoReFaWeightScheme(Scheme):
     def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
         """`2 q / n - 1`, rounded once."""
         return (2 * q - self.high) * (1 / self.high)
+
+    def latent(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """The weights whose `tanh(w) / M` are the values."""
+        # tanh rounds to 1 long before infinity.
+        largest = 1 - float(jnp.finfo(q.dtype).epsneg)
+        return jnp.arctanh(jnp.clip(parameters[0] * self.decode(q), -largest, largest))
 
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
         """`w` and `M`."""
@@ -76,10 +83,12 @@ class DoReFaWeight(Quantizer):
     """The weights of DoReFa-Net: tanh(w), relative to its largest, in [-1, 1].
 
     Args:
-        bits: from 2 to 8; the values are odd multiples of 1 / (2^bits - 1).
+        bits: from 2 to 16; the values are odd multiples of 1 / (2^bits - 1).
+        axis_name: the axis of a `shard_map`, `pmap` or `vmap` over which weights are parts of one
+            array, with one M for all parts; None where each array is whole.
 
     Raises:
-        ValueError: `bits` is not from 2 to 8.
+        ValueError: `bits` is not from 2 to 16.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -89,8 +98,9 @@ class DoReFaWeight(Quantizer):
     Source: arXiv:1606.06160
     """
 
-    def __init__(self, bits: int = 8):
-        self.bits = check_bits("DoReFaWeight", bits)
+    def __init__(self, bits: int = 8, *, axis_name: AxisName = None):
+        self.bits = check_bits("DoReFaWeight", bits, most=16)
+        self.granularity = granularity_of("DoReFaWeight", None, axis_name=axis_name)
 
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes weights; returns the values and their codes.
@@ -99,7 +109,7 @@ class DoReFaWeight(Quantizer):
             x: array of any shape, float.
         """
         x = jnp.asarray(x)
-        M = jnp.tanh(measured_range(x, granularity_of("DoReFaWeight", None), True).high)
+        M = jnp.tanh(measured_range(x, self.granularity, symmetric=True).high)
         return to_codes(x, (jnp.where(M == 0, 1, M),), DoReFaWeightScheme(0, 2**self.bits - 1))
 
 
@@ -107,10 +117,10 @@ class DoReFaActivation(Quantizer):
     """The activations of DoReFa-Net: clipped to [0, 1].
 
     Args:
-        bits: from 1 to 8; the values are multiples of 1 / (2^bits - 1).
+        bits: from 1 to 16; the values are multiples of 1 / (2^bits - 1).
 
     Raises:
-        ValueError: `bits` is not from 1 to 8.
+        ValueError: `bits` is not from 1 to 16.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
@@ -124,7 +134,7 @@ class DoReFaActivation(Quantizer):
     """
 
     def __init__(self, bits: int = 8):
-        self.bits = check_bits("DoReFaActivation", bits, least=1)
+        self.bits = check_bits("DoReFaActivation", bits, least=1, most=16)
 
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes activations; returns the values and their codes.

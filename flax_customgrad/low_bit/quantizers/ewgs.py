@@ -11,8 +11,8 @@
 A gradient whose step moves r towards h, to which it was rounded, is made larger, and one that moves
 it away smaller; with delta = 0 it is that of the straight-through estimator. Both ends are inside.
 Where an optimizer closes the interval or turns it around, the magnitude of `u - l` is used, and at
-least 2^-23; its derivative then has the other sign. The paper has the scale a at the output of a
-layer, here each quantizer has its own.
+least 2^-23 |a|; its derivative then has the other sign. The paper has the scale a at the output of
+a layer, here each quantizer has its own.
 """
 
 import math
@@ -31,8 +31,6 @@ from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import check_bits
 from flax_customgrad.numerics.scaling import abs_floor, abs_floor_slope, magnitude, quotient
 
-_NARROWEST = 2.0**-23
-
 
 @dataclass(frozen=True)
 class EWGSScheme(Scheme):
@@ -48,12 +46,16 @@ class EWGSScheme(Scheme):
 
     def encode(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The nearest integer to `n r`."""
-        l, u, _ = parameters
-        return jnp.round(self.high * jnp.clip(quotient(x - l, _width(l, u)), 0, 1))
+        return jnp.round(self.high * jnp.clip(_place(x, *parameters), 0, 1))
 
     def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
         """`a h`, or `a (2 h - 1)`, where `h = q / n`."""
         return self._integer(q) * (parameters[2] * (1 / self.high))
+
+    def latent(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """`l + (u - l) h`."""
+        l, u, a = parameters
+        return l + _width(l, u, a) * (q * (1 / self.high))
 
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
         """`x` and the parameters."""
@@ -62,10 +64,11 @@ class EWGSScheme(Scheme):
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
         """The cotangents of x, l, u and a, of which the last three are summed afterwards."""
         x, l, u, a = kept
-        width = _width(l, u)
-        r = quotient(x - l, width)
+        width = _width(l, u, a)
+        r = _place(x, l, u, a)
         inside = (r >= 0) & (r <= 1)
-        q = jnp.round(self.high * jnp.clip(r, 0, 1))
+        r = jnp.clip(r, 0, 1)
+        q = jnp.round(self.high * r)
         h = q * (1 / self.high)
         k = (2 if self.signed else 1) * lax.stop_gradient(a) * g
         k = k * (1 + self.delta * jnp.sign(k) * lax.stop_gradient(r - h))
@@ -79,8 +82,15 @@ class EWGSScheme(Scheme):
         return 2 * q - self.high if self.signed else q
 
 
-def _width(l: jax.Array, u: jax.Array) -> jax.Array:
-    return abs_floor(u - l, _NARROWEST)
+def _place(x: jax.Array, l: jax.Array, u: jax.Array, a: jax.Array) -> jax.Array:
+    """`(x - l) / (u - l)`: where x lies in the interval."""
+    most = float(jnp.finfo(x.dtype).max)
+    return quotient(jnp.clip(x - l, -most, most), _width(l, u, a))
+
+
+def _width(l: jax.Array, u: jax.Array, a: jax.Array) -> jax.Array:
+    # In proportion to the values, so that a gradient is at most 2^24 times as large.
+    return jnp.maximum(abs_floor(u - l), 2.0**-23 * jnp.abs(a))
 
 
 class EWGS(Quantizer):
@@ -94,13 +104,13 @@ class EWGS(Quantizer):
         scale: a, the largest value, learned; float32.
 
     Args:
-        bits: from 1 to 8.
+        bits: from 1 to 16.
         signed: whether values are in [-scale, scale], for weights, or in [0, scale], for what
             comes from a relu.
         delta: how much of the rounding error scales the gradient; 0 for none.
 
     Raises:
-        ValueError: `bits` is not from 1 to 8, or `delta` is negative or not finite.
+        ValueError: `bits` is not from 1 to 16, or `delta` is negative or not finite.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
@@ -115,7 +125,7 @@ class EWGS(Quantizer):
     """
 
     def __init__(self, bits: int = 8, *, signed: bool = True, delta: float = 1e-3):
-        self.bits, self.signed = check_bits("EWGS", bits, least=1), signed
+        self.bits, self.signed = check_bits("EWGS", bits, least=1, most=16), signed
         if not 0 <= delta < math.inf:
             raise ValueError(f"EWGS: delta={delta!r} must be a number from 0 on")
         self.delta = delta
@@ -124,6 +134,11 @@ class EWGS(Quantizer):
         self.low, self.high, self.scale = (
             nnx.Param(jnp.full((), value)) for value in (low, high, scale)
         )
+
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """The sizes of the axes along which `nnx.vmap` has stacked quantizers; () for one."""
+        return self.low.shape
 
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes an array; returns the values and their codes.
@@ -140,23 +155,32 @@ class EWGS(Quantizer):
 
         Signed, the interval is 3 standard deviations on either side of 0; unsigned, it is from the
         least value to 3 standard deviations of the normal distribution that a relu would have
-        turned into x. What is not finite is left out.
+        turned into x. Where x hardly varies, so that its mean magnitude lies beyond that, it ends
+        at the largest magnitude. What is not finite is left out.
 
         Args:
             x: array of any shape, float, like those to come.
         """
         wide = lax.stop_gradient(x).astype(accumulator(x))
-        wide = jnp.where(jnp.isfinite(wide), wide, 0)
+        finite = jnp.isfinite(wide)
+        wide = jnp.where(finite, wide, 0)
         power = magnitude(wide, range(wide.ndim)).reshape(())
-        deviation = power * (jnp.std(wide / power) if wide.size else 0)
+        size = jnp.abs(wide / power)
+        n = jnp.maximum(jnp.sum(finite), 1)
+        mean, mean_size = jnp.sum(wide / power) / n, jnp.sum(size) / n
+        deviation = jnp.sqrt(jnp.sum(jnp.where(finite, wide / power - mean, 0) ** 2) / n)
+        high = 3 * deviation / (1 if self.signed else math.sqrt(1 - 2 / math.pi))
+        high = jnp.where(high > mean_size, high, jnp.max(size, initial=0))
+        is_zero = high == 0
         # The width of an interval between the largest numbers would overflow.
-        deviation = 3 * jnp.minimum(deviation, jnp.finfo(wide.dtype).max / 64)
+        most = float(jnp.finfo(wide.dtype).max) / 2
+        high = jnp.minimum(high, most / power) * power
+        low = -high if self.signed else jnp.maximum(jnp.min(wide, initial=0), -most)
+        scale = jnp.maximum(jnp.abs(low), high)
         if self.signed:
-            low, high = -deviation, deviation
+            # No integer stands for 0: only a scale of 0 leaves zeros what they are.
+            low, high = jnp.where(is_zero, -1, low), jnp.where(is_zero, 1, high)
         else:
-            low = jnp.min(wide, initial=0)
-            high = deviation / math.sqrt(1 - 2 / math.pi)
-        high = jnp.where(high > low, high, low + 1)
-        scale = jnp.maximum(jnp.abs(low), jnp.abs(high))
+            high, scale = jnp.where(high > low, high, 1), jnp.where(is_zero, 1, scale)
         for parameter, value in ((self.low, low), (self.high, high), (self.scale, scale)):
             parameter[...] = jnp.asarray(value, parameter.dtype)

@@ -33,6 +33,7 @@ from flax_customgrad.low_bit.quantizers.calibration import (
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import check_bits
 from flax_customgrad.numerics.noise_stream import fork_stream
+from flax_customgrad.numerics.sharding import AxisName
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,12 @@ class GradientQuant(nnx.Module):
 
     Args:
         bits: from 2 to 8.
-        stochastic: whether to round at random, such that the mean is exact, or to the nearest.
+        stochastic: whether to round at random, such that the mean is exact, or to the nearest; in
+            eval mode (see `nnx.Module.eval`) it is to the nearest, and nothing is drawn.
         axis: the axes along which each index has a range of its own, such as 0 for examples;
             "token" for each vector along the last axis; None for one range.
+        axis_name: the axis of a `shard_map`, `pmap` or `vmap` over which gradients are parts of one
+            array, with one range for all parts; None where each array is whole.
         rng_collection: the stream of `rngs` to draw from.
         rngs: the streams; needed for stochastic rounding.
 
@@ -139,11 +143,13 @@ class GradientQuant(nnx.Module):
         *,
         stochastic: bool = True,
         axis: Axis = None,
+        axis_name: AxisName = None,
         rng_collection: str = "noise",
         rngs: nnx.Rngs | None = None,
     ):
         self.bits = check_bits("GradientQuant", bits)
-        self.granularity = granularity_of("GradientQuant", axis)
+        self.granularity = granularity_of("GradientQuant", axis, axis_name=axis_name)
+        self.deterministic = False
         self.rngs = nnx.data(None)
         if stochastic:
             self.rngs = fork_stream("GradientQuant: stochastic=True", rng_collection, rngs)
@@ -154,7 +160,7 @@ class GradientQuant(nnx.Module):
         Args:
             x: array of any shape, float.
         """
-        key = None if self.rngs is None else self.rngs()
+        key = None if self.rngs is None or self.deterministic else self.rngs()
         return quantize_gradient(
             x, key, GradientRounding(2 ** (self.bits - 1) - 1, True, self.granularity)
         )
@@ -163,12 +169,15 @@ class GradientQuant(nnx.Module):
 class DoReFaGradient(nnx.Module):
     """The identity with the quantized gradient of DoReFa-Net.
 
-    Pass it to a quantized layer as `gradient`.
+    Pass it to a quantized layer as `gradient`. In eval mode (see `nnx.Module.eval`) it rounds to
+    the nearest, and draws nothing.
 
     Args:
         bits: from 1 to 8; values are odd multiples of M / (2^bits - 1).
         axis: the axes along which each index has a range of its own: 0, each example, as in the
             paper; None for one range.
+        axis_name: the axis of a `shard_map`, `pmap` or `vmap` over which gradients are parts of one
+            array, with one range for all parts; None where each array is whole.
         rng_collection: the stream of `rngs` to draw from.
         rngs: the streams.
 
@@ -189,10 +198,17 @@ class DoReFaGradient(nnx.Module):
     """
 
     def __init__(
-        self, bits: int = 8, *, axis: Axis = 0, rng_collection: str = "noise", rngs: nnx.Rngs
+        self,
+        bits: int = 8,
+        *,
+        axis: Axis = 0,
+        axis_name: AxisName = None,
+        rng_collection: str = "noise",
+        rngs: nnx.Rngs,
     ):
         self.bits = check_bits("DoReFaGradient", bits, least=1)
-        self.granularity = granularity_of("DoReFaGradient", axis)
+        self.granularity = granularity_of("DoReFaGradient", axis, axis_name=axis_name)
+        self.deterministic = False
         self.rngs = fork_stream("DoReFaGradient", rng_collection, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -201,6 +217,7 @@ class DoReFaGradient(nnx.Module):
         Args:
             x: array of any shape, float.
         """
+        key = None if self.deterministic else self.rngs()
         return quantize_gradient(
-            x, self.rngs(), GradientRounding(2**self.bits - 1, False, self.granularity)
+            x, key, GradientRounding(2**self.bits - 1, False, self.granularity)
         )

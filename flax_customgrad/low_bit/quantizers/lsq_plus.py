@@ -63,7 +63,7 @@ class LSQPlus(LSQ):
             with an axis None.
 
     Args:
-        bits: from 2 to 8.
+        bits: from 2 to 16.
         signed: whether the integers are -2^(bits-1) to 2^(bits-1) - 1, or 0 to 2^bits - 1.
         axis: the axes along which each index has a scale and an offset of its own; None for one.
         features: how many of the last axes are the features of an activation: 1, or 3 for images.
@@ -71,7 +71,7 @@ class LSQPlus(LSQ):
         grad_scale: what both gradients are multiplied by: "lsq" for 1 / sqrt(N high), or a number.
 
     Raises:
-        ValueError: `bits` is not from 2 to 8, `axis` is "token", `features` is not a positive
+        ValueError: `bits` is not from 2 to 16, `axis` is "token", `features` is not a positive
             integer, or `grad_scale` is a word other than "lsq".
 
     Example:
@@ -96,7 +96,7 @@ class LSQPlus(LSQ):
         grad_scale: Literal["lsq"] | float = "lsq",
     ):
         super().__init__(bits, signed=signed, axis=axis, features=features, grad_scale=grad_scale)
-        self.offset = nnx.data(None) if self.scale is None else nnx.Param(jnp.zeros(()))
+        self.offset = nnx.Param(jnp.zeros(self.scale.shape))
 
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes an array; returns the values and their codes.
@@ -125,6 +125,9 @@ class LSQPlus(LSQ):
         low, high = self.integers
         # Halves, whose difference does not overflow.
         scale = (largest / 2 - least / 2) * (2 / (high - low))
-        scale = jnp.where(scale > 0, scale, 1)
-        set_learned_parameter(self, "scale", scale)
-        set_learned_parameter(self, "offset", jnp.where(largest >= least, least, 0) - low * scale)
+        least = jnp.where(largest >= least, least, 0)
+        # The range of a constant is empty. It becomes the offset, and the range as wide as it is.
+        of_constant = jnp.where(least == 0, 1, jnp.abs(least) * (1 / (high - low)))
+        offset = jnp.where(scale > 0, least - low * scale, least)
+        set_learned_parameter(self, "scale", jnp.where(scale > 0, scale, of_constant))
+        set_learned_parameter(self, "offset", offset)

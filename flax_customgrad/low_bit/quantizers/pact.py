@@ -63,11 +63,11 @@ class PACT(Quantizer):
         alpha: the bound, learned; float32. `observe` sets it to the largest value.
 
     Args:
-        bits: from 1 to 8; the integers are 0 to 2^bits - 1.
+        bits: from 1 to 16; the integers are 0 to 2^bits - 1.
         alpha: the initial bound; 10 in the paper.
 
     Raises:
-        ValueError: `bits` is not from 1 to 8, or `alpha` is not positive.
+        ValueError: `bits` is not from 1 to 16, or `alpha` is not positive.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
@@ -84,8 +84,13 @@ class PACT(Quantizer):
     """
 
     def __init__(self, bits: int = 8, *, alpha: float = 10.0):
-        self.bits = check_bits("PACT", bits, least=1)
+        self.bits = check_bits("PACT", bits, least=1, most=16)
         self.alpha = nnx.Param(jnp.full((), check_positive("PACT", "alpha", alpha), jnp.float32))
+
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """The sizes of the axes along which `nnx.vmap` has stacked quantizers; () for one."""
+        return self.alpha.shape
 
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes an array; returns the values and their codes.

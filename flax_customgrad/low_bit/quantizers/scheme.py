@@ -32,7 +32,7 @@ class Scheme(Elementwise):
 
     Attributes:
         low: the smallest integer.
-        high: the largest integer, at most 255 above it.
+        high: the largest integer, at most 65535 above it.
     """
 
     low: int
@@ -51,8 +51,8 @@ class Scheme(Elementwise):
             *parameters: such as a scale; float arrays that fit the shape of x.
 
         Returns:
-            The values, an array like x, and their codes, a uint8 array of that shape: the integers
-            minus `low`.
+            The values, an array like x, and their codes, an array of that shape: the integers
+            minus `low`, uint8 for at most 8 bits, else uint16.
         """
         return elementwise_surrogate(x, parameters, self)
 
@@ -61,7 +61,9 @@ class Scheme(Elementwise):
         wide, *p = widened(x.dtype, x, *parameters)
         q = self.encode(wide, *p)
         y = jnp.where(jnp.isfinite(wide), self.decode(q, *p), wide)
-        return in_dtype(y, x.dtype), (q - self.low).astype(jnp.uint8)
+        return in_dtype(y, x.dtype), (q - self.low).astype(
+            jnp.uint8 if self.bits <= 8 else jnp.uint16
+        )
 
     def residuals(self, x: jax.Array, y: Any, *parameters: jax.Array) -> tuple[jax.Array, ...]:
         """What `keep` returns; x itself stays in its own dtype."""
@@ -75,6 +77,15 @@ class Scheme(Elementwise):
     @abstractmethod
     def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The values that integers encode."""
+
+    def latent(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """Weights that `encode` gives these integers for; the values, unless a scheme maps those.
+
+        Args:
+            q: integers, as floats of float32 or wider.
+            *parameters: the parameters that `encode` is called with.
+        """
+        return self.decode(q, *parameters)
 
     @abstractmethod
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:

@@ -30,6 +30,7 @@ from flax_customgrad.low_bit.quantizers.scheme import ClippedGradientScheme
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import check_clip_value, check_positive
 from flax_customgrad.numerics.scaling import quotient
+from flax_customgrad.numerics.sharding import AxisName
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class TWN(Quantizer):
         axis: the axes along which each index has a mean of its own; None for one, as in the paper.
         clip_value: the gradient passes where |w| <= clip_value; None, as in the paper, for
             everywhere.
+        axis_name: the axis of a `shard_map`, `pmap` or `vmap` over which weights are parts of one
+            array, with one mean for all parts; None where each array is whole.
 
     Raises:
         ValueError: `threshold` or `clip_value` is not positive.
@@ -75,10 +78,15 @@ class TWN(Quantizer):
     """
 
     def __init__(
-        self, threshold: float = 0.7, *, axis: Axis = None, clip_value: float | None = None
+        self,
+        threshold: float = 0.7,
+        *,
+        axis: Axis = None,
+        clip_value: float | None = None,
+        axis_name: AxisName = None,
     ):
         self.threshold = check_positive("TWN", "threshold", threshold)
-        self.granularity = granularity_of("TWN", axis)
+        self.granularity = granularity_of("TWN", axis, axis_name=axis_name)
         self.clip_value = check_clip_value("TWN", clip_value)
 
     def quantize(self, x: jax.Array) -> Codes:
@@ -102,6 +110,8 @@ class AbsMean(Quantizer):
         axis: the axes along which each index has a mean of its own; None for one, as in the paper.
         clip_value: the gradient passes where |w| <= clip_value; None, as in the paper, for
             everywhere.
+        axis_name: the axis of a `shard_map`, `pmap` or `vmap` over which weights are parts of one
+            array, with one mean for all parts; None where each array is whole.
 
     Raises:
         ValueError: `clip_value` is not positive.
@@ -115,8 +125,14 @@ class AbsMean(Quantizer):
     Source: arXiv:2402.17764
     """
 
-    def __init__(self, *, axis: Axis = None, clip_value: float | None = None):
-        self.granularity = granularity_of("AbsMean", axis)
+    def __init__(
+        self,
+        *,
+        axis: Axis = None,
+        clip_value: float | None = None,
+        axis_name: AxisName = None,
+    ):
+        self.granularity = granularity_of("AbsMean", axis, axis_name=axis_name)
         self.clip_value = check_clip_value("AbsMean", clip_value)
 
     def quantize(self, x: jax.Array) -> Codes:

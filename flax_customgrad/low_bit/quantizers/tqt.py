@@ -33,8 +33,9 @@ class TQTScheme(LSQScheme):
     def scale(self, p: jax.Array) -> jax.Array:
         """`2^ceil(l) / (high + 1)`, from the parameter p, which is l."""
         limits = jnp.finfo(p.dtype)
+        most = limits.maxexp - max(-self.low, self.high).bit_length()
         exponent = jnp.ceil(p) - math.log2(self.high + 1)
-        exponent = jnp.clip(exponent, limits.minexp, limits.maxexp - 9).astype(jnp.int32)
+        exponent = jnp.clip(exponent, limits.minexp, most).astype(jnp.int32)
         power = jnp.ldexp(jnp.ones_like(p), exponent)
         return jnp.where(jnp.isnan(p), p, power)
 
@@ -51,11 +52,11 @@ class TQT(Quantizer):
             threshold to the largest magnitude; before, it is 1.
 
     Args:
-        bits: from 2 to 8.
+        bits: from 2 to 16.
         signed: whether the integers are -2^(bits-1) to 2^(bits-1) - 1, or 0 to 2^bits - 1.
 
     Raises:
-        ValueError: `bits` is not from 2 to 8.
+        ValueError: `bits` is not from 2 to 16.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -68,13 +69,18 @@ class TQT(Quantizer):
     """
 
     def __init__(self, bits: int = 8, *, signed: bool = True):
-        self.bits, self.signed = check_bits("TQT", bits), signed
+        self.bits, self.signed = check_bits("TQT", bits, most=16), signed
         self.log2_t = nnx.Param(jnp.zeros(()))
 
     @property
     def integers(self) -> tuple[int, int]:
         """The smallest and the largest integer."""
         return integer_range(self.bits, self.signed)
+
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """The sizes of the axes along which `nnx.vmap` has stacked quantizers; () for one."""
+        return self.log2_t.shape
 
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes an array; returns the values and their codes.
@@ -93,5 +99,7 @@ class TQT(Quantizer):
         """
         size = jnp.abs(lax.stop_gradient(x).astype(accumulator(x)))
         largest = jnp.max(size, initial=0, where=jnp.isfinite(size))
-        threshold = jnp.log2(jnp.where(largest > 0, largest, 1))
-        self.log2_t[...] = threshold.astype(self.log2_t.dtype)
+        mantissa, exponent = jnp.frexp(jnp.where(largest > 0, largest, 1))
+        # A logarithm that is rounded up to just above an integer would double the scale.
+        log2_t = exponent + jnp.where(mantissa == 0.5, -1, jnp.minimum(jnp.log2(mantissa), 0))
+        self.log2_t[...] = log2_t.astype(self.log2_t.dtype)

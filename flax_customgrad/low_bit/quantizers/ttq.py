@@ -27,6 +27,7 @@ from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Scheme
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.packing import is_packable, pack_bits, unpack_bits
+from flax_customgrad.numerics.sharding import AxisName
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class TTQScheme(Scheme):
         """`p`, `-n` or 0."""
         p, n, _ = parameters
         return jnp.where(q > 0, p, jnp.where(q < 0, -n, jnp.zeros_like(q)))
+
+    def latent(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """Weights beyond the threshold, whatever the sizes have become."""
+        d = parameters[2]
+        return q * jnp.where(d > 0, 2 * d, 1)
 
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
         """The integers, in two bits, and the sizes."""
@@ -70,6 +76,8 @@ class TTQ(Quantizer):
 
     Args:
         threshold: t, from 0 to below 1: weights up to t max |w| become 0.
+        axis_name: the axis of a `shard_map`, `pmap` or `vmap` over which weights are parts of one
+            array, with one threshold for all parts; None where each array is whole.
 
     Raises:
         ValueError: `threshold` is not in [0, 1).
@@ -88,12 +96,18 @@ class TTQ(Quantizer):
     Source: arXiv:1612.01064
     """
 
-    def __init__(self, threshold: float = 0.05):
+    def __init__(self, threshold: float = 0.05, *, axis_name: AxisName = None):
         if not 0 <= threshold < 1:
             raise ValueError(f"TTQ: threshold={threshold!r} must be in [0, 1)")
         self.threshold = threshold
+        self.granularity = granularity_of("TTQ", None, axis_name=axis_name)
         self.positive = nnx.Param(jnp.ones(()))
         self.negative = nnx.Param(jnp.ones(()))
+
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """The sizes of the axes along which `nnx.vmap` has stacked quantizers; () for one."""
+        return self.positive.shape
 
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes weights; returns the values and their codes.
@@ -114,10 +128,8 @@ class TTQ(Quantizer):
         wide = lax.stop_gradient(x).astype(accumulator(x))
         threshold = self._threshold_of(x)
         for size, w in ((self.positive, wide), (self.negative, -wide)):
-            mean = mean_where(w, w > threshold, granularity_of("TTQ", None)).reshape(())
+            mean = mean_where(w, w > threshold, self.granularity).reshape(())
             size[...] = jnp.where(mean > 0, mean, 1).astype(size.dtype)
 
     def _threshold_of(self, x: jax.Array) -> jax.Array:
-        return self.threshold * measured_range(x, granularity_of("TTQ", None), True).high.reshape(
-            ()
-        )
+        return self.threshold * measured_range(x, self.granularity, symmetric=True).high

@@ -76,6 +76,17 @@ def test_the_gradient_is_lambda_times_as_long(dtype, features):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("noise", [0.0, 1e-14, 1e-10, 1e-7, 1e-6, 1e-4, 1e-2, 1.0])
+def test_vectors_that_are_near_each_other(dtype, noise):
+    """As after the replacement of dead codes, which are vectors of the batch."""
+    z, g = random(dtype=dtype), random(seed=1, dtype=dtype)
+    q = (1.5 * z.astype(np.float64) * (1 + noise * random(seed=2))).astype(dtype)
+    expected, _ = find("rotation_trick").formula(*(a.astype(np.float64) for a in (z, q, g)))
+    error = norm(rotated(z, q, g).astype(np.float64) - expected) / norm(expected)
+    assert error.max() < tolerance(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("noise", [0.0, 1e-16, 1e-7, 3e-7, 1e-6, 1e-3])
 def test_opposite_vectors(dtype, noise):
     z, g = random(dtype=dtype), random(seed=1, dtype=dtype)

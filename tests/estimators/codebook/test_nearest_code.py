@@ -59,6 +59,20 @@ def test_tiny_and_huge(size, of_codes):
     np.testing.assert_array_equal(nearest_code(size * x, of_codes * codes, 4), expected)
 
 
+@pytest.mark.parametrize("offset", [1e3, -3e5, 1e30])
+@pytest.mark.parametrize("beside", ["nothing", "padding", "unused codes"])
+def test_a_common_offset_costs_no_digits(offset, beside):
+    """The vectors, the codes, or both lie far from 0; beside them zeros, or codes near 0."""
+    step = np.spacing(np.float32(abs(offset)))
+    codes, x = (offset + 2**12 * step * np.asarray(random(n, 8, seed=n)) for n in (64, 500))
+    if beside == "padding":
+        x[::50] = 0
+    if beside == "unused codes":
+        codes[::2] = random(32, 8)
+    x, codes = x.astype(np.float32), codes.astype(np.float32)
+    np.testing.assert_array_equal(nearest_code(x, codes), brute_force(x, codes))
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 def test_what_is_not_finite_has_no_nearest_code(bad):
     x, codes = random(6, 3), random(9, 3, seed=1)

@@ -128,3 +128,75 @@ def test_sim_vq_errors():
         fcg.SimVQ(4, 4, gradient="none", rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match="SimVQ: z is int32"):
         fcg.SimVQ(4, 4, rngs=nnx.Rngs(0))(jnp.zeros((3, 4), jnp.int32))
+
+
+# Padding, numbers, and codebooks that are dropped.
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        fcg.ResidualVQ(3, 16, 4, gradient="rotation", rngs=nnx.Rngs(0)),
+        fcg.SimVQ(16, 4, rngs=nnx.Rngs(0)),
+    ],
+    ids=["ResidualVQ", "SimVQ"],
+)
+def test_padding_counts_in_nothing(layer):
+    z, g = random(3, 5, 4), random(3, 5, 4, seed=1)
+    mask = np.arange(5) < np.array([[5], [2], [3]])
+
+    @nnx.jit
+    def program(layer, z, g, mask):
+        def loss(layer, z):
+            out = layer(z, mask=mask)
+            return jnp.sum(out.values * g) + out.loss, out
+
+        return nnx.grad(loss, argnums=(0, 1), has_aux=True)(layer, z)
+
+    (dlayer, dz), out = program(layer, z, g, mask)
+    (expected, dexpected), whole = program(layer, z[mask], g[mask], None)
+    np.testing.assert_array_equal(out.indices[~mask], 16)
+    np.testing.assert_array_equal(out.values[~mask], 0)
+    np.testing.assert_array_equal(dz[~mask], 0)
+    np.testing.assert_allclose(dz[mask], dexpected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(out.loss, whole.loss, rtol=1e-5)
+    np.testing.assert_allclose(out.usage, whole.usage)
+    for a, b in zip(*map(jax.tree.leaves, (dlayer, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    decoded = nnx.jit(lambda m, k: m.indices_to_codes(k))(layer, out.indices)
+    np.testing.assert_allclose(decoded[mask], out.values[mask], rtol=1e-6, atol=1e-6)
+    assert np.isnan(decoded[~mask]).all()
+
+
+def test_dropped_codebooks_are_the_last_of_an_example():
+    layer = fcg.ResidualVQ(
+        4, 16, 4, learning="ema", decay=0.0, quantizer_dropout=0.75, rngs=nnx.Rngs(0)
+    )
+    whole = nnx.clone(layer)
+    whole.eval()
+    z = random(200, 3, 4)
+    expected, out = call(whole, z), call(layer, z)
+    assert (expected.indices < 16).all()
+    used = out.indices < 16
+    k = used.sum(-1)
+    np.testing.assert_array_equal(used, np.arange(4) < k[..., None])
+    np.testing.assert_array_equal(k, np.broadcast_to(k[:, :1], k.shape))
+    # A quarter has all, and of the others a quarter each 1, 2, 3 and 4.
+    np.testing.assert_allclose(np.bincount(k[:, 0])[1:] / 200, [3 / 16] * 3 + [7 / 16], atol=0.1)
+    np.testing.assert_array_equal(out.indices[used], expected.indices[used])
+    np.testing.assert_allclose(whole.indices_to_codes(out.indices), out.values, atol=1e-6)
+    first_two = whole.indices_to_codes(out.indices[k[:, 0] == 2][..., :2])
+    np.testing.assert_allclose(first_two, out.values[k[:, 0] == 2], atol=1e-6)
+    assert (call(layer, z).indices != out.indices).any()
+    with pytest.raises(ValueError, match=r"indices have shape \(2, 5\)"):
+        whole.indices_to_codes(np.zeros((2, 5), np.int32))
+    with pytest.raises(ValueError, match=r"quantizer_dropout=2 must be a probability"):
+        fcg.ResidualVQ(2, 4, 4, quantizer_dropout=2, rngs=nnx.Rngs(0))
+
+
+def test_each_codebook_begins_with_what_is_left():
+    layer, z = fcg.ResidualVQ(3, 16, 4, rngs=nnx.Rngs(0)), 5 + random(256, 4)
+    before = nnx.jit(lambda m, z: jnp.mean((m(z).values - z) ** 2))
+    random_codes = before(layer, z)
+    nnx.jit(lambda m, z, rngs: m.initialize_codebook(z, rngs=rngs))(layer, z, nnx.Rngs(1))
+    assert before(layer, z) < random_codes / 50

@@ -278,6 +278,118 @@ def test_codes_in_use_are_left_alone():
     assert_close(statistics(with_reset), statistics(without), rtol=0)
 
 
+# Padding.
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
+@pytest.mark.parametrize("learning", ["loss", "ema"])
+def test_padding_counts_in_nothing(gradient, learning):
+    arguments = {"gradient": gradient, "learning": learning, "decay": 0.5}
+    if learning == "ema":
+        arguments["dead_below"] = 1e9  # Each code is replaced by a vector of the batch.
+    padded, alone = quantizer(**arguments), quantizer(**arguments)
+    z = random(4, 6, 4)
+    mask = jnp.arange(6) < jnp.array([[6], [3], [1], [5]])
+    z = jnp.where(mask[..., None], z, jnp.nan).at[1, 4].set(1e3)
+    g = random(4, 6, 4, seed=1)
+
+    @nnx.jit
+    def program(layer, z, g, **kwargs):
+        def loss(layer, z):
+            out = layer(z, **kwargs)
+            return jnp.sum(out.values * g) + out.loss, out
+
+        return nnx.grad(loss, argnums=(0, 1), has_aux=True)(layer, z)
+
+    (dlayer, dz), out = program(padded, z, g, mask=mask)
+    (expected, dexpected), whole = program(alone, z[mask], g[mask])
+    np.testing.assert_array_equal(out.indices[~mask], 16)
+    np.testing.assert_array_equal(out.values[~mask], 0)
+    np.testing.assert_array_equal(dz[~mask], 0)
+    np.testing.assert_array_equal(out.values[mask], whole.values)
+    np.testing.assert_allclose(dz[mask], dexpected, rtol=1e-5, atol=1e-7)
+    for name in ("loss", "perplexity", "usage"):
+        np.testing.assert_allclose(getattr(out, name), getattr(whole, name), rtol=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (dlayer, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    if learning == "ema":
+        codes, vectors = padded.codebook[...], z[mask]
+        assert (codes[:, None] == vectors).all(-1).any(1).sum() == len(vectors)
+
+
+def test_a_mask_of_another_kind_is_refused():
+    with pytest.raises(TypeError, match=r"VectorQuantizer: mask is int32; write an array of bool"):
+        quantizer()(jnp.zeros((2, 4)), mask=jnp.ones(2, jnp.int32))
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 4\) and z \(2, 4\)"):
+        quantizer()(jnp.zeros((2, 4)), mask=jnp.ones((2, 4), bool))
+
+
+# Numbers, distances, and the codes to begin with.
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_numbers_decode_to_values(distance):
+    layer = quantizer(distance=distance)
+    out = call(layer, random(5, 7, 4).at[0, 0, 0].set(jnp.nan))
+    np.testing.assert_array_equal(
+        nnx.jit(lambda m, k: m.indices_to_codes(k))(layer, out.indices), out.values
+    )
+
+
+@pytest.mark.parametrize("learning", ["loss", "ema"])
+def test_cosine_distance(learning):
+    layer, z = quantizer(distance="cosine", learning=learning), 5 * random(9, 4)
+    g = random(9, 4, seed=1)
+
+    def unit(x):
+        return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+    @jax.jit
+    def reference(z, codes):
+        z, codes = unit(z), unit(codes)
+        q = codes[jnp.argmax(z @ codes.T, -1)]
+        fixed = jax.lax.stop_gradient
+        loss = 0.25 * jnp.mean((z - fixed(q)) ** 2)
+        loss += jnp.mean((fixed(z) - q) ** 2) if learning == "loss" else 0
+        return jnp.sum((z + fixed(q - z)) * g) + loss, q
+
+    codes = layer.codebook[...]
+    expected, q = jax.grad(reference, argnums=(0, 1), has_aux=True)(z, codes)
+
+    def loss(layer, z):
+        out = layer(z)
+        return jnp.sum(out.values * g) + out.loss, out
+
+    (dlayer, dz), out = nnx.jit(nnx.grad(loss, argnums=(0, 1), has_aux=True))(layer, z)
+    np.testing.assert_allclose(out.values, q, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(dz, expected[0], rtol=1e-4, atol=1e-6)
+    if learning == "loss":
+        np.testing.assert_allclose(dlayer.codebook[...], expected[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("learning", ["loss", "ema"])
+def test_k_means_finds_the_groups_that_there_are(learning):
+    centers = 10 * random(16, 4)
+    z = centers[:, None] + 0.01 * random(16, 20, 4, seed=1)
+    z = jnp.concatenate([z, jnp.full((1, 20, 4), jnp.nan)])
+    mask = jnp.arange(17)[:, None] < jnp.full(20, 16)
+    layer = quantizer(32, learning=learning)
+    nnx.jit(lambda m, z, rngs: m.initialize_codebook(z, mask=mask, rngs=rngs))(
+        layer, z, nnx.Rngs(1)
+    )
+    out = nnx.jit(lambda m, z: m(z, use_running_average=True, mask=mask))(layer, z)
+    assert jnp.mean((out.values - jnp.where(mask[..., None], z, 0)) ** 2) < 1e-3
+    if learning == "ema":
+        codes, counts, sums = statistics(layer)
+        np.testing.assert_array_equal(counts, np.bincount(out.indices[mask], minlength=32))
+        np.testing.assert_allclose(sums, counts[:, None] * codes, rtol=1e-6)
+    few = quantizer(8)
+    few.initialize_codebook(random(3, 4), rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(few(random(3, 4)).values, random(3, 4), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"there are no vectors to begin with"):
+        few.initialize_codebook(jnp.zeros((0, 4)), rngs=nnx.Rngs(0))
+
+
 # Devices.
 
 
@@ -350,6 +462,7 @@ def test_in_shard_map_dead_codes_take_vectors_of_all_devices():
         ({"num_codes": 0}, "num_codes=0 must be an integer of at least 1"),
         ({"features": 2.0}, "features=2.0 must be an integer"),
         ({"gradient": "ste"}, "gradient='ste' is none of 'straight_through', 'rotation'"),
+        ({"distance": "dot"}, "distance='dot' is none of 'euclidean', 'cosine'"),
         ({"learning": "EMA"}, "learning='EMA' is none of 'loss', 'ema'"),
         ({"commitment": -0.1}, "commitment=-0.1 must be a number of at least 0"),
         ({"commitment": float("nan")}, "commitment=nan must be"),

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import flax_customgrad as fcg
 from flax_customgrad.catalogue import find
@@ -166,6 +167,26 @@ def test_code_entropy_is_that_of_all_codes():
         found = jax.jit(lambda zs: [code_entropy(z, 2.0) for z in zs])(zs)
         for z, entropies in zip(zs, found, strict=True):
             np.testing.assert_allclose(entropies, brute_force_entropies(z, 2.0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_the_entropy_of_parts_is_that_of_all_vectors(check_vma):
+    z, layer = random(16, 5), fcg.LFQ(5, temperature=2.0, axis_name="data")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
+
+    def loss(z):
+        out = layer(z)
+        return jax.lax.pmean(out.loss, "data"), out.usage
+
+    spread = jax.shard_map(
+        loss, mesh=mesh, in_specs=P("data"), out_specs=(P(), P()), check_vma=check_vma
+    )
+    (found, usage), dz = jax.jit(jax.value_and_grad(spread, has_aux=True))(z)
+    whole = fcg.LFQ(5, temperature=2.0)
+    expected, dexpected = jax.jit(jax.value_and_grad(lambda z: whole(z).loss))(z)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(dz, dexpected, rtol=1e-4, atol=1e-7)
+    assert usage == whole(z).usage
 
 
 def test_code_entropy_of_what_is_sure():

@@ -1,6 +1,7 @@
 """Quantized layers: the gradient of the quantized product, what is kept, and who may become one."""
 
 import inspect
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -222,6 +223,15 @@ def test_converted_by_a_rule():
     assert isinstance(linear.activation, fcg.BinaryActivation)
     assert isinstance(conv.weight, fcg.TWN)
     assert conv.activation is None
+    for cls in (fcg.BinaryLinear, fcg.TernaryLinear, fcg.BitLinear):
+        for layer in (
+            cls(4, 2, weight=None, activation=None, rngs=_rngs()),
+            cls.from_layer(nnx.Linear(4, 2, rngs=_rngs()), weight=None, activation=None),
+        ):
+            assert layer.weight is layer.activation is None
+    x = _normal(3, 4)
+    no_norm = fcg.BitLinear(4, 2, weight=None, activation=None, norm=False, rngs=_rngs())
+    np.testing.assert_allclose(no_norm(x), nnx.Linear(4, 2, rngs=_rngs())(x), rtol=1e-6)
     given = fcg.BinaryLinear(4, 2, weight=fcg.FakeQuant(2), rngs=_rngs())
     assert given.weight.bits == 2
 
@@ -276,5 +286,34 @@ def test_errors_say_what_to_write():
 def test_the_constructor_shows_its_quantizers_and_their_types(cls):
     *_, weight, activation, gradient, residuals = inspect.signature(cls).parameters.values()
     assert (weight.name, activation.name, gradient.name) == ("weight", "activation", "gradient")
-    assert weight.annotation == activation.annotation == fcg.Quantizer | None
+    assert weight.annotation == activation.annotation
+    assert {fcg.Quantizer, type(None)} <= set(typing.get_args(weight.annotation))
     assert (residuals.name, residuals.default) == ("residuals", "quantized")
+
+
+def test_a_scale_that_makes_every_input_zero_is_said():
+    layer = fcg.QuantLinear(4, 3, activation=fcg.LSQ(4), rngs=nnx.Rngs(0))
+    with pytest.warns(UserWarning, match=r"its LSQ makes every input zero, .* is 0.001: its scale"):
+        layer(jnp.full((2, 4), 1e-3))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rngs: fcg.QuantLinear(4, 3, gradient=fcg.GradientQuant(4, rngs=rngs), rngs=rngs),
+        lambda rngs: fcg.QuantLinear(4, 3, gradient=fcg.DoReFaGradient(4, rngs=rngs), rngs=rngs),
+        lambda rngs: fcg.Int8Linear(4, 3, backward="int8", stochastic_rounding=True, rngs=rngs),
+        lambda rngs: fcg.NVFP4Linear(4, 3, rngs=rngs),
+    ],
+    ids=["GradientQuant", "DoReFaGradient", "Int8Linear", "NVFP4Linear"],
+)
+def test_in_eval_mode_nothing_is_drawn_for_a_gradient(make):
+    layer, x = make(nnx.Rngs(0)), jnp.ones((2, 4))
+    layer.eval()
+    y, dx = jax.jit(jax.value_and_grad(lambda x: layer(x).sum()))(x)  # Closes over the streams.
+    assert jnp.isfinite(y)
+    assert jnp.isfinite(dx).all()
+    layer.train()
+    step = nnx.jit(nnx.grad(lambda layer, x: (layer(x) ** 2).sum(), argnums=1))
+    step(layer, x)
+    assert max(jax.tree.leaves(nnx.state(layer, nnx.RngCount))) > 0

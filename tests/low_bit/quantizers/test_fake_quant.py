@@ -50,6 +50,51 @@ def test_affine_codes_and_the_gradient_of_what_the_range_holds():
     np.testing.assert_array_equal(dx, [0, 1, 1, 1, 1, 1, 1, 0])
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_gradient_passes_at_the_ends_of_what_was_observed(bits, symmetric):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((200, 5)) + rng.standard_normal((200, 1)), jnp.float32)
+    quantizer = _recorded(x, bits=bits, symmetric=symmetric, axis=0)
+
+    @jax.jit
+    def gradient(x):
+        return jax.grad(lambda x: quantizer(x).sum())(x)
+
+    np.testing.assert_array_equal(gradient(x), np.ones_like(x))
+    # Beyond the recorded range, and the values that stand for it, there is none.
+    largest, step = np.abs(x).max(1, keepdims=True), np.ptp(x, 1, keepdims=True) / (2**bits - 1)
+    for side in (-1, 1):
+        np.testing.assert_array_equal(gradient(side * (largest + step) * 1.01), np.zeros((200, 1)))
+
+
+@pytest.mark.parametrize("n", [1, 2, 37, 1000])
+@pytest.mark.parametrize("percent", [50.0, 99.0, 99.9, 100.0])
+def test_a_percentile_is_numpy_s_in_every_program(n, percent):
+    x = np.random.default_rng(n).standard_normal((n, 3)).astype(np.float32)
+    quantizer = fcg.FakeQuant(8, calibration="percentile", percentile=percent, axis=-1)
+    scale = quantizer.quantize(x).parameters[0]
+    expected = np.percentile(np.abs(x.astype(np.float64)), percent, 0) / 127
+    np.testing.assert_allclose(scale[0], expected, rtol=1e-6)
+    np.testing.assert_array_equal(jax.jit(lambda x: quantizer.quantize(x).parameters[0])(x), scale)
+
+
+@pytest.mark.parametrize("calibration", ["absmax", "percentile", "moving_average"])
+@pytest.mark.parametrize("axis", [None, -1])
+@pytest.mark.parametrize("bad", [INF, -INF, NAN])
+def test_what_is_not_finite_is_left_out_of_a_recorded_range(calibration, axis, bad):
+    x = jnp.array([[0.5, -1.0], [0.25, 2.0], [-0.125, 0.5]])
+    arguments = {"calibration": calibration, "axis": axis, "symmetric": False, "percentile": 100}
+    quantizer = fcg.FakeQuant(8, dynamic=False, **arguments)
+    quantizer.observe(jnp.full((3, 2), bad))
+    quantizer.observe(x.at[0, 1].set(bad))
+    found = quantizer.low[...].ravel(), quantizer.high[...].ravel()
+    np.testing.assert_array_equal(found[0], [-0.125] if axis is None else [-0.125, 0])
+    np.testing.assert_array_equal(found[1], [2] if axis is None else [0.5, 2])
+    quantizer.observe(jnp.full((3, 2), bad))
+    np.testing.assert_array_equal(quantizer.high[...].ravel(), found[1])
+
+
 @pytest.mark.parametrize(("n", "block"), [(7, 3)])
 def test_blocks_have_ranges_of_their_own(n, block):
     x = jax.random.normal(jax.random.key(0), (2, n, 3))
@@ -97,7 +142,7 @@ def test_a_moving_average_moves_in_training_under_jit_and_scan_and_rests_in_eval
     fresh = nnx.clone(quantizer)
     fresh.eval()
     np.testing.assert_allclose(call(fresh, jnp.array([0.5, 1.0])), [0.5, 1.0], atol=0.01)
-    assert jnp.isnan(fresh.high[...])
+    assert fresh.high[...] == -jnp.inf
 
     call(quantizer, jnp.array([1.0, -2.0]))
     call(quantizer, jnp.array([4.0]))
@@ -114,7 +159,9 @@ def test_a_moving_average_moves_in_training_under_jit_and_scan_and_rests_in_eval
     quantizer, _ = steps(quantizer, jnp.array([[1.0], [2.0]]))
     assert quantizer.high[...] == 2
     assert jnp.isfinite(call(quantizer, jnp.array([NAN, 1.0]))[1])
-    assert quantizer.high[...] == 2
+    assert quantizer.high[...] == 1.5
+    assert not jnp.isfinite(call(quantizer, jnp.array([NAN, INF]))).any()
+    assert quantizer.high[...] == 1.5
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
@@ -145,7 +192,7 @@ def test_zeros_infinities_and_nothing():
 @pytest.mark.parametrize(
     ("make", "error"),
     [
-        (lambda: fcg.FakeQuant(1), r"FakeQuant: bits=1 must be an integer from 2 to 8"),
+        (lambda: fcg.FakeQuant(1), r"FakeQuant: bits=1 must be an integer from 2 to 16"),
         (lambda: fcg.FakeQuant(8.0), r"FakeQuant: bits=8.0 must be an integer"),
         (lambda: fcg.FakeQuant(calibration="max"), r"calibration='max' must be \"absmax\""),
         (lambda: fcg.FakeQuant(percentile=0.99), r"percentile=0.99 must be from 50 to 100"),
