@@ -149,6 +149,12 @@ def is_forward_mode_error(error: BaseException) -> bool:
     return "forward-mode" in str(error)
 
 
+def has_custom_gradient(jaxpr: Any) -> bool:
+    """Whether a trace holds a function with a gradient of its own, of JAX or of this library."""
+    text = str(jaxpr)
+    return "custom_vjp_call" in text or "_Operation[" in text
+
+
 def refuses_forward_mode(jaxpr: Any) -> bool:
     """Whether a trace holds the tangent of a custom VJP, which JAX refuses when it compiles it."""
     return "custom_lin" in str(jaxpr)

@@ -160,6 +160,11 @@ def test_a_custom_gradient_of_others_without_a_reference_is_pointed_out():
         check_vjp(wrong, PARAMS, X, checks=QUICK)
 
 
+def test_a_surrogate_inside_of_a_function_is_pointed_out_too():
+    report = check_vjp(lambda x: fcg.round_ste(x) * x, X, checks=["jit"])
+    assert [row.check for row in report.rows if row.status == "skipped"] == ["reference"]
+
+
 def test_a_function_is_no_excuse_for_itself():
     """Without a reference the function is compared with itself: that it fails is no skip."""
     broken = with_backward(lambda res, g: ({"kernel": g}, None), decorate=jax.custom_vjp)
