@@ -4,7 +4,8 @@ Inside `use_autodiff` every exact layer computes as flax.nnx does and JAX differ
 that a comparison is one line away. It is forward mode too where the binding has none.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jax
 
@@ -13,13 +14,15 @@ import jax
 _context = jax.make_user_context(default_value=False)
 
 
-def use_autodiff() -> AbstractContextManager[None]:
+@contextmanager
+def use_autodiff() -> Iterator[None]:
     """Lets JAX differentiate every exact layer and operation, instead of its written backward.
 
     Straight-through and surrogate gradients are left as they are: autodiff has no answer for them.
 
     Returns:
-        A context manager. It acts on the thread that enters it, and on what is traced in it.
+        A context manager, or a decorator of a function. It acts on the thread that enters it, and
+        on what is traced in it.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
@@ -31,7 +34,8 @@ def use_autodiff() -> AbstractContextManager[None]:
         >>> bool((ours.kernel[...] == theirs.kernel[...]).all())
         True
     """
-    return _context(True)
+    with _context(True):
+        yield
 
 
 def in_use() -> bool:

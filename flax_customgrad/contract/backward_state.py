@@ -218,6 +218,7 @@ def load_backward_state(model: Any, values: Any) -> None:
         BackwardStateError: inside a transformation.
     """
     _check_outside("load_backward_state")
+    _stack(model)
     found = _found(model)
     given = dict(_flat(values))
     paths = {tuple(map(str, path)): path for path in found}
@@ -239,7 +240,8 @@ def reset_backward_state(model: Any) -> None:
     """Gives every `BackwardState` of a model its initial value, in place.
 
     It is how a model that `nnx.jit` has made, on a mesh for example, gets its states. Layers that
-    `nnx.vmap` has stacked share one state.
+    `nnx.vmap` has stacked share one state, unless they have a method `stack_backward_state`, which
+    is called first and may replace it by one with a part for each layer.
 
     Args:
         model: a Module, or a tree of them.
@@ -249,6 +251,7 @@ def reset_backward_state(model: Any) -> None:
             was computed inside of one: make it with NumPy.
     """
     _check_outside("reset_backward_state")
+    _stack(model)
     found = _found(model)
     for path, state in found.items():
         if state._initial is None:
@@ -286,6 +289,14 @@ def put(module: Any, path: tuple[Any, ...], state: BackwardState) -> None:
         setattr(module, last, state)
     else:
         module[last] = state
+
+
+def _stack(model: Any) -> None:
+    """Lets stacked layers have a state each; inside of `nnx.vmap` they did not know how many."""
+    for _, node in list(nnx.iter_graph(model, graph=True)):
+        stack = getattr(node, "stack_backward_state", None)
+        if stack is not None:
+            stack()
 
 
 def at(module: Any, path: Iterable[Any]) -> Any:

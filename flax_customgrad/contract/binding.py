@@ -75,7 +75,9 @@ def bind(rules: Rules) -> Rule:
     if not HAS_PRIMITIVES:
         return by_custom_vjp
 
-    eager = jax.jit(rules.primal, static_argnums=0) if rules.is_pure else rules.primal
+    eager = rules.primal
+    if rules.is_pure:
+        eager = jax.jit(_named(rules.name, eager), static_argnums=0)
 
     def bound(static: Any, *arrays: Any) -> Any:
         if not any(map(compat.is_traced, arrays)):
@@ -100,6 +102,16 @@ def bind(rules: Rules) -> Rule:
     if rules.is_pure:
         of_types = functools.lru_cache(1024)(of_types)
     return bound
+
+
+def _named(name: str, function: Rule) -> Rule:
+    """A function under the name that programs and profiles show."""
+
+    def named(*args: Any) -> Any:
+        return function(*args)
+
+    named.__name__ = name
+    return named
 
 
 def _by_custom_vjp(rules: Rules) -> Rule:
@@ -130,7 +142,9 @@ def _operation(
     if any(map(compat.is_traced, traced.consts)):
         return None
     structure = jax.tree.structure(shapes)
-    flat = jax.jit(jax.extend.core.jaxpr_as_fun(traced))
+    flat = jax.extend.core.jaxpr_as_fun(traced)
+    if rules.is_pure:  # many layers of a model call one compiled function
+        flat = jax.jit(_named(rules.name, flat))
     rules = rules._replace(primal=lambda *arrays: structure.unflatten(flat(*arrays)))
     return _Operation(rules, types, structure.unflatten(traced.out_avals), with_leading_axis)
 
@@ -148,6 +162,13 @@ class _Operation(_Primitive):
         self.out_aval = out_type
         self.params = {"rules": rules, "with_leading_axis": with_leading_axis}
         super().__init__()
+
+    def __repr__(self) -> str:
+        return self.rules.name
+
+    def pp_params(self) -> dict[str, Any]:
+        """What a printed program shows of it."""
+        return {"name": self.rules.name}
 
     def expand(self, *arrays: Any) -> Any:
         return self.rules.primal(*arrays)
@@ -184,11 +205,12 @@ class _Operation(_Primitive):
         return tangent(*args)
 
     def batch(self, axis_data: Any, arrays: Any, dims: Any) -> tuple[Any, Any]:
-        at_front = jax.tree.map(lambda _: 0, self.out_aval)
-        if self.with_leading_axis is not None:
+        if self.with_leading_axis is not None and axis_data.name is compat.NO_AXIS_NAME:
             out = self.with_leading_axis(arrays, dims)
             if out is not None:
-                return out, at_front
+                # A count, say, is the same for all examples.
+                has_axis = jax.tree.map(lambda a, aval: a.ndim > aval.ndim, out, self.out_aval)
+                return out, jax.tree.map(lambda has: 0 if has else None, has_axis)
         vmap, dims = _vmap_of(axis_data), tuple(dims)
         rules = self.rules._replace(
             primal=vmap(self.rules.primal, dims, 0),
@@ -197,7 +219,7 @@ class _Operation(_Primitive):
         )
         types = tuple(map(jax.typeof, arrays))
         operation = _Operation(rules, types, _stacked(vmap, self.out_aval), None)
-        return operation(*arrays), at_front
+        return operation(*arrays), jax.tree.map(lambda _: 0, self.out_aval)
 
     def _cotangents(self, kept: Any, g: Any, nonzeros: Any) -> tuple[Any, ...]:
         """The cotangents of all arrays, with zeros where the backward returned None."""

@@ -14,7 +14,7 @@ import jax
 import jax.core
 import jax.extend
 from flax import nnx
-from jax._src import config
+from jax._src import config, core
 from jax._src.interpreters import batching
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -61,6 +61,10 @@ def has_explicit_axes() -> bool:
     return jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
 
 
+NO_AXIS_NAME: Any = core.no_axis_name
+"""The name that `jax.vmap` gives to an axis without one."""
+
+
 def is_outside_of_traces() -> bool:
     """Whether the caller runs eagerly, inside no transformation of JAX."""
     return trace_state() == _TOP
@@ -73,7 +77,7 @@ def has_shared_nodes(graphdef: nnx.GraphDef) -> bool:
 
 def innermost_derivative() -> Any:
     """The derivative that the caller is inside of, to ask `is_of_derivative` about; or None."""
-    trace = jax._src.core.trace_ctx.trace  # type: ignore[attr-defined]
+    trace = core.trace_ctx.trace
     while trace is not None and type(trace).__name__ not in ("JVPTrace", "LinearizeTrace"):
         trace = getattr(trace, "parent_trace", None)
     return None if trace is None else weakref.ref(trace)
@@ -143,6 +147,11 @@ def overrides_hook(of: type[nnx.Module]) -> Callable[[_F], _F]:
 def is_forward_mode_error(error: BaseException) -> bool:
     """Whether JAX refuses forward mode through a function with a custom VJP."""
     return "forward-mode" in str(error)
+
+
+def refuses_forward_mode(jaxpr: Any) -> bool:
+    """Whether a trace holds the tangent of a custom VJP, which JAX refuses when it compiles it."""
+    return "custom_lin" in str(jaxpr)
 
 
 def is_concrete_value_error(error: BaseException) -> bool:

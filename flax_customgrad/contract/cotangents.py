@@ -27,7 +27,13 @@ class CotangentError(ValueError):
 
 
 def check(
-    where: str, names: Sequence[str], args: Sequence[Any], avals: Sequence[Any], cts: Any
+    where: str,
+    names: Sequence[str],
+    args: Sequence[Any],
+    avals: Sequence[Any],
+    cts: Any,
+    *,
+    casts_back: bool = False,
 ) -> tuple[list[Any], dict[int, str]]:
     """Checks what a backward returned and lays it out flat.
 
@@ -38,6 +44,9 @@ def check(
             several paths stands at each; cotangents at several of its paths are added.
         avals: the type (shape, dtype, sharding) of each array among the arguments.
         cts: what the backward returned.
+        casts_back: whether float64 arrays may have a float32 cotangent, as in the library's own
+            operations: a layer that computes in less than float64 casts float64 arrays to its
+            dtype, sums their gradient in float32, and that is cast back.
 
     Returns:
         A list with one cotangent per array: an array of the array's shape and dtype, or None. And
@@ -57,7 +66,7 @@ def check(
             f"the backward of {where} returned a tuple of length {len(cts)}; expected length "
             f"{len(args)}, {per_argument}. Write None for an argument that has no gradient"
         )
-    checker = _Checker(avals)
+    checker = _Checker(avals, casts_back)
     for name, arg, ct in zip(names, args, cts, strict=True):
         checker.check(f"argument `{name}` of {where}", arg, ct)
     return checker.flat, checker.left_out
@@ -66,8 +75,9 @@ def check(
 class _Checker:
     """Walks through arguments and cotangents side by side and collects the cotangents."""
 
-    def __init__(self, avals: Sequence[Any]):
+    def __init__(self, avals: Sequence[Any], casts_back: bool):
         self.avals = avals
+        self.casts_back = casts_back
         self.flat: list[Any] = [None] * len(avals)
         self.left_out: dict[int, str] = {}
 
@@ -97,7 +107,7 @@ class _Checker:
                 f"the cotangent of {place} is {describe(ct)}, but the argument is a state that the "
                 "backward may write: write it, state[...] = value, and return None"
             )
-        ct = _fit(place, ct, self.avals[arg])
+        ct = _fit(place, ct, self.avals[arg], self.casts_back)
         self.flat[arg] = ct if self.flat[arg] is None else self.flat[arg] + ct
 
     def _check_parameters(self, place: str, arg: Any, ct: Any) -> None:
@@ -186,7 +196,7 @@ class _Checker:
         ]
 
 
-def _fit(place: str, ct: Any, aval: Any) -> Any:
+def _fit(place: str, ct: Any, aval: Any, casts_back: bool) -> Any:
     """Checks one cotangent against the type of its array and converts it to that type."""
     if isinstance(ct, int | float | complex):
         ct = jnp.asarray(ct, aval.dtype)
@@ -209,7 +219,8 @@ def _fit(place: str, ct: Any, aval: Any) -> Any:
                 "gradient: write None, or leave it out of the State"
             )
         return None
-    if not _holds(ct.dtype, aval.dtype):
+    narrowest = jnp.float32 if casts_back and aval.dtype == jnp.float64 else aval.dtype
+    if not _holds(ct.dtype, narrowest):
         raise CotangentError(
             f"the cotangent of {place} is {describe(ct)}; expected {describe(aval)} or a wider "
             f"dtype, which the contract casts once. {ct.dtype} cannot hold every {aval.dtype}: "

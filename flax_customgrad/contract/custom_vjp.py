@@ -30,6 +30,7 @@ from flax_customgrad.contract import autodiff, compat, cotangents, explanations,
 from flax_customgrad.contract.arguments import PackedTree, Static, pack_tree
 from flax_customgrad.contract.binding import Rules, bind
 from flax_customgrad.contract.guard import Guard, Updates
+from flax_customgrad.contract.promotion import promoting
 from flax_customgrad.contract.residual_storage import restore, store
 from flax_customgrad.registry import operations
 
@@ -132,7 +133,8 @@ class CustomVJP:
                 "the function itself, and bind arguments where it is called"
             )
         functools.update_wrapper(self, fun)
-        self.fun = fun
+        is_own = operations.register(self, fun)
+        self.fun = promoting(fun) if is_own else fun
         self.surrogate = surrogate
         self._signature = inspect.signature(fun)
         for parameter in self._signature.parameters.values():
@@ -145,7 +147,6 @@ class CustomVJP:
         self._fwd: Callable[..., tuple[Any, Any]] | None = None
         self._bwd: Callable[[Any, Any], tuple[Any, ...]] | None = None
         self._running = threading.local()
-        is_own = operations.register(self, fun)
         self._guard = None if is_own else Guard(self._name, self._primal)
         self._bound = bind(
             Rules(
@@ -189,7 +190,8 @@ class CustomVJP:
         if not callable(fwd) or not callable(bwd):
             raise TypeError(f"defvjp of `{self._name}` takes two functions, fwd and bwd")
         self._check_rules(fwd, bwd)
-        self._fwd, self._bwd = fwd, bwd
+        own = self._guard is None
+        self._fwd, self._bwd = (promoting(fwd), promoting(bwd)) if own else (fwd, bwd)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the function; a Variable that it writes, of a Module or by itself, is written.
@@ -359,8 +361,10 @@ class CustomVJP:
             raise explained from error
         for snapshot in snapshots:
             snapshot.forbid_updates(self._name)
-        args = call.value.positions(every_path=True)
-        checked, left_out = cotangents.check(f"`{self._name}`", names, args, avals, cts)
+        args, own = call.value.positions(every_path=True), self._guard is None
+        checked, left_out = cotangents.check(
+            f"`{self._name}`", names, args, avals, cts, casts_back=own
+        )
         if self._guard is not None and differentiated is not None:
             self._guard.check_left_out(left_out, needed, differentiated)
         return checked

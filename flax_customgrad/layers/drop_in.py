@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.nnx.nn import dtypes as nnx_dtypes
 
 from flax_customgrad.numerics import dtypes
+from flax_customgrad.numerics.interception import products_are_intercepted
 
 Parameters = Mapping[str, jax.Array]
 """An `nnx.State` of exactly the parameters that an operation differentiates, as bare arrays."""
@@ -31,7 +33,15 @@ def parameters(layer: nnx.Module, *names: str) -> Parameters:
     return nnx.State({name: v[...] for name, v in variables.items() if v is not None})
 
 
-def has_custom_backward(inputs: Any, params: Parameters) -> bool:
+def given(**arguments: Any) -> dict[str, Any]:
+    """The arguments that a caller gave, those that are not None, to call nnx as it was called.
+
+    Tools such as exporters put calls of their own in the place of nnx's, which take no others.
+    """
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def has_custom_backward(inputs: Any, params: Parameters, dtype: Any = None) -> bool:
     """Whether the hand-written backwards apply to an input and a layer's parameters.
 
     They apply to real floating arrays of 16 bits or more, and outside of `use_autodiff`.
@@ -39,5 +49,53 @@ def has_custom_backward(inputs: Any, params: Parameters) -> bool:
     Args:
         inputs: what the layer was called with; an array of NumPy or a Variable counts as an array.
         params: the parameters of the layer, arrays of any shape.
+        dtype: dtype of the layer, None for the promoted one.
     """
-    return dtypes.takes_custom_backward(dtypes.as_array(inputs), *params.values())
+    return dtypes.takes_custom_backward(dtypes.as_array(inputs), *params.values(), dtype=dtype)
+
+
+def has_custom_product(layer: Any, inputs: Any, params: Parameters) -> bool:
+    """Whether the hand-written backward of a layer that multiplies by a kernel applies.
+
+    It does not where the user, or a tool, has the layer compute by something else.
+
+    Args:
+        layer: a layer of nnx with a kernel.
+        inputs: what the layer was called with.
+        params: the parameters of the layer, arrays of any shape.
+    """
+    result = getattr(layer, "preferred_element_type", None)
+    return (
+        layer.promote_dtype is nnx_dtypes.promote_dtype
+        and has_custom_backward(inputs, params, layer.dtype)
+        and (result is None or dtypes.is_supported_dtype(result))
+        and not products_are_intercepted()
+    )
+
+
+def has_known_size(array: jax.Array, rank: int) -> bool:
+    """Whether the space of images is known in numbers; `jax.export` may leave it symbolic.
+
+    What is written out for a size is not there for all sizes, so such images are left to nnx. A
+    batch may be symbolic.
+
+    Args:
+        array: images of shape (..., *space, features).
+        rank: the number of axes of space.
+    """
+    return all(isinstance(n, int) for n in array.shape[-1 - rank : -1])
+
+
+def has_own_bias(layer: Any, params: Parameters, shape: tuple[int, ...]) -> bool:
+    """Whether a layer has no bias, or one as its constructor makes it.
+
+    With another one, put in by hand, and where `use_bias` was set to False afterwards, the layer
+    is left to nnx.
+
+    Args:
+        layer: a layer of nnx, which has `use_bias`.
+        params: its parameters.
+        shape: the shape of the bias that its constructor makes for its kernel.
+    """
+    bias = params.get("bias")
+    return bias is None or (bool(layer.use_bias) and bias.shape == shape)

@@ -14,7 +14,7 @@ from jax import lax
 
 from flax_customgrad.contract.compat import set_class
 from flax_customgrad.layers.drop_in import Parameters, parameters
-from flax_customgrad.numerics.dtypes import as_array, is_supported_float
+from flax_customgrad.numerics.dtypes import as_array, is_supported_dtype, is_supported_float
 
 L = TypeVar("L", bound=nnx.Module)
 
@@ -57,9 +57,15 @@ def checked(layer: Any, params: Parameters, x: Any) -> tuple[Parameters, jax.Arr
         `params`, and x as an array of JAX.
 
     Raises:
-        TypeError: x or a parameter is not a real floating array of 16 bits or more.
+        TypeError: x or a parameter is not a real floating array of 16 bits or more, or the dtype
+            of the layer is none of one.
     """
-    x = as_array(x)
+    x, dtype = as_array(x), getattr(layer, "dtype", None)
+    if dtype is not None and not is_supported_dtype(dtype):
+        raise TypeError(
+            f"{type(layer).__name__}: dtype={dtype!r} is none of float16, bfloat16, float32 and "
+            "float64, in which it can compute"
+        )
     for name, array in {**params, "its input": x}.items():
         if not is_supported_float(array):
             raise TypeError(

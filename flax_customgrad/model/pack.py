@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
-from flax_customgrad.low_bit.quant_layers.packed_kernel import Packable
-from flax_customgrad.model.convert import layers
+from flax_customgrad.low_bit.quant_layers.packed_kernel import Packable, PackedWeights
+from flax_customgrad.model.convert import layers, set_mode
 
 M = TypeVar("M")
 
@@ -41,10 +41,19 @@ def pack(model: M) -> M:
         >>> bool((packed(x) == layer(x)).all())
         True
     """
-    packed = nnx.clone(model)
-    _set_mode(packed, "eval")
-    changed = [layer.pack_weights() for layer in _packable(packed)]
-    if not any(changed):
+    packed = nnx.clone(model, graph=True)
+    set_mode(packed, "eval")
+    shared: dict[int, PackedWeights] = {}
+    changed = False
+    for layer in _packable(packed):
+        variables = {name: id(value) for name, value in vars(layer).items()}
+        changed |= layer.pack_weights()
+        for name, weights in vars(layer).items():
+            if isinstance(weights, PackedWeights) and id(weights) != variables[name]:
+                first = shared.setdefault(variables[name], weights)
+                if first is not weights:
+                    weights.share(first)
+    if not changed:
         raise ValueError(
             "pack: no layer of the model has a quantizer for its weights, or is an Int8Linear or "
             "Int8Conv. Build one with "
@@ -61,24 +70,26 @@ def unpack(model: M) -> M:
         model: what `pack` returned. It is not changed.
 
     Returns:
-        A copy in train mode, with Params that hold the decoded values and go through their
-        quantizers again. The weights from before quantization are lost.
+        A copy in train mode, with the Variables that the weights had. The weights from before
+        quantization are lost; these go through their quantizers again, which make the same codes
+        and scales of them, in half precision nearly the same scales.
 
     Raises:
         ValueError: no layer of the model is packed.
     """
-    unpacked = nnx.clone(model)
-    changed = [layer.unpack_weights() for layer in _packable(unpacked)]
-    if not any(changed):
+    unpacked = nnx.clone(model, graph=True)
+    shared: dict[int, nnx.Variable] = {}
+    changed = False
+    for layer in _packable(unpacked):
+        packed = {n: w.codes for n, w in vars(layer).items() if isinstance(w, PackedWeights)}
+        changed |= layer.unpack_weights()
+        for name, codes in packed.items():
+            setattr(layer, name, shared.setdefault(id(codes), getattr(layer, name)))
+    if not changed:
         raise ValueError("unpack: no layer of the model is packed")
-    _set_mode(unpacked, "train")
+    set_mode(unpacked, "train")
     return unpacked
 
 
 def _packable(model: Any) -> list[Packable]:
     return [layer for _, layer in layers(model) if isinstance(layer, Packable)]
-
-
-def _set_mode(model: Any, mode: str) -> None:
-    for _, module in layers(model):
-        getattr(module, mode)()

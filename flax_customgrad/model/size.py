@@ -68,6 +68,8 @@ class SizeReport:
 def size_report(model: Any) -> SizeReport:
     """Counts the bytes of the layers of a model.
 
+    What several layers share is counted once, with the first of them.
+
     Args:
         model: a Module, or a tree of Modules.
 
@@ -88,8 +90,12 @@ def size_report(model: Any) -> SizeReport:
         total                            1,156     8,320
     """
     sizes = []
+    counted: set[int] = set()
     for (path, *_), layer in layers(model):
-        nbytes = 0 if isinstance(layer, nnx.List) else sum(a.nbytes for a in _own_arrays(layer))
+        held = [] if isinstance(layer, nnx.List) else _own_variables(layer)
+        new = [variable for variable in held if id(variable) not in counted]
+        counted.update(map(id, new))
+        nbytes = sum(a.nbytes for variable in new for a in jax.tree.leaves(variable[...]))
         if nbytes:
             # Packed weights know how many bytes they save.
             saved = getattr(layer, "saved_nbytes", None)
@@ -98,11 +104,11 @@ def size_report(model: Any) -> SizeReport:
     return SizeReport(tuple(sorted(sizes, key=_path_order)))
 
 
-def _own_arrays(layer: nnx.Module) -> list[jax.Array]:
-    """The arrays that a layer holds itself, also those in an nnx.List."""
+def _own_variables(layer: nnx.Module) -> list[nnx.Variable]:
+    """The Variables that a layer holds itself, also those in an nnx.List."""
     held = vars(layer).values()
     flat = [v for value in held for v in (value if isinstance(value, nnx.List) else (value,))]
-    return [a for v in flat if isinstance(v, nnx.Variable) for a in jax.tree.leaves(v[...])]
+    return [v for v in flat if isinstance(v, nnx.Variable)]
 
 
 def _path_order(size: Size) -> list[tuple[int, str]]:

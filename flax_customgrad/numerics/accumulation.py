@@ -9,8 +9,13 @@ from jax import lax
 
 
 def accumulator(*arrays: Any) -> Any:
-    """The dtype in which a backward sums: float32, or wider where an array or dtype is wider."""
-    return jnp.result_type(jnp.float32, *arrays)
+    """The dtype in which a backward sums: float32, or wider where an array or dtype is wider.
+
+    Args:
+        *arrays: arrays and dtypes. A weakly typed array counts by its dtype, as its gradient does.
+    """
+    with jax.numpy_dtype_promotion("standard"):  # the user may have JAX refuse to promote
+        return jnp.result_type(jnp.float32, *(getattr(a, "dtype", a) for a in arrays))
 
 
 def total(g: jax.Array, axes: Sequence[int]) -> jax.Array:

@@ -4,12 +4,34 @@ Each check takes the name of the layer. Its error names the layer, the argument 
 """
 
 import math
+import operator
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from flax_customgrad.contract.compat import is_traced
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is one integer, of Python, NumPy or JAX."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
+def integers(value: Any) -> tuple[int, ...]:
+    """One integer or several, of Python, NumPy or JAX, as a tuple of Python's.
+
+    Args:
+        value: an integer, or an iterable of them, such as an array.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    return tuple(map(operator.index, (value,) if is_integer(value) else value))
 
 
 def check_positive(layer: str, argument: str, value: Any) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from flax_customgrad.contract import autodiff
+from flax_customgrad.numerics.accumulation import accumulator
 
 _HALF = (jnp.bfloat16, jnp.float16)
 _SUPPORTED = (*_HALF, jnp.float32, jnp.float64)
@@ -23,18 +24,33 @@ def is_python_number(p: Any) -> bool:
     return type(p) in (int, float)
 
 
-def takes_custom_backward(*arrays: Any) -> bool:
+def takes_custom_backward(*arrays: Any, dtype: Any = None) -> bool:
     """Whether the hand-written backwards apply: to real floating arrays, outside `use_autodiff`.
 
-    Integers, complex numbers, 8-bit floats, lists and the like are left to `jax.nn`, with its
-    results and its errors.
+    Integers, complex numbers, 8-bit floats, lists and the like are left to flax.nnx and `jax.nn`,
+    with their results and their errors. So are arrays of several dtypes where JAX is to refuse to
+    promote them.
+
+    Args:
+        *arrays: the inputs, and the parameters of a layer.
+        dtype: dtype of the computation, or None where that is what the arrays promote to.
     """
-    return not autodiff.in_use() and all(map(is_supported_float, arrays))
+    if autodiff.in_use() or not all(map(is_supported_float, arrays)):
+        return False
+    if dtype is not None:
+        return is_supported_dtype(dtype)
+    strict = jax.numpy_dtype_promotion.value == "strict"
+    return not strict or len({a.dtype for a in arrays}) <= 1
 
 
 def is_supported_float(a: Any) -> bool:
     """Whether something is a real floating array, of a dtype that the backwards are written for."""
     return isinstance(a, jax.Array) and a.dtype in _SUPPORTED
+
+
+def is_supported_dtype(dtype: Any) -> bool:
+    """Whether a dtype is one that the backwards are written for."""
+    return jnp.dtype(dtype) in _SUPPORTED
 
 
 def is_half(*arrays: Any) -> bool:
@@ -52,10 +68,10 @@ def widened(dtype: Any, *arrays: jax.Array) -> list[jax.Array]:
 
     Args:
         dtype: dtype of the result.
-        *arrays: arrays of any shape.
+        *arrays: arrays of any shape, and numbers.
 
     Returns:
         The floating arrays in that dtype or float32, whichever is wider; masks as they are.
     """
-    wide = jnp.result_type(jnp.float32, dtype)
+    wide, arrays = accumulator(dtype), tuple(map(jnp.asarray, arrays))
     return [in_dtype(a, wide) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in arrays]

@@ -39,6 +39,10 @@ class MatmulConfig:
     preferred_element_type: Any = None
     out_sharding: Any = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.precision, list):  # one for each operand; JAX takes a list too
+            object.__setattr__(self, "precision", tuple(self.precision))
+
     def promote(self, *arrays: jax.Array | None) -> tuple[Any, ...]:
         """Casts arrays to the dtype of the computation, as nnx promotes them; None stays None."""
         found = {a.dtype for a in arrays if a is not None}
@@ -84,7 +88,9 @@ def input_gradient(lhs: jax.Array, rhs: jax.Array, numbers: Any, **where: Any) -
         An array laid out like the input. A half-precision input gets its gradient in that
         precision and costs no array of float32; a float32 input loses no digits.
     """
-    return product(lhs, rhs, numbers, jnp.result_type(lhs, rhs, where["like"]), **where)
+    # By their dtypes: a weakly typed input has a gradient of its own dtype all the same.
+    dtype = jnp.result_type(lhs.dtype, rhs.dtype, where["like"].dtype)
+    return product(lhs, rhs, numbers, dtype, **where)
 
 
 def product(

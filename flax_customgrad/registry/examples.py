@@ -1,5 +1,6 @@
 """Makers of examples for catalogue entries: inputs, a layer that is called, a function applied."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_customgrad.registry.entry import Example
+
+RANDOM_BIAS: Mapping[str, Any] = {"bias_init": nnx.initializers.normal(1.0)}
+"""The keyword of a constructor that keeps a bias from being zero, which would hide errors."""
 
 
 def normal(*shape: int, dtype: Any = jnp.float32) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The checks, each a generator of comparisons: a case, the gradient, and its expected value.
+"""The checks in float64, each a generator of comparisons: a case, a gradient, its expected value.
 
 The expected value always comes from autodiff of the reference, without the transform under test: a
 batch is a Python loop, a mesh is one device. Only for second derivatives is the reference
@@ -7,7 +7,7 @@ transformed as well.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import einops
 import jax
@@ -17,10 +17,13 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flax_customgrad.contract.arguments import by_path
+from flax_customgrad.testing.comparison import ALONE, SHARD_MAP, Comparison, Fn, Skip
 from flax_customgrad.testing.problem import Gradient, Problem, replaced, weigh
 
 _BATCH = 2
 _DEVICES = 8
+# A slope has fewer digits than its values.
+_SLOPE_TOLERANCE = 1e-6
 _MODES: dict[str, dict[str, Any]] = {
     "graph and updates": {"graph": True, "graph_updates": True},
     "graph": {"graph": True, "graph_updates": False},
@@ -28,44 +31,20 @@ _MODES: dict[str, dict[str, Any]] = {
 }
 
 
-Fn = Callable[..., Any]
-
-
-class Comparison(NamedTuple):
-    """One gradient to compare.
-
-    Attributes:
-        case: which variant of the check.
-        run: computes the gradient of a function of the problem's arguments: of the function under
-            test; and, where that fails, of the reference, to see whether JAX can do it at all.
-        expected: computes the expected gradient.
-        of: the names of what is compared, or one for all; by default each argument that has a
-            gradient.
-    """
-
-    case: str
-    run: Callable[[Fn], Gradient]
-    expected: Callable[[], Gradient]
-    of: Sequence[str] | str | None = None
-
-
-class Skip(Exception):
-    """A case cannot be run here; its text says why."""
-
-
 def autodiff(p: Problem) -> Iterator[Comparison]:
-    """The gradient against autodiff of the reference, and the value against its value."""
-    yield Comparison("value", p.value, lambda: p.expected_value, of="output")
-    yield Comparison("gradient", lambda fn: p.gradient(fn)(*p.arrays), lambda: p.expected)
+    """The gradient against autodiff of the reference, and the value against its value; eager."""
+    yield Comparison("value", p.value, lambda: p.expected_value, of="output", program=ALONE)
+
+    def gradient(fn: Fn) -> Gradient:
+        return jax.vjp(p.outputs(fn), *p.values)[1](p.cotangent)
+
+    yield Comparison("gradient", gradient, lambda: p.expected, program=ALONE)
 
 
 def finite_differences(p: Problem) -> Iterator[Comparison]:
     """The gradient along a direction against the slope of the value, one argument at a time."""
-    rng, step = np.random.default_rng(0), 1e-5
-    directions = {
-        i: jnp.asarray(rng.standard_normal(p.arrays[i].shape), p.arrays[i].dtype)
-        for i in p.differentiable
-    }
+    step = 1e-5
+    directions = dict(zip(p.differentiable, p.directions(seed=0), strict=True))
     objective = jax.jit(p.objective(p.fn))
 
     def slope(i: int) -> jax.Array:
@@ -79,7 +58,12 @@ def finite_differences(p: Problem) -> Iterator[Comparison]:
         pairs = zip(gradient, p.differentiable, strict=True)
         return tuple(jnp.vdot(g, directions[i]) for g, i in pairs)
 
-    yield Comparison("central", along, lambda: tuple(slope(i) for i in p.differentiable))
+    yield Comparison(
+        "central",
+        along,
+        lambda: tuple(slope(i) for i in p.differentiable),
+        tolerance=lambda expected: _SLOPE_TOLERANCE,
+    )
 
 
 def jit(p: Problem) -> Iterator[Comparison]:
@@ -93,27 +77,37 @@ def jit(p: Problem) -> Iterator[Comparison]:
 
 
 def vmap(p: Problem) -> Iterator[Comparison]:
-    """Under jax.vmap: each example its own parameters, or all examples the same."""
+    """Under jax.vmap: each example its own arrays, or some of them the same for all examples."""
     everything = tuple(_all(p))
     own = p.batch(_BATCH, everything, seed=1)
     yield Comparison(
         "parameters batched",
         lambda fn: jax.jit(jax.vmap(p.gradient(fn)))(*own),
-        lambda: _joined(p, _each(p, own, everything), everything, jnp.stack),
+        lambda: _joined(p, _each(p, own, everything), everything),
     )
-    shared = p.batch(_BATCH, p.inputs, seed=2)
-    axes = tuple(0 if i in p.inputs else None for i in everything)
 
-    def over_batch(fn: Fn) -> Gradient:
+    def over_batch(fn: Fn, arrays: list[jax.Array], shared: Sequence[int]) -> Gradient:
+        axes = tuple(None if i in shared else 0 for i in everything)
         total = _summed(jax.vmap(p.objective(fn), axes))
-        return jax.jit(jax.grad(total, p.differentiable))(*shared)
+        return jax.jit(jax.grad(total, p.differentiable))(*arrays)
 
-    if p.inputs and p.parameters:
+    for name, shared in _shared_by_all(p).items():
+        mapped = [i for i in everything if i not in shared]
+        arrays = p.batch(_BATCH, mapped, seed=2)
         yield Comparison(
-            "parameters shared",
-            over_batch,
-            lambda: _joined(p, _each(p, shared, p.inputs), p.inputs, jnp.stack),
+            f"{name} shared",
+            functools.partial(over_batch, arrays=arrays, shared=shared),
+            lambda arrays=arrays, mapped=mapped: _joined(p, _each(p, arrays, mapped), mapped),
         )
+
+
+def _shared_by_all(p: Problem) -> dict[str, tuple[int, ...]]:
+    """What all examples of a batch may share: the parameters, and any array that may be one."""
+    shared = {"parameters": p.parameters} if p.inputs and p.parameters else {}
+    bare = [i for i in p.inputs if i in p.differentiable]
+    if len(bare) > 1:
+        shared |= {p.names[i]: (*p.parameters, i) for i in bare}
+    return shared
 
 
 def scan(p: Problem) -> Iterator[Comparison]:
@@ -130,7 +124,7 @@ def scan(p: Problem) -> Iterator[Comparison]:
 
         return jax.jit(jax.grad(total, p.differentiable))(*stacked)
 
-    yield Comparison("", over_steps, lambda: _joined(p, _each(p, stacked, over), over, jnp.stack))
+    yield Comparison("", over_steps, lambda: _joined(p, _each(p, stacked, over), over))
 
 
 def remat(p: Problem) -> Iterator[Comparison]:
@@ -145,9 +139,7 @@ def remat(p: Problem) -> Iterator[Comparison]:
 
 def second_order(p: Problem) -> Iterator[Comparison]:
     """Derivatives of the gradient: reverse over reverse, and forward over reverse."""
-    rng = np.random.default_rng(4)
-    at = tuple(p.arrays[i] for i in p.differentiable)
-    along = tuple(jnp.asarray(rng.standard_normal(a.shape), a.dtype) for a in at)
+    along = p.directions(seed=4)
 
     def reverse(fn: Fn) -> Gradient:
         def dot(*arrays: jax.Array) -> jax.Array:
@@ -158,10 +150,10 @@ def second_order(p: Problem) -> Iterator[Comparison]:
 
     def forward(fn: Fn) -> Gradient:
         gradient = p.of_differentiable(p.gradient(fn))
-        return jax.jit(lambda *at: jax.jvp(gradient, at, along)[1])(*at)
+        return jax.jit(lambda *at: jax.jvp(gradient, at, along)[1])(*p.values)
 
     yield Comparison("grad of grad", reverse, lambda: reverse(p.reference))
-    yield Comparison("jvp of grad", forward, lambda: forward(p.reference))
+    yield Comparison("jvp of grad", forward, lambda: forward(p.reference), is_forward=True)
 
 
 def modes(p: Problem) -> Iterator[Comparison]:
@@ -227,6 +219,7 @@ def mesh(p: Problem) -> Iterator[Comparison]:
             f"{axis_type.name} axes",
             lambda fn, axis_type=axis_type: _on_mesh(p, fn, axis_type),
             lambda: p.expected,
+            program=ALONE,
         )
 
 
@@ -237,6 +230,7 @@ def shard_map(p: Problem) -> Iterator[Comparison]:
             f"check_vma={check_vma}",
             lambda fn, check_vma=check_vma: _in_shard_map(p, fn, check_vma),
             lambda: _each_shard(p),
+            program=SHARD_MAP,
         )
 
 
@@ -254,7 +248,10 @@ def _each(p: Problem, arrays: list[jax.Array], batched: Sequence[int]) -> list[G
 
 
 def _joined(
-    p: Problem, examples: list[Gradient], batched: Sequence[int], join: Callable[..., jax.Array]
+    p: Problem,
+    examples: list[Gradient],
+    batched: Sequence[int],
+    join: Callable[..., jax.Array] = jnp.stack,
 ) -> Gradient:
     """The gradient of the sum over examples: joined where batched, summed where shared."""
     columns = zip(p.differentiable, zip(*examples, strict=True), strict=True)
@@ -288,7 +285,7 @@ def _in_shard_map(p: Problem, fn: Fn, check_vma: bool) -> Gradient:
         check_vma=check_vma,
     )
     gradient = jax.grad(_summed(local), p.differentiable)
-    return tuple(map(np.asarray, jax.jit(gradient)(*p.arrays)))
+    return jax.jit(gradient)(*p.arrays)
 
 
 def _each_shard(p: Problem) -> Gradient:

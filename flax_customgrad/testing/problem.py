@@ -40,6 +40,7 @@ class Problem:
         names: the name of each array, such as "m.kernel".
         differentiable: positions of the arrays that have a gradient.
         parameters: positions of the arrays that belong to a Module, State or dict.
+        is_surrogate: the gradient is meant to differ from the derivative of the value.
     """
 
     fn: Callable[..., Any]
@@ -50,6 +51,7 @@ class Problem:
     names: list[str]
     differentiable: tuple[int, ...]
     parameters: tuple[int, ...]
+    is_surrogate: bool = False
 
     @classmethod
     def make(
@@ -59,6 +61,7 @@ class Problem:
         args: tuple[Any, ...],
         arg_names: Sequence[str],
         dtype: Any,
+        is_surrogate: bool = False,
     ) -> "Problem":
         """Converts the arguments to a dtype and separates the arrays from the rest.
 
@@ -68,6 +71,8 @@ class Problem:
             args: its arguments.
             arg_names: their names.
             dtype: dtype for each floating array and for each `dtype` that a layer was given.
+            is_surrogate: the gradient is meant to differ from the derivative of the value. What
+                a layer holds beside its Params, such as the mask of a kernel, then has none.
         """
         args = tuple(cast_argument(arg, dtype) for arg in args)
         arrays, packed = pack_tree(args, "an argument")
@@ -75,10 +80,14 @@ class Problem:
         names = [""] * len(arrays)
         differentiable, parameters = [], []
         for arg, name in zip(packed.positions(), arg_names, strict=True):
-            leaves = by_path(arg) if is_parameters(arg) else [((), arg)]
+            leaves = list(by_path(arg) if is_parameters(arg) else [((), arg)])
+            has_params = any(isinstance(leaf, nnx.Param) for _, leaf in leaves)
             for path, leaf in leaves:
                 # Statistics and counters are Variables but not Params: they have no gradient.
-                fixed = isinstance(leaf, nnx.Variable) and not isinstance(leaf, nnx.Param)
+                is_param = isinstance(leaf, nnx.Param)
+                fixed = not is_param and (
+                    isinstance(leaf, nnx.Variable) or (is_surrogate and has_params)
+                )
                 # A static number is a leaf as well, but not a position.
                 for position in (p for p in jax.tree.leaves(leaf) if isinstance(p, Position)):
                     names[position] = ".".join(map(str, (name, *path))).lstrip(".")
@@ -95,6 +104,7 @@ class Problem:
             names,
             tuple(sorted(differentiable)),
             tuple(sorted(parameters)),
+            is_surrogate,
         )
 
     def at(self, arrays: Sequence[jax.Array]) -> "Problem":
@@ -123,7 +133,7 @@ class Problem:
         return jax.grad(self.objective(fn), argnums=self.differentiable)
 
     def linear_gradient(self, fn: Callable[..., Any]) -> Callable[..., Gradient]:
-        """The gradient for a cotangent of small integers, which every dtype holds exactly."""
+        """The gradient for a cotangent that every dtype holds exactly."""
         return jax.grad(
             lambda *arrays: weigh_linearly(self.apply(fn)(*arrays)), argnums=self.differentiable
         )
@@ -131,6 +141,20 @@ class Problem:
     def of_differentiable(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn` as a function of the arrays that have a gradient, the others fixed."""
         return lambda *values: fn(*replaced(self.arrays, self.differentiable, values))
+
+    def outputs(self, fn: Callable[..., Any]) -> Callable[..., list[jax.Array]]:
+        """The floating outputs of `fn`, as a function of the arrays that have a gradient."""
+        return self.of_differentiable(lambda *arrays: floating(self.apply(fn)(*arrays)))
+
+    @property
+    def values(self) -> tuple[jax.Array, ...]:
+        """The arrays that have a gradient."""
+        return tuple(self.arrays[i] for i in self.differentiable)
+
+    def directions(self, seed: int) -> tuple[jax.Array, ...]:
+        """A random direction for each array that has a gradient."""
+        rng = np.random.default_rng(seed)
+        return tuple(jnp.asarray(rng.standard_normal(a.shape), a.dtype) for a in self.values)
 
     @functools.cached_property
     def expected_gradient(self) -> Callable[..., Gradient]:
@@ -146,6 +170,11 @@ class Problem:
     def expected(self) -> Gradient:
         """The gradient of the reference for the arrays themselves."""
         return self.expected_gradient(*self.arrays)
+
+    @functools.cached_property
+    def cotangent(self) -> list[jax.Array]:
+        """The gradient of `objective` with respect to each floating output, at the expected one."""
+        return jax.grad(weigh)(floating(self.expected_value))
 
     def batch(self, size: int, positions: Sequence[int], seed: int) -> list[jax.Array]:
         """The arrays, with those at `positions` stacked `size` times with different values."""
@@ -168,22 +197,28 @@ def replaced(
 def weigh(out: Any) -> jax.Array:
     """A number that depends on every element of an output in a different way."""
     total = jnp.zeros(())
-    for leaf in _floating(out):
+    for leaf in floating(out):
         weights = np.cos(1.0 + np.arange(leaf.size)).reshape(leaf.shape)
         total += jnp.sum(jnp.sin(leaf) * weights.astype(leaf.dtype)).astype(total.dtype)
     return total
 
 
 def weigh_linearly(out: Any) -> jax.Array:
-    """A sum of an output's elements times small integers."""
+    """A sum of an output's elements times whole numbers from -60 to 190, divided by 4096.
+
+    Every dtype holds these weights exactly, and none of two bytes the sum of many of them. Their
+    mean is not zero, so that a sum over rows grows with each row; divided, it stays far below the
+    largest float16.
+    """
     total = jnp.zeros(())
-    for leaf in _floating(out):
-        weights = (np.arange(leaf.size) % 7 - 2.0).reshape(leaf.shape)
+    for leaf in floating(out):
+        weights = ((89 * np.arange(leaf.size) % 251 - 60.0) / 4096).reshape(leaf.shape)
         total += jnp.sum(leaf.astype(total.dtype) * weights)
     return total
 
 
-def _floating(out: Any) -> list[jax.Array]:
+def floating(out: Any) -> list[jax.Array]:
+    """The floating arrays of an output."""
     return [leaf for leaf in jax.tree.leaves(out) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
@@ -216,9 +251,9 @@ def _cast(array: Any, dtype: Any, narrow: bool = True) -> Any:
     is_array = isinstance(array, jax.Array | np.ndarray)
     if not (is_array and jnp.issubdtype(array.dtype, jnp.floating)):
         return array
-    return jnp.asarray(
-        np.asarray(array), dtype if narrow else jnp.promote_types(array.dtype, dtype)
-    )
+    dtype = jnp.dtype(dtype) if narrow else jnp.promote_types(array.dtype, dtype)
+    # NumPy compiles no program for it.
+    return jax.device_put(np.asarray(array).astype(dtype))
 
 
 def _cast_variable(variable: Any, dtype: Any) -> Any:

@@ -1,8 +1,11 @@
 """The report of a check: its rows, the table that is printed, and the error that is raised."""
 
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
+
+from flax_customgrad.testing.coverage import Hint
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -19,7 +22,8 @@ class Row:
         error: largest difference, relative to the largest expected value; None if not compared.
         tolerance: the error allowed.
         status: "ok", "failed", or "skipped".
-        note: why it was skipped, or what was raised.
+        note: why it was skipped, or what was raised or is not finite.
+        details: of an exception, the user's lines that it came from, its text and its notes.
     """
 
     check: str
@@ -29,6 +33,7 @@ class Row:
     tolerance: float | None = None
     status: Literal["ok", "failed", "skipped"] = "ok"
     note: str = ""
+    details: str = ""
 
     def __str__(self) -> str:
         place = ", ".join(part for part in (self.check, self.case, self.argument) if part)
@@ -48,7 +53,10 @@ class GradientError(AssertionError):
         self.report = report
         n = len(report.failures)
         title = f"the gradient of {report.name} failed {n} comparison{'s' * (n != 1)}:"
-        super().__init__("\n  ".join([title, *map(str, report.failures)]))
+        lines = [title, *map(str, report.failures)]
+        for details in _once(row.details for row in report.failures):
+            lines += ["", *details.splitlines()]
+        super().__init__("\n  ".join(lines))
 
 
 @dataclass
@@ -60,20 +68,30 @@ class Report:
         rows: the comparisons, in order.
         residual_bytes: bytes that the backward keeps, arguments excluded; None if not measured.
         reference_residual_bytes: the same for autodiff of the reference.
+        not_covered: what the example cannot show, such as "bias is None".
     """
 
     name: str
     rows: list[Row] = field(default_factory=list)
     residual_bytes: int | None = None
     reference_residual_bytes: int | None = None
+    not_covered: list[Hint] = field(default_factory=list)
 
     @property
     def failures(self) -> list[Row]:
         """The rows that failed."""
         return [row for row in self.rows if row.status == "failed"]
 
+    @property
+    def warnings(self) -> list[str]:
+        """What is no failure and yet worth a look, such as keeping more than autodiff does."""
+        kept, by_autodiff = self.residual_bytes, self.reference_residual_bytes
+        if kept is None or by_autodiff is None or kept <= by_autodiff:
+            return []
+        return [f"the backward keeps {kept} B, more than autodiff, which keeps {by_autodiff} B"]
+
     def __rich__(self) -> "Group":
-        """A table with one line per check and case, for its worst argument; then the notes."""
+        """A table with one line per check and case, for its worst argument; then what to say."""
         # Imported here, so that a gradient can be checked where rich is not installed.
         import rich.box
         from rich.console import Group
@@ -92,6 +110,10 @@ class Report:
             status = f"[{style[row.status]}]{row.status}[/]"
             table.add_row(row.check, row.case, row.argument, error, allowed, status)
         notes = [Text(f"{row.status}: {row}", style[row.status]) for row in worst if row.note]
+        notes += [Text(details) for details in _once(row.details for row in worst)]
+        notes += [Text(f"warning: {warning}", "yellow") for warning in self.warnings]
+        if self.not_covered:
+            notes.append(Text(f"not covered: {'; '.join(map(str, self.not_covered))}"))
         return Group(table, *notes)
 
     def __str__(self) -> str:
@@ -113,3 +135,8 @@ class Report:
             if key not in worst or badness(row) > badness(worst[key]):
                 worst[key] = row
         return list(worst.values())
+
+
+def _once(texts: Iterable[str]) -> list[str]:
+    """The texts that are not empty, each once."""
+    return [text for text in dict.fromkeys(texts) if text]

@@ -65,3 +65,48 @@ def test_a_converted_model_computes_as_nnx_does():
     model, x = fcg.convert(made()), jnp.ones(3)
     with fcg.use_autodiff():
         np.testing.assert_array_equal(jax.jacfwd(model)(x), jax.jacfwd(made())(x))
+
+
+def test_as_a_decorator():
+    @fcg.use_autodiff()
+    def jacobian(layer, x):
+        return jax.jacfwd(layer)(x)
+
+    layer = fcg.Linear(3, 2, rngs=nnx.Rngs(0))
+    for _ in range(2):
+        np.testing.assert_allclose(jacobian(layer, jnp.ones(3)), layer.kernel[...].T)
+
+
+@pytest.mark.parametrize(
+    "name", ["softmax", "log_softmax", "logsumexp", "glu", "standardize", "elu"]
+)
+def test_functions_of_jax_that_have_been_replaced_by_ours(name, monkeypatch):
+    x, expected = jnp.arange(4.0), getattr(jax.nn, name)(jnp.arange(4.0))
+    monkeypatch.setattr(jax.nn, name, getattr(fcg, name))
+    with fcg.use_autodiff():
+        np.testing.assert_allclose(getattr(jax.nn, name)(x), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("LayerNorm", (3,)),
+        ("RMSNorm", (3,)),
+        ("GroupNorm", (3, 1)),
+        ("InstanceNorm", (3,)),
+        ("BatchNorm", (3,)),
+        ("Linear", (3, 2)),
+        ("LinearGeneral", (3, 2)),
+        ("Conv", (3, 2, 1)),
+        ("LoRALinear", (3, 2)),
+    ],
+)
+def test_nnx_is_called_with_what_it_was_called_with(name, args, monkeypatch):
+    """Exporters put calls of their own in the place of nnx's, which take an array and no more."""
+    layer = getattr(fcg, name)(
+        *args, rngs=nnx.Rngs(0), **({"lora_rank": 1} if name == "LoRALinear" else {})
+    )
+    patched = "Linear" if name == "LoRALinear" else name
+    monkeypatch.setattr(getattr(nnx, patched), "__call__", lambda layer, x: 0 * x[..., :2])
+    with fcg.use_autodiff():
+        layer(jnp.ones((4, 5, 3)))

@@ -303,17 +303,3 @@ def test_forward_mode_costs_a_backward_nothing(policy, primitive, monkeypatch):
     ours = costs()
     monkeypatch.setattr(binding, "HAS_PRIMITIVES", False)
     assert ours == costs()
-
-
-def test_a_shared_kernel_has_no_gradient_per_example(primitive):
-    graphdef, params = nnx.split(fcg.Linear(32, 32, rngs=nnx.Rngs(0)))
-    x = jnp.ones((64, 4, 32))
-
-    def temporary_bytes(transform):
-        def loss(params, x):
-            return jnp.square(transform(nnx.merge(graphdef, params))(x)).sum()
-
-        compiled = jax.jit(jax.grad(loss)).lower(params, x).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    assert temporary_bytes(jax.vmap) == temporary_bytes(lambda layer: layer)

@@ -251,3 +251,19 @@ def test_checks_leave_nothing_in_the_program():
     ]
     counts = [text.count(" = ") for text in programs]
     assert counts[0] == counts[1]
+
+
+def test_float32_for_float64_is_a_loss_that_a_user_takes_and_the_library_means():
+    """A layer that computes in float32 casts a float64 kernel, and its backward casts back."""
+
+    @fcg.custom_vjp
+    def double(x):
+        return 2 * x.astype(jnp.float32)
+
+    double.defvjp(lambda x: (double(x), None), lambda res, g: (2 * g,))
+    with jax.enable_x64(True):
+        with pytest.raises(fcg.CotangentError, match=r"is float32\[3\]; expected float64\[3\]"):
+            jax.grad(lambda x: double(x).sum())(jnp.ones(3, jnp.float64))
+        layer = fcg.Linear(3, 2, dtype=jnp.float32, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        grads = nnx.grad(lambda layer: layer(jnp.ones((5, 3), jnp.float64)).sum())(layer)
+        assert grads.kernel.dtype == grads.bias.dtype == jnp.float64

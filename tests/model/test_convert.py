@@ -112,7 +112,8 @@ def test_a_layer_alone_a_list_of_models_and_none_to_convert():
     layers = [nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Linear(2, 2, rngs=nnx.Rngs(0))]
     assert {type(layer) for layer in fcg.convert(layers)} == {fcg.Linear}
     own = OwnLinear(2, 2, rngs=nnx.Rngs(0))
-    assert type(fcg.convert(own)) is OwnLinear
+    with pytest.warns(UserWarning, match="convert changed nothing"):
+        assert type(fcg.convert(own)) is OwnLinear
     with pytest.raises(TypeError, match="expected a Module or a tree of Modules, got int"):
         fcg.convert(3)
 
@@ -250,3 +251,106 @@ def test_a_layer_in_a_tuple_cannot_be_replaced_but_converted():
     assert type(fcg.convert(Held()).pair[0]) is fcg.Linear
     with pytest.raises(TypeError, match=r"held in a tuple.*hold it in an nnx.List"):
         fcg.convert(Held(), rules={nnx.Linear: Wrapped})
+
+
+# Layers that need more than a class.
+
+
+@pytest.mark.parametrize(
+    ("make", "cls", "arguments"),
+    [
+        (nnx.Linear, fcg.NMSparseLinear, {}),
+        (nnx.Linear, fcg.FeedbackLinear, {"rngs": nnx.Rngs(0)}),
+        (nnx.Linear, fcg.LoRALinear, {"lora_rank": 2, "rngs": nnx.Rngs(0)}),
+        (fcg.NF4Linear, fcg.QLoRALinear, {"lora_rank": 2, "rngs": nnx.Rngs(0)}),
+        (fcg.Int4Linear, fcg.QLoRALinear, {"lora_rank": 2, "rngs": nnx.Rngs(0)}),
+        (
+            lambda *sizes, rngs: nnx.Conv(*sizes, 3, rngs=rngs),
+            fcg.FeedbackConv,
+            {"rngs": nnx.Rngs(0)},
+        ),
+    ],
+    ids=lambda a: getattr(a, "__name__", None),
+)
+def test_a_trained_layer_becomes_one_with_more_state(make, cls, arguments):
+    layer, x = make(8, 4, rngs=nnx.Rngs(0)), jnp.ones((2, 5, 8))
+    before, kernel = layer(x), getattr(layer, "kernel", None)
+    kind = type(layer)
+    if arguments:
+        with pytest.raises(TypeError, match=rf"{cls.__name__}.from_layer\(layer, .*rngs=...\)"):
+            fcg.convert(layer, rules={kind: cls})
+    new = fcg.convert(layer, rules={kind: lambda layer: cls.from_layer(layer, **arguments)})
+    assert type(new) is cls
+    if isinstance(new, nnx.Linear | nnx.Conv):
+        assert new is layer
+        assert new.kernel is kernel
+    if cls is fcg.NMSparseLinear:
+        before = x @ new.sparse_kernel + new.bias[...]
+    np.testing.assert_allclose(new(x), before, rtol=1e-6, atol=1e-6)
+    gradients = nnx.grad(lambda layer: (layer(x) ** 2).sum())(new)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+
+
+class Ranked(nnx.Linear):
+    """A user's layer that holds more than nnx.Linear."""
+
+    def __init__(self, *sizes, rank, rngs):
+        super().__init__(*sizes, rngs=rngs)
+        self.rank = rank
+
+
+def test_a_class_that_is_made_with_more_is_refused():
+    with pytest.raises(TypeError, match="Ranked is made with rank, which a Linear does not have"):
+        fcg.convert(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), rules={nnx.Linear: Ranked})
+
+
+# What was not done is said.
+
+
+def test_a_rule_for_a_layer_of_nnx_takes_its_drop_in():
+    layer = fcg.convert(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    assert type(fcg.convert(layer, rules={nnx.Linear: Wrapped})) is Wrapped
+    both = nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0)), fcg.Linear(2, 2, rngs=nnx.Rngs(0))])
+    fcg.convert(both, rules={nnx.Linear: fcg.Linear, fcg.Linear: Wrapped})
+    assert [type(layer) for layer in both] == [fcg.Linear, Wrapped]
+
+
+def test_rules_without_a_quantizer_are_refused():
+    with pytest.raises(TypeError, match=r"nothing to quantize with: write .*weight=.*FakeQuant"):
+        fcg.convert(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), rules={nnx.Linear: fcg.QuantLinear})
+
+
+class Narrow(nnx.GroupNorm):
+    """A public model's layer: other arguments, the same computation."""
+
+    def __init__(self, features, rngs):
+        super().__init__(features, num_groups=2, rngs=rngs)
+
+
+class Cast(Narrow):
+    """Another one, which computes something else."""
+
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+
+def test_subclasses_are_converted_if_asked_for_and_else_named():
+    def model(*kinds):
+        return nnx.List([kind(4, rngs=nnx.Rngs(0)) for kind in kinds])
+
+    with pytest.warns(UserWarning, match=r"changed nothing: .*0: \w+.Narrow\. Write subclasses=Tr"):
+        fcg.convert(model(Narrow))
+    assert type(fcg.convert(model(Narrow), subclasses=True)[0]) is fcg.GroupNorm
+    with pytest.warns(UserWarning, match=r"methods of their own, .* and stay: 1: \w+.Cast"):
+        found = fcg.convert(model(Narrow, Cast), subclasses=True)
+    assert [type(layer) for layer in found] == [fcg.GroupNorm, Cast]
+    assert type(fcg.convert(model(Narrow), rules={Narrow: fcg.GroupNorm})[0]) is fcg.GroupNorm
+    with pytest.raises(TypeError, match="Cast has __call__ of its own, which GroupNorm would not"):
+        fcg.convert(model(Cast), rules={Cast: fcg.GroupNorm})
+
+
+def test_revert_names_the_layers_that_stay():
+    model = nnx.List([fcg.Linear(2, 2, rngs=nnx.Rngs(0)), fcg.Int8Linear(2, 2, rngs=nnx.Rngs(0))])
+    with pytest.warns(UserWarning, match=r"and stay: 1: flax_customgrad.Int8Linear"):
+        fcg.revert(model)
+    assert [type(layer) for layer in model] == [nnx.Linear, fcg.Int8Linear]

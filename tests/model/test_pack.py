@@ -88,7 +88,8 @@ def test_unpacking_gives_what_the_codes_stand_for():
     model, packed = _trained_and_packed()
     unpacked = fcg.unpack(packed)
     layer = unpacked.layers[0]
-    np.testing.assert_array_equal(layer.kernel[...], model.layers[0].weight(model.layers[0].kernel))
+    weights = [m.layers[0].weight(m.layers[0].kernel) for m in (unpacked, model)]
+    np.testing.assert_array_equal(*weights)
     assert isinstance(layer.weight, fcg.FakeQuant)
     assert not layer.activation.use_running_average
     unpacked.eval()
@@ -198,3 +199,108 @@ def test_what_cannot_be_packed_is_said():
         fcg.unpack(Network(nnx.Rngs(0)))
     with pytest.raises(TypeError, match="expected a Module"):
         fcg.pack([1, 2])
+
+
+# Packed again.
+
+QUANTIZERS = {
+    "channels": lambda: fcg.FakeQuant(8, axis=-1),
+    "affine": lambda: fcg.FakeQuant(4, symmetric=False, axis=0, block=5),
+    "percentile": lambda: fcg.FakeQuant(4, calibration="percentile", percentile=93.0),
+    "recorded": lambda: fcg.FakeQuant(4, dynamic=False),
+    "LSQ": lambda: fcg.LSQ(4, axis=-1),
+    "LSQPlus": lambda: fcg.LSQPlus(4),
+    "PACT": lambda: fcg.PACT(4),
+    "TQT": lambda: fcg.TQT(4),
+    "EWGS": lambda: fcg.EWGS(3),
+    "DoReFaWeight": lambda: fcg.DoReFaWeight(3),
+    "BinaryWeight": lambda: fcg.BinaryWeight(),
+    "TWN": lambda: fcg.TWN(axis=-1),
+    "AbsMean": lambda: fcg.AbsMean(),
+    "TTQ": lambda: fcg.TTQ(0.3),
+}
+
+
+@pytest.mark.parametrize("make", QUANTIZERS.values(), ids=list(QUANTIZERS))
+def test_what_was_unpacked_is_packed_to_the_bit(make):
+    layer = fcg.QuantLinear(33, 17, weight=make(), rngs=nnx.Rngs(1))
+    if isinstance(layer.weight, fcg.EWGS):  # Trained: values are not what they are made of.
+        layer.weight.high[...] = 1.5 * layer.weight.high[...]
+    _assert_packed_to_the_bit(fcg.pack(layer))
+
+
+def test_layers_that_quantize_by_themselves_are_packed_to_the_bit():
+    _assert_packed_to_the_bit(fcg.pack(fcg.BitLinear(33, 17, rngs=nnx.Rngs(0))))
+    for weight_scale in ("per_channel", "per_tensor"):
+        layer = fcg.Int8Linear(33, 17, weight_scale=weight_scale, rngs=nnx.Rngs(0))
+        _assert_packed_to_the_bit(fcg.pack(layer))
+
+
+def _assert_packed_to_the_bit(packed):
+    again = fcg.pack(fcg.unpack(packed))
+    for (path, a), (_, b) in zip(
+        nnx.to_flat_state(nnx.state(again)), nnx.to_flat_state(nnx.state(packed)), strict=True
+    ):
+        np.testing.assert_array_equal(a[...], b[...], err_msg=str(path))
+
+
+def test_in_half_precision_the_codes_stay():
+    for make in (fcg.AbsMean, QUANTIZERS["percentile"], QUANTIZERS["affine"]):
+        layer = fcg.QuantLinear(33, 17, weight=make(), param_dtype=jnp.bfloat16, rngs=nnx.Rngs(1))
+        packed = fcg.pack(layer)
+        again = fcg.pack(fcg.unpack(packed))
+        np.testing.assert_array_equal(again.kernel.codes[...], packed.kernel.codes[...])
+        np.testing.assert_allclose(
+            np.float32(again.kernel[...]), np.float32(packed.kernel[...]), rtol=2**-7
+        )
+
+
+# Variables: types, metadata, sharing.
+
+
+class Tagged(nnx.Param):
+    pass
+
+
+class Shared(nnx.Module):
+    def __init__(self):
+        metadata = {"out_sharding": ("in", "out"), "eager_sharding": False}
+        make = lambda: nnx.Linear(4, 4, rngs=nnx.Rngs(0))  # noqa: E731
+        self.first, self.second, self.alone = make(), make(), make()
+        self.first.kernel = self.second.kernel = Tagged(self.first.kernel[...], **metadata)
+
+    def __call__(self, x):
+        return self.alone(self.second(self.first(x)))
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda layer: fcg.QuantLinear.from_layer(layer, weight=fcg.FakeQuant(4, axis=-1)),
+        fcg.Int8Linear,
+        fcg.NF4Linear,
+    ],
+    ids=["QuantLinear", "Int8Linear", "NF4Linear"],
+)
+def test_types_metadata_and_sharing_survive(rule, graph):
+    model = fcg.convert(Shared(), rules={nnx.Linear: rule})
+    with nnx.set_graph_mode(graph):
+        if isinstance(model.first, fcg.NF4Linear):
+            codes, apart = model.first.codes, model.alone.codes
+            assert model.second.codes is codes
+        else:
+            packed = fcg.pack(model)
+            codes, apart = packed.first.kernel.codes, packed.alone.kernel.codes
+            assert packed.second.kernel.codes is codes
+            unpacked = fcg.unpack(packed)
+            assert type(unpacked.first.kernel) is Tagged
+            assert unpacked.second.kernel is unpacked.first.kernel
+            assert unpacked.alone.kernel is not unpacked.first.kernel
+            assert unpacked.first.kernel.get_metadata("out_sharding") == ("in", "out")
+            model = packed
+        assert apart is not codes
+        assert codes.get_metadata("out_sharding") == ("in", "out")
+        report = fcg.size_report(model)
+        arrays = jax.tree.leaves(nnx.split(model, graph=True)[1])
+        assert report.nbytes == sum(a.nbytes for a in arrays)

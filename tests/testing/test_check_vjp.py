@@ -7,8 +7,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 import flax_customgrad as fcg
-from flax_customgrad.testing import CHECKS, GradientError, check_vjp
-from flax_customgrad.testing.vjp_check import relative_error
+from flax_customgrad.testing import CHECKS, GradientError, check_vjp, forward_mode
 
 QUICK = ["autodiff", "finite_differences"]
 X = jax.random.normal(jax.random.key(0), (8, 3))
@@ -105,7 +104,8 @@ def right_on_every_mesh(res, g):
 def test_a_right_gradient_passes_everything_and_a_layer_is_called():
     report = check_vjp(with_backward(right_on_every_mesh), PARAMS, X)
     assert {row.check for row in report.rows} == set(CHECKS) - {"modes"}
-    assert not [row for row in report.rows if row.status == "skipped"]
+    skipped = {row.check for row in report.rows if row.status == "skipped"}
+    assert skipped <= (set() if forward_mode.REQUIRED else {"forward_mode"})
     report = check_vjp(fcg.Linear(3, 4, rngs=nnx.Rngs(0)), X, checks=["modes"])
     assert {row.argument for row in report.rows} == {"kernel", "bias"}
     assert len({row.case for row in report.rows}) == 12
@@ -195,7 +195,8 @@ def test_a_surrogate_is_compared_with_its_formula():
     report = check_vjp(op, X, formula=window)
     assert "finite_differences" not in {row.check for row in report.rows}
     # JAX has no forward mode of what carries a backward of its own.
-    assert {row.case for row in report.rows if row.status == "skipped"} == {"jvp of grad"}
+    skipped = {row.check for row in report.rows if row.status == "skipped"}
+    assert skipped <= {"second_order", "forward_mode"}
     identity = with_backward(lambda res, g: (g,), fun=step)
     with pytest.raises(GradientError, match="autodiff, gradient, x"):
         check_vjp(identity, X, formula=window, checks=["autodiff"])
@@ -277,18 +278,141 @@ def test_the_table_shows_every_check_and_the_worst_argument():
     assert "autodiff" in text
 
 
-def test_relative_error():
-    inf, nan = float("inf"), float("nan")
-    as_array = jnp.asarray
-    cases = [
-        ([1.0, 2.0], [1.0, 2.0], 0.0),
-        ([1.0, 3.0], [1.0, 2.0], 0.5),
-        ([1e-9, 0.0], [0.0, 0.0], 1e-9),
-        ([nan, 1.0], [nan, 1.0], 0.0),
-        ([nan, 1.0], [0.0, 1.0], inf),
-        ([inf, 1.0], [inf, 1.0], 0.0),
-        ([inf, 1.0], [-inf, 1.0], inf),
-        ([], [], 0.0),
+def test_an_array_that_is_a_parameter_may_be_shared_by_a_batch():
+    """A gradient of what all examples share is their sum, of bare arrays too."""
+
+    def scaled(x, scale):
+        return x * scale
+
+    def of_scale(res, g):
+        x, scale = res
+        return g * scale, (x * g).sum(0)
+
+    report = check_vjp(with_backward(of_scale, fun=scaled), X, X[0], checks=["vmap"])
+    assert [row.case for row in report.rows] == [
+        f"{case}" for case in ("parameters batched", "x shared", "scale shared") for _ in range(2)
     ]
-    for got, expected, error in cases:
-        assert relative_error(as_array(got), as_array(expected)) == pytest.approx(error)
+    report = check_vjp(lambda params, x, y: square(params, x) * y, PARAMS, X, X, checks=["vmap"])
+    assert {row.case for row in report.rows} == {
+        *("parameters batched", "parameters shared", "x shared", "y shared")
+    }
+
+
+def test_a_batch_that_shares_an_array_finds_what_no_other_batch_does():
+    """A rule for batches that forgets to sum over them, where the array has no axis for it."""
+
+    @jax.custom_batching.custom_vmap
+    def weigh(x, scale, g):
+        return (x * g).sum(0)
+
+    @weigh.def_vmap
+    def of_batch(size, batched, x, scale, g):
+        each = (x * g).sum(1)
+        return (each if batched[1] else each[:1].repeat(size, 0)), True
+
+    op = with_backward(lambda res, g: (g * res[1], weigh(*res, g)), fun=lambda x, scale: x * scale)
+    report = check_vjp(op, X, X[0], checks=["autodiff", "vmap"], raises=False)
+    assert {(row.case, row.argument) for row in report.failures} == {("scale shared", "scale")}
+
+
+def test_a_value_that_is_not_finite_is_called_so():
+    wrong = planted(kernel=lambda res, g, d: d.at[2, 1].set(jnp.nan).at[0, 0].set(jnp.inf))
+    where = r"params\.kernel: is inf at \[0, 0\], expected "
+    with pytest.raises(GradientError, match=where) as caught:
+        check_vjp(with_backward(wrong), PARAMS, X, checks=["autodiff"])
+    assert "is inf at [0, 0]" in str(caught.value.report)
+    root = with_backward(lambda res, g: (g / jnp.sqrt(res[0]) / 2,), fun=jnp.sqrt)
+    zero = X.at[3, 1].set(0.0) ** 2
+    wrong = with_backward(lambda res, g: (g * res[0] / (2 * res[0] ** 1.5),), fun=jnp.sqrt)
+    with pytest.raises(GradientError, match=r"x: is NaN at \[3, 1\], expected inf"):
+        check_vjp(wrong, zero, checks=["autodiff"])
+    assert not check_vjp(root, zero, checks=["autodiff"]).failures
+
+
+def test_keeping_more_than_autodiff_is_a_warning():
+    op = fcg.custom_vjp(lambda x: x + 1)
+    op.defvjp(lambda x: (op(x), jnp.sin(x)), lambda res, g: (g,))
+    report = check_vjp(op, X, checks=["residuals"])
+    warning = "the backward keeps 96 B, more than autodiff, which keeps 0 B"
+    assert report.warnings == [warning]
+    assert f"warning: {warning}" in str(report)
+    assert check_vjp(with_backward(right), PARAMS, X, checks=["residuals"]).warnings == []
+
+
+def test_an_exception_in_a_backward_keeps_its_lines_and_its_notes():
+    def backward(res, g):
+        error = ValueError("no gradient today\nand not tomorrow")
+        error.add_note("ask again later")
+        raise error
+
+    line = backward.__code__.co_firstlineno + 3
+    with pytest.raises(GradientError) as caught:
+        check_vjp(with_backward(backward), PARAMS, X, checks=["jit", "remat"])
+    for text in (str(caught.value), str(caught.value.report)):
+        text = " ".join(text.split())
+        assert (
+            f"raised ValueError: no gradient today (test_check_vjp.py:{line}, in backward)" in text
+        )
+        assert "and not tomorrow ask again later" in text
+        assert text.count("raise error") == 1  # however many comparisons it failed
+        assert "/jax/" not in text
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_forward_mode_is_checked_where_there_is_one(required, monkeypatch):
+    monkeypatch.setattr(forward_mode, "REQUIRED", required)
+
+    def status(fn, reference=None):
+        report = check_vjp(
+            fn, PARAMS, X, reference=reference, checks=["forward_mode"], raises=False
+        )
+        return {row.case: row.status for row in report.rows}
+
+    cases = ("jvp", "vmap of jvp", "grad of jvp")
+    assert status(square) == dict.fromkeys(cases, "ok")
+    # jax.custom_vjp has none, and nobody can ask it for one.
+    of_jax = with_backward(right, decorate=jax.custom_vjp)
+    assert status(of_jax, square) == dict.fromkeys(cases, "skipped")
+
+    wrong = jax.custom_jvp(square)
+    wrong.defjvp(lambda p, t: (square(*p), 2 * jax.jvp(square, p, t)[1]))
+    assert status(wrong, square) == dict.fromkeys(cases, "failed")
+
+
+def test_forward_mode_of_a_surrogate_is_the_transpose_of_its_backward():
+    @jax.custom_jvp
+    def step(x):
+        return jnp.round(x)
+
+    step.defjvp(lambda p, t: (step(*p), t[0] * jnp.cos(p[0])))
+    cosine = lambda x, g: (g * jnp.cos(x),)  # noqa: E731
+    report = check_vjp(step, X, formula=cosine, checks=["forward_mode"])
+    assert [(row.case, row.status) for row in report.rows] == [("jvp", "ok"), ("vmap of jvp", "ok")]
+    with pytest.raises(GradientError, match="forward_mode, jvp, output: off by"):
+        check_vjp(step, X, formula=lambda x, g: (g,), checks=["forward_mode"])
+    clipped = lambda x, g: (jnp.clip(g, -1, 1) * jnp.cos(x),)  # noqa: E731
+    report = check_vjp(step, X, formula=clipped, checks=["forward_mode"])
+    assert {row.status for row in report.rows} == {"skipped"}
+
+
+def test_the_comparisons_of_a_dtype_share_a_program():
+    """One program for what runs on a device, one for shard_map, two meshes, one for each dtype."""
+    lowered = []
+
+    def count(event, seconds, **names):
+        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+            lowered.append(names)
+
+    layer = fcg.Linear(6, 4, rngs=nnx.Rngs(0))
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        report = check_vjp(layer, jnp.ones((8, 2, 6)))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert len({(row.check, row.case) for row in report.rows}) > 30
+    names = [name["fun_name"] for name in lowered]
+    assert names.count("jit(program)") == 2 + 3
+    assert names.count("jit(<lambda>)") == 2
+    # What runs eagerly and what is put on a mesh takes small programs of its own.
+    assert len(names) < 40

@@ -15,7 +15,7 @@ from flax_customgrad.command.digits import data
 from flax_customgrad.command.digits.network import Network
 from flax_customgrad.command.digits.training_run import TrainingRun
 from flax_customgrad.model.convert import layers
-from flax_customgrad.testing.vjp_check import relative_error
+from flax_customgrad.testing.difference import relative_error
 
 GRADIENT_TOLERANCE = 1e-4
 """The relative difference allowed between two gradients at the first step."""

@@ -82,5 +82,5 @@ def softmax_jacobian_product(p: jax.Array, g: jax.Array, axis: int) -> jax.Array
     largest = jnp.argmax(lax.stop_gradient(p), axis, keepdims=True)
     is_largest = lax.broadcasted_iota(largest.dtype, p.shape, axis % p.ndim) == largest
     at_largest = jnp.sum(jnp.where(is_largest, g, 0), axis, keepdims=True)
-    g = g - lax.stop_gradient(at_largest)
+    g = g - at_largest
     return p * (g - jnp.sum(p * g, axis, keepdims=True))

@@ -9,7 +9,7 @@ from flax import nnx
 from flax_customgrad.estimators.sparse.n_m import n_m_sparsify, prune
 from flax_customgrad.estimators.sparse.n_m_linear import NMSparseLinear, sparse_linear
 from flax_customgrad.registry.entry import Curve, Entry
-from flax_customgrad.registry.examples import applied, made, normal
+from flax_customgrad.registry.examples import RANDOM_BIAS, applied, made, normal
 
 
 def _kept(w: jax.Array, n: int, m: int, axis: int) -> jax.Array:
@@ -84,7 +84,12 @@ ENTRIES = (
         formula=_linear,
         examples={
             "2 of 4 with ties, bias, two batch axes of which one is 1": made(
-                8, 6, decay=0.1, kernel_init=_rounded_init, inputs=(lambda: normal(8, 1, 8),)
+                12,
+                6,
+                decay=0.1,
+                kernel_init=_rounded_init,
+                **RANDOM_BIAS,
+                inputs=(lambda: normal(8, 1, 12),),
             ),
             "1 of 3, no bias, two batch axes": made(
                 6, 4, n=1, m=3, decay=0.1, use_bias=False, inputs=(lambda: normal(8, 2, 6),)

@@ -13,7 +13,7 @@ Source: arXiv:2102.04010
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import chex
 import jax
@@ -33,6 +33,7 @@ from flax_customgrad.estimators.sparse.n_m import (
 )
 from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.layers.linear.linear import Linear, linear
+from flax_customgrad.layers.replaced_matmul import adopt
 from flax_customgrad.numerics.accumulation import total
 from flax_customgrad.numerics.products import MatmulConfig, input_gradient, parameter_gradient
 
@@ -189,6 +190,26 @@ class NMSparseLinear(Linear):
         self.n = n
         self.m = m
         self.decay = decay
+
+    @classmethod
+    def from_layer(cls, layer: nnx.Linear, *, n: int = 2, m: int = 4, decay: Any = 2e-4) -> Self:
+        """Turns a linear layer into one that is pruned, in place: the large weights are used.
+
+        Args:
+            layer: an `nnx.Linear`, trained or not.
+            n: as for the constructor.
+            m: as for the constructor.
+            decay: as for the constructor.
+
+        Raises:
+            TypeError: the layer is no `nnx.Linear`, or computes something else.
+            ValueError: as for the constructor, or an operation is injected.
+        """
+        check_pattern(cls.__name__, n, m, "in_features", layer.in_features)
+        check_decay(cls.__name__, decay)
+        sparse = adopt(cls, layer, nnx.Linear)
+        sparse.n, sparse.m, sparse.decay = n, m, decay
+        return sparse
 
     @property
     def sparse_kernel(self) -> jax.Array:

@@ -15,15 +15,15 @@ and `dx` with the true gradient.
 Source: arXiv:1411.0247
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 from flax import nnx
 
 from flax_customgrad.contract.custom_vjp import CustomVJP, custom_vjp
-from flax_customgrad.layers.drop_in import Parameters
-from flax_customgrad.numerics.dtypes import as_array, is_supported_float
+from flax_customgrad.layers.drop_in import Parameters, has_own_bias
+from flax_customgrad.numerics.dtypes import as_array, is_supported_dtype, is_supported_float
 from flax_customgrad.numerics.sharding import varying_like
 
 
@@ -82,19 +82,29 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, None, jax.Array, None
 apply_with_feedback.defvjp(_fwd, _bwd)
 
 
-def check_inputs(layer: nnx.Module, inputs: object, injected: bool) -> jax.Array:
+def check_inputs(layer: Any, params: Parameters, inputs: object, injected: bool) -> jax.Array:
     """The inputs of a layer, as an array.
 
     Args:
         layer: a layer with a feedback kernel.
+        params: its parameters.
         inputs: what it was called with.
         injected: whether the layer was given an operation of the user's own.
 
     Raises:
-        ValueError: it was: nothing is known of the backward of that operation.
-        TypeError: the inputs are no real floating array.
+        ValueError: it was: nothing is known of the backward of that operation; or kernel, feedback
+            and bias have shapes that do not belong together.
+        TypeError: the inputs are no real floating array, or the dtype of the layer is none of one.
     """
-    name = type(layer).__name__
+    name, shape = type(layer).__name__, params["kernel"].shape
+    if shape != layer.feedback.shape or not has_own_bias(layer, params, shape[-1:]):
+        shapes = {key: p.shape for key, p in params.items()} | {"feedback": layer.feedback.shape}
+        raise ValueError(
+            f"{name}: of {shapes} the feedback has to have the shape of the kernel, and the bias "
+            f"that of its last axis, with use_bias={layer.use_bias}: replace them together"
+        )
+    if layer.dtype is not None and not is_supported_dtype(layer.dtype):
+        raise TypeError(f"{name}: dtype={layer.dtype} is not a real float of 16 bits or more")
     if injected:
         raise ValueError(
             f"{name}: an operation of your own has no feedback; leave out dot_general, "

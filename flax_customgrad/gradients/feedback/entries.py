@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from flax_customgrad.gradients.feedback.alignment import apply_with_feedback
@@ -13,7 +14,7 @@ from flax_customgrad.gradients.feedback.direct_feedback import DirectFeedback, c
 from flax_customgrad.gradients.feedback.feedback_conv import FeedbackConv
 from flax_customgrad.gradients.feedback.feedback_linear import FeedbackLinear
 from flax_customgrad.registry.entry import Entry, Example
-from flax_customgrad.registry.examples import made, normal
+from flax_customgrad.registry.examples import RANDOM_BIAS, made, normal
 
 
 def _with_feedback(cls: Any) -> Callable[..., tuple[Any, ...]]:
@@ -41,7 +42,9 @@ def _tanh_layers(
     def make(cls: Any) -> tuple[Any, ...]:
         rngs = nnx.Rngs(0)
         layers = [
-            nnx.Sequential(nnx.Linear(a, b, use_bias=i != without_bias, rngs=rngs), nnx.tanh)
+            nnx.Sequential(
+                nnx.Linear(a, b, use_bias=i != without_bias, **RANDOM_BIAS, rngs=rngs), nnx.tanh
+            )
             for i, (a, b) in enumerate(pairwise(widths))
         ]
         return cls(*layers, rngs=rngs), inputs()
@@ -71,6 +74,9 @@ def _images(*args: Any, shape: tuple[int, ...], **kwargs: Any) -> Example:
     return made(shape[-1], *args, **kwargs, inputs=(lambda: normal(*shape),))
 
 
+# Leaves out every fifth weight of a kernel of 3, with 2 features in and 4 out.
+_MASK = (np.arange(3 * 2 * 4) % 5 > 0).reshape(3, 2, 4).astype(np.float32)
+
 ENTRIES = (
     Entry(
         "FeedbackLinear",
@@ -83,7 +89,9 @@ ENTRIES = (
         source="arXiv:1411.0247",
         formula=_with_feedback(nnx.Linear),
         examples={
-            "bias, two batch axes of which one is 1": made(6, 4, inputs=(lambda: normal(8, 1, 6),)),
+            "bias, two batch axes of which one is 1": made(
+                6, 4, **RANDOM_BIAS, inputs=(lambda: normal(8, 1, 6),)
+            ),
             "no bias, two batch axes": made(
                 6, 4, use_bias=False, inputs=(lambda: normal(8, 3, 6),)
             ),
@@ -103,9 +111,12 @@ ENTRIES = (
         formula=_with_feedback(nnx.Conv),
         examples={
             "dense, strided, reflected": _images(
-                3, (2, 3), 2, padding="REFLECT", shape=(8, 3, 5, 2)
+                3, (2, 3), 2, padding="REFLECT", **RANDOM_BIAS, shape=(8, 3, 5, 2)
             ),
             "depthwise": _images(4, 3, padding="CAUSAL", feature_group_count=2, shape=(8, 5, 2)),
+            "input dilation, mask": _images(
+                4, 3, input_dilation=2, padding=((1, 2),), mask=_MASK, shape=(8, 5, 2)
+            ),
             "strided, dilated, circular": _images(
                 4, 2, 2, kernel_dilation=2, padding="CIRCULAR", use_bias=False, shape=(8, 5, 3)
             ),
@@ -126,7 +137,8 @@ ENTRIES = (
         examples={
             "three layers, one without bias, two batch axes": _tanh_layers(
                 6, 5, 1, 3, inputs=lambda: normal(8, 2, 6), without_bias=1
-            )
+            ),
+            "wide layers": _tanh_layers(6, 5, 4, inputs=lambda: normal(8, 6)),
         },
         operations={chain: "three layers, one without bias, two batch axes"},
         workloads={

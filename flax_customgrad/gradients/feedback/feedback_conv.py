@@ -12,7 +12,7 @@ page writes these gradients out, and whose lowerings and float32 sums are those 
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from flax.typing import (
 from jax import lax
 
 from flax_customgrad.gradients.feedback.alignment import apply_with_feedback, check_inputs
-from flax_customgrad.gradients.feedback.feedback_variable import Feedback
+from flax_customgrad.gradients.feedback.feedback_variable import random_feedback
 from flax_customgrad.layers.conv.conv import Conv
 from flax_customgrad.layers.conv.conv_arguments import (
     check_conv_inputs,
@@ -38,6 +38,7 @@ from flax_customgrad.layers.conv.conv_arguments import (
     with_one_batch_axis,
 )
 from flax_customgrad.layers.conv.convolution import convolution
+from flax_customgrad.layers.replaced_matmul import adopt
 
 
 class FeedbackConv(Conv):
@@ -139,8 +140,32 @@ class FeedbackConv(Conv):
             kernel_metadata=kernel_metadata,
             bias_metadata=bias_metadata,
         )
-        feedback = feedback_init(rngs.params(), self.kernel_shape, param_dtype)
-        self.feedback = Feedback(feedback, **feedback_metadata)
+        self.feedback = random_feedback(self, rngs, feedback_init, feedback_metadata)
+
+    @classmethod
+    def from_layer(
+        cls,
+        layer: nnx.Conv,
+        *,
+        rngs: nnx.Rngs,
+        feedback_init: Initializer = default_kernel_init,
+        feedback_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Self:
+        """Turns a layer into one with feedback alignment, in place.
+
+        Args:
+            layer: an `nnx.Conv`, trained or not.
+            rngs: random number generators; the feedback is drawn from `params`.
+            feedback_init: as for the constructor.
+            feedback_metadata: as for the constructor.
+
+        Raises:
+            TypeError: the layer is no `nnx.Conv`, or computes something else.
+            ValueError: an operation is injected.
+        """
+        aligned = adopt(cls, layer, nnx.Conv)
+        aligned.feedback = random_feedback(aligned, rngs, feedback_init, feedback_metadata)
+        return aligned
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer.
@@ -161,9 +186,9 @@ class FeedbackConv(Conv):
             self.conv_general_dilated is not lax.conv_general_dilated
             or self.promote_dtype is not dtypes.promote_dtype
         )
-        images = check_inputs(self, inputs, injected)
-        check_conv_inputs(self, images, self.in_features)
         params, feedback = parameters_with_mask_applied(self), self.feedback[...]
+        images = check_inputs(self, params, inputs, injected)
+        check_conv_inputs(self, images, self.in_features)
         if self.mask is not None:
             feedback *= self.mask
         config = self._config(images, out_sharding)

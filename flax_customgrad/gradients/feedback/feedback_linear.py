@@ -12,7 +12,7 @@ and float32 sums are those of `Linear`.
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,10 @@ from flax.typing import DotGeneralT, Dtype, Initializer, PrecisionLike, PromoteD
 from jax import lax
 
 from flax_customgrad.gradients.feedback.alignment import apply_with_feedback, check_inputs
-from flax_customgrad.gradients.feedback.feedback_variable import Feedback
+from flax_customgrad.gradients.feedback.feedback_variable import random_feedback
 from flax_customgrad.layers.drop_in import parameters
 from flax_customgrad.layers.linear.linear import Linear, linear
+from flax_customgrad.layers.replaced_matmul import adopt
 from flax_customgrad.numerics.products import MatmulConfig
 
 
@@ -104,8 +105,32 @@ class FeedbackLinear(Linear):
             kernel_metadata=kernel_metadata,
             bias_metadata=bias_metadata,
         )
-        feedback = feedback_init(rngs.params(), (in_features, out_features), param_dtype)
-        self.feedback = Feedback(feedback, **feedback_metadata)
+        self.feedback = random_feedback(self, rngs, feedback_init, feedback_metadata)
+
+    @classmethod
+    def from_layer(
+        cls,
+        layer: nnx.Linear,
+        *,
+        rngs: nnx.Rngs,
+        feedback_init: Initializer = default_kernel_init,
+        feedback_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Self:
+        """Turns a layer into one with feedback alignment, in place.
+
+        Args:
+            layer: an `nnx.Linear`, trained or not.
+            rngs: random number generators; the feedback is drawn from `params`.
+            feedback_init: as for the constructor.
+            feedback_metadata: as for the constructor.
+
+        Raises:
+            TypeError: the layer is no `nnx.Linear`, or computes something else.
+            ValueError: an operation is injected.
+        """
+        aligned = adopt(cls, layer, nnx.Linear)
+        aligned.feedback = random_feedback(aligned, rngs, feedback_init, feedback_metadata)
+        return aligned
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer.
@@ -125,7 +150,7 @@ class FeedbackLinear(Linear):
             self.dot_general is not lax.dot_general
             or self.promote_dtype is not dtypes.promote_dtype
         )
-        x = check_inputs(self, inputs, injected)
-        config = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         params, feedback = parameters(self, "kernel", "bias"), self.feedback[...]
+        x = check_inputs(self, params, inputs, injected)
+        config = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         return apply_with_feedback(params, feedback, x, linear, config)

@@ -41,9 +41,12 @@ from flax_customgrad.gradients.shaping.shaping_arguments import (
     Schedule,
     check_broadcasts,
     check_number_or_array,
+    check_setting,
+    map_arrays,
     value_at_step,
 )
 from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.argument_checks import integers
 from flax_customgrad.numerics.scaling import magnitude
 
 
@@ -128,14 +131,15 @@ def gradient_clip(
     max_value: NumberOrArray | None = None,
     max_norm: NumberOrArray | None = None,
     batch_axes: int | Sequence[int] = (),
-) -> jax.Array:
+) -> Any:
     """The identity, with a gradient that is clipped by value or by norm.
 
     Under `jit` on a mesh the norm is that of the whole gradient, under `shard_map` that of each
     device's part, under `vmap` that of each example.
 
     Args:
-        x: array of any shape, real. Integers have no gradient and pass as they are.
+        x: array of any shape, real, or a tree of arrays, each clipped on its own. Integers have no
+            gradient and pass as they are.
         max_value: limit of each element: a positive number, or an array that broadcasts to x.
         max_norm: limit of the norm: a positive number, or an array without axes.
         batch_axes: the axes of x along which each entry has a norm of its own: 0 for each example,
@@ -160,22 +164,27 @@ def gradient_clip(
     Source: arXiv:1211.5063
     """
     _check_choice("gradient_clip", max_value, max_norm, batch_axes)
-    x = jnp.asarray(x)
-    if jnp.iscomplexobj(x):
-        raise TypeError(f"gradient_clip: x is an array of {x.dtype}; it clips real gradients")
-    inexact = jnp.issubdtype(x.dtype, jnp.inexact)
-    if max_value is not None:
-        limit = check_number_or_array("gradient_clip: max_value", max_value, positive=True)
-        check_broadcasts("gradient_clip: max_value", limit, x)
-        return clip_cotangent_by_value(x, limit) if inexact else x
-    limit = check_number_or_array("gradient_clip: max_norm", max_norm, positive=True)
-    if jnp.ndim(limit):
+    name = "max_norm" if max_value is None else "max_value"
+    limit = check_number_or_array(
+        f"gradient_clip: {name}", max_norm if max_value is None else max_value, positive=True
+    )
+    if max_value is None and jnp.ndim(limit):
         raise ValueError(
             f"gradient_clip: max_norm has shape {limit.shape}; write a number or an array "
             "without axes"
         )
-    axes = _all_axes_but(batch_axes, x.ndim)
-    return clip_cotangent_by_norm(x, limit, axes) if inexact else x
+
+    def shape(x: jax.Array) -> jax.Array:
+        if jnp.iscomplexobj(x):
+            raise TypeError(f"gradient_clip: x is an array of {x.dtype}; it clips real gradients")
+        inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+        if max_value is not None:
+            check_broadcasts("gradient_clip: max_value", limit, x)
+            return clip_cotangent_by_value(x, limit) if inexact else x
+        axes = _all_axes_but(batch_axes, x.ndim)
+        return clip_cotangent_by_norm(x, limit, axes) if inexact else x
+
+    return map_arrays(shape, x)
 
 
 class GradientClip(nnx.Module):
@@ -213,13 +222,13 @@ class GradientClip(nnx.Module):
         _check_choice("GradientClip", max_value, max_norm, batch_axes)
         self.max_value = _check_limit("GradientClip: max_value", max_value)
         self.max_norm = _check_limit("GradientClip: max_norm", max_norm)
-        self.batch_axes = batch_axes if isinstance(batch_axes, int) else tuple(batch_axes)
+        self.batch_axes = integers(batch_axes)
 
-    def __call__(self, x: Any, step: Any = None) -> jax.Array:
+    def __call__(self, x: Any, step: Any = None) -> Any:
         """Applies the layer.
 
         Args:
-            x: array of any shape, real.
+            x: array of any shape, real, or a tree of arrays.
             step: what the schedule takes, if there is one; not looked at otherwise.
 
         Returns:
@@ -244,7 +253,7 @@ def _check_choice(name: str, max_value: Any, max_norm: Any, batch_axes: Any) -> 
             f"{name} takes max_value or max_norm, and {given} was given: write max_value=1.0 to "
             "clip each element, or max_norm=1.0 to clip the norm"
         )
-    if max_norm is None and batch_axes != ():
+    if max_norm is None and integers(batch_axes):
         raise ValueError(
             f"{name}: batch_axes={batch_axes!r} says what has a norm of its own, and max_value "
             "has no use for it"
@@ -252,14 +261,12 @@ def _check_choice(name: str, max_value: Any, max_norm: Any, batch_axes: Any) -> 
 
 
 def _check_limit(name: str, limit: NumberOrArray | Schedule | None) -> Any:
-    if limit is None or callable(limit):
-        return limit
-    return check_number_or_array(name, limit, positive=True)
+    return None if limit is None else check_setting(name, limit, positive=True)
 
 
 def _all_axes_but(batch_axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     """The axes that share a norm; batch axes may be negative."""
-    batch = (batch_axes,) if isinstance(batch_axes, int) else tuple(batch_axes)
+    batch = integers(batch_axes)
     if any(not -ndim <= axis < ndim for axis in batch):
         raise ValueError(
             f"gradient_clip: batch_axes={batch_axes!r} names an axis that x, of {ndim} axes, does "

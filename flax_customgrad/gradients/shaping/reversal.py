@@ -23,15 +23,17 @@ from flax_customgrad.gradients.shaping.shaping_arguments import (
     Schedule,
     check_broadcasts,
     check_number_or_array,
+    check_setting,
+    map_arrays,
     value_at_step,
 )
 
 
-def gradient_reversal(x: Any, strength: NumberOrArray = 1.0) -> jax.Array:
+def gradient_reversal(x: Any, strength: NumberOrArray = 1.0) -> Any:
     """The identity, with a gradient that changes its sign.
 
     Args:
-        x: array of any shape. Integers have no gradient and pass as they are.
+        x: array of any shape, or a tree of arrays. Integers have no gradient and pass as they are.
         strength: what the gradient is multiplied by, apart from -1: a number, or an array that
             broadcasts to x. It gets no gradient.
 
@@ -50,18 +52,21 @@ def gradient_reversal(x: Any, strength: NumberOrArray = 1.0) -> jax.Array:
 
     Source: arXiv:1505.07818
     """
-    x = jnp.asarray(x)
     strength = check_number_or_array("gradient_reversal: strength", strength)
-    check_broadcasts("gradient_reversal: strength", strength, x)
-    return scale_cotangent(x, -strength) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+    def shape(x: jax.Array) -> jax.Array:
+        check_broadcasts("gradient_reversal: strength", strength, x)
+        return scale_cotangent(x, -strength) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+    return map_arrays(shape, x)
 
 
 class GradientReversal(nnx.Module):
     """The identity, with a gradient that changes its sign.
 
     Attributes:
-        strength: a number; an array, which may be replaced without compiling anew; or a schedule,
-            a function of a step such as those of optax.
+        strength: a number; an array or a Variable of one, which may be replaced without compiling
+            anew; or a schedule, a function of a step such as those of optax.
 
     Raises:
         TypeError: the strength is none of these.
@@ -80,17 +85,13 @@ class GradientReversal(nnx.Module):
     """
 
     def __init__(self, strength: NumberOrArray | Schedule = 1.0):
-        self.strength = (
-            strength
-            if callable(strength)
-            else check_number_or_array("GradientReversal: strength", strength)
-        )
+        self.strength = check_setting("GradientReversal: strength", strength)
 
-    def __call__(self, x: Any, step: Any = None) -> jax.Array:
+    def __call__(self, x: Any, step: Any = None) -> Any:
         """Applies the layer.
 
         Args:
-            x: array of any shape.
+            x: array of any shape, or a tree of arrays.
             step: what the schedule takes, if there is one; not looked at otherwise.
 
         Returns:

@@ -22,6 +22,8 @@ from flax_customgrad.gradients.shaping.shaping_arguments import (
     Schedule,
     check_broadcasts,
     check_number_or_array,
+    check_setting,
+    map_arrays,
     value_at_step,
 )
 from flax_customgrad.numerics.accumulation import accumulator
@@ -59,13 +61,13 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, None]:
 scale_cotangent.defvjp(_fwd, _bwd)
 
 
-def gradient_scale(x: Any, scale: NumberOrArray) -> jax.Array:
+def gradient_scale(x: Any, scale: NumberOrArray) -> Any:
     """The identity, with a gradient that is multiplied by a scale.
 
     A scale of 0 multiplies as well: it makes NaN of infinity, where `stop_gradient` has 0.
 
     Args:
-        x: array of any shape. Integers have no gradient and pass as they are.
+        x: array of any shape, or a tree of arrays. Integers have no gradient and pass as they are.
         scale: a number, or an array that broadcasts to x. It gets no gradient.
 
     Returns:
@@ -81,17 +83,22 @@ def gradient_scale(x: Any, scale: NumberOrArray) -> jax.Array:
         >>> jax.grad(lambda x: fcg.gradient_scale(x, 0.1) ** 2)(3.0)
         Array(0.6, dtype=float32)
     """
-    x, scale = jnp.asarray(x), check_number_or_array("gradient_scale: scale", scale)
-    check_broadcasts("gradient_scale: scale", scale, x)
-    return scale_cotangent(x, scale) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+    scale = check_number_or_array("gradient_scale: scale", scale)
+
+    def shape(x: jax.Array) -> jax.Array:
+        check_broadcasts("gradient_scale: scale", scale, x)
+        return scale_cotangent(x, scale) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+    return map_arrays(shape, x)
 
 
 class GradientScale(nnx.Module):
     """The identity, with a gradient that is multiplied by a scale.
 
     Attributes:
-        scale: a number; an array that broadcasts to the inputs, which may be replaced without
-            compiling anew; or a schedule, a function of a step such as those of optax.
+        scale: a number; an array that broadcasts to the inputs, or a Variable of one, which may be
+            replaced without compiling anew; or a schedule, a function of a step such as those of
+            optax.
 
     Raises:
         TypeError: the scale is none of these.
@@ -105,15 +112,13 @@ class GradientScale(nnx.Module):
     """
 
     def __init__(self, scale: NumberOrArray | Schedule):
-        self.scale = (
-            scale if callable(scale) else check_number_or_array("GradientScale: scale", scale)
-        )
+        self.scale = check_setting("GradientScale: scale", scale)
 
-    def __call__(self, x: Any, step: Any = None) -> jax.Array:
+    def __call__(self, x: Any, step: Any = None) -> Any:
         """Applies the layer.
 
         Args:
-            x: array of any shape.
+            x: array of any shape, or a tree of arrays.
             step: what the schedule takes, if there is one; not looked at otherwise.
 
         Returns:

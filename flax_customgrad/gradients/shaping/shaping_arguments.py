@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from flax_customgrad.numerics.broadcasting import broadcasts
 from flax_customgrad.numerics.dtypes import as_array, is_python_number
@@ -40,22 +41,62 @@ def check_number_or_array(name: str, value: Any, *, positive: bool = False) -> A
     return value
 
 
+def check_setting(name: str, value: Any, *, positive: bool = False) -> Any:
+    """What a layer holds: a number, an array, a Variable of either, or a schedule.
+
+    Args:
+        name: what it is called, such as "GradientScale: scale", for the errors.
+        value: one of these; a Variable is kept, so that it can be set from outside.
+        positive: whether a number has to be positive, and may be infinite.
+
+    Raises:
+        TypeError: it is none of them.
+        ValueError: a number that is not finite, or not positive.
+    """
+    if _is_schedule(value):
+        return value
+    checked = check_number_or_array(name, value, positive=positive)
+    return value if isinstance(value, nnx.Variable) else checked
+
+
+def _is_schedule(value: Any) -> bool:
+    # A Variable can be called, as what it holds would be.
+    return callable(value) and not isinstance(value, nnx.Variable)
+
+
 def value_at_step(name: str, value: NumberOrArray | Schedule, step: Any) -> Any:
     """What a schedule returns for a step; a number or an array as it is.
 
     Args:
         name: what it is called, such as "GradientScale: scale", for the errors.
-        value: a number, an array or a schedule.
+        value: a number, an array, a Variable or a schedule.
         step: what the schedule takes; None where there is none.
 
     Raises:
         TypeError: there is a schedule and no step.
     """
-    if not callable(value):
-        return value
+    if not _is_schedule(value):
+        return as_array(value)
     if step is None:
         raise TypeError(f"{name} is a schedule, a function of a step: write layer(x, step)")
-    return value(as_array(step))
+    return value(as_array(step))  # type: ignore[operator]
+
+
+def map_arrays(shape: Callable[[jax.Array], jax.Array], x: Any) -> Any:
+    """Applies gradient shaping to each array of a tree, on its own.
+
+    Args:
+        shape: a function of one array.
+        x: an array, or a tree of arrays and numbers; a Variable counts as its array.
+
+    Returns:
+        A tree like x, of arrays of JAX.
+    """
+
+    def is_variable(leaf: Any) -> bool:
+        return isinstance(leaf, nnx.Variable)
+
+    return jax.tree.map(lambda leaf: shape(jnp.asarray(leaf)), x, is_leaf=is_variable)
 
 
 def check_broadcasts(name: str, value: Any, x: jax.Array) -> None:

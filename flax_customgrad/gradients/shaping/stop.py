@@ -19,7 +19,8 @@ from flax import nnx
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.gradients.shaping.shaping_arguments import check_broadcasts
+from flax_customgrad.gradients.shaping.shaping_arguments import check_broadcasts, map_arrays
+from flax_customgrad.numerics.argument_checks import is_integer
 from flax_customgrad.numerics.dtypes import as_array
 
 
@@ -56,11 +57,11 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, None]:
 stop_cotangent.defvjp(_fwd, _bwd)
 
 
-def stop_gradient(x: Any, where: Any = True) -> jax.Array:
+def stop_gradient(x: Any, where: Any = True) -> Any:
     """The identity, with a gradient that is 0 in places.
 
     Args:
-        x: array of any shape. Integers have no gradient and pass as they are.
+        x: array of any shape, or a tree of arrays. Integers have no gradient and pass as they are.
         where: True where the gradient is stopped: a boolean, or an array of them that broadcasts
             to x.
 
@@ -77,15 +78,18 @@ def stop_gradient(x: Any, where: Any = True) -> jax.Array:
         >>> jax.grad(lambda x: jnp.sum(fcg.stop_gradient(x, where=x > 2) ** 2))(x)
         Array([2., 4., 0.], dtype=float32)
     """
-    x = jnp.asarray(x)
     if isinstance(where, bool | np.bool_):
-        return lax.stop_gradient(x) if where else x
+        return map_arrays(lambda x: lax.stop_gradient(x) if where else x, x)
     where = as_array(where)
     if not isinstance(where, jax.Array) or where.dtype != bool:
         came = where.dtype if isinstance(where, jax.Array) else repr(where)
         raise TypeError(f"stop_gradient: where is {came}; write a boolean or an array of them")
-    check_broadcasts("stop_gradient: where", where, x)
-    return stop_cotangent(x, where) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+    def shape(x: jax.Array) -> jax.Array:
+        check_broadcasts("stop_gradient: where", where, x)
+        return stop_cotangent(x, where) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+    return map_arrays(shape, x)
 
 
 class StopGradient(nnx.Module):
@@ -122,7 +126,8 @@ class StopGradient(nnx.Module):
 
     def __init__(self, start: int = 0, stop: int | None = None, every: int = 1):
         for name, value in {"start": start, "stop": stop, "every": every}.items():
-            if type(value) is not int and not (name == "stop" and value is None):
+            unset = name == "stop" and value is None
+            if isinstance(value, bool) or not (unset or is_integer(value)):
                 raise TypeError(f"StopGradient: {name}={value!r} must be an int")
         if stop is not None and stop <= start:
             raise ValueError(
@@ -131,7 +136,8 @@ class StopGradient(nnx.Module):
             )
         if every < 1:
             raise ValueError(f"StopGradient: every={every} must be at least 1")
-        self.start, self.stop, self.every = start, stop, every
+        self.start, self.every = int(start), int(every)
+        self.stop = None if stop is None else int(stop)
 
     def stops_at(self, step: Any) -> Any:
         """Whether the gradient is stopped at a step.
@@ -154,11 +160,11 @@ class StopGradient(nnx.Module):
         stops = (step >= self.start) & ((step - self.start) % self.every == 0)
         return stops if self.stop is None else stops & (step < self.stop)
 
-    def __call__(self, x: Any, step: Any) -> jax.Array:
+    def __call__(self, x: Any, step: Any) -> Any:
         """Applies the layer.
 
         Args:
-            x: array of any shape.
+            x: array of any shape, or a tree of arrays.
             step: an int; or integers that broadcast to x, which may be traced.
 
         Returns:

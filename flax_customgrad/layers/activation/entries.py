@@ -28,7 +28,7 @@ from flax_customgrad.layers.activation import (
 )
 from flax_customgrad.numerics.elementwise import elementwise
 from flax_customgrad.registry.entry import Entry, Example
-from flax_customgrad.registry.examples import applied, made, normal
+from flax_customgrad.registry.examples import RANDOM_BIAS, applied, made, normal
 
 
 def _few() -> jax.Array:
@@ -308,7 +308,10 @@ def _gated_linear_entry(cls: type[nnx.Module], gain: str) -> Entry:
         keeps="x, both projections and their kernels",
         gain=f"{gain}; composed of `Linear` and the product",
         source="arXiv:2002.05202",
-        examples={"alone": made(6, 4, inputs=(lambda: normal(8, 6),))},
+        examples={
+            "alone": made(6, 4, inputs=(lambda: normal(8, 6),)),
+            "bias": made(6, 4, use_bias=True, **RANDOM_BIAS, inputs=(lambda: normal(8, 6),)),
+        },
         workloads={"2048x1024 to 2816": made(1024, 2816, inputs=(lambda: normal(2048, 1024),))},
     )
 

@@ -8,6 +8,7 @@
 The halves are taken again in the backward; autodiff keeps them beside s(gate).
 """
 
+import operator
 from typing import NamedTuple
 
 import chex
@@ -72,6 +73,10 @@ def _cotangent(axis: int, x: jax.Array, g: jax.Array) -> jax.Array:
     return jnp.concatenate([dup, dgate], axis)
 
 
+_of_jax = jax.nn.glu
+"""The function of JAX, whose name in `jax.nn` a user may give to ours."""
+
+
 def glu(x: ArrayLike, axis: int = -1) -> jax.Array:
     """The gated linear unit: the first half of an axis times the sigmoid of the second.
 
@@ -87,11 +92,11 @@ def glu(x: ArrayLike, axis: int = -1) -> jax.Array:
 
     Source: arXiv:1612.08083
     """
-    x = as_array(x)
+    x, axis = as_array(x), operator.index(axis)
     shape = jnp.shape(x)
     if not -len(shape) <= axis < len(shape) or shape[axis] % 2:
         raise ValueError(
             f"glu: axis {axis} of an array of shape {shape} is no axis of even size, which could "
             "be split in two"
         )
-    return gated_halves(x, axis) if takes_custom_backward(x) else jax.nn.glu(x, axis)
+    return gated_halves(x, axis) if takes_custom_backward(x) else _of_jax(x, axis)

@@ -82,6 +82,10 @@ def _cotangent(axis: ReductionAxes, y: jax.Array, w: jax.Array, g: jax.Array) ->
     return w * (g - jnp.exp(y) * jnp.sum(g, axis, keepdims=True))
 
 
+_of_jax = jax.nn.log_softmax
+"""The function of JAX, whose name in `jax.nn` a user may give to ours."""
+
+
 def log_softmax(
     x: ArrayLike, axis: int | Sequence[int] | None = -1, where: ArrayLike | None = None
 ) -> jax.Array:
@@ -98,5 +102,5 @@ def log_softmax(
     """
     x, axis = as_array(x), reduction_axes(axis)
     if not takes_custom_backward(x):
-        return jax.nn.log_softmax(x, axis, where)
+        return _of_jax(x, axis, where)
     return only_where(log_softmax_of_rows(only_where(x, where), axis), where)

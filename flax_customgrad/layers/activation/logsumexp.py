@@ -79,6 +79,10 @@ def _cotangent(x: jax.Array, m: jax.Array, s: jax.Array, g: jax.Array) -> jax.Ar
     return jnp.exp(minus_max(x, m)) * (g / nonzero(s))
 
 
+_of_jax = jax.nn.logsumexp
+"""The function of JAX, whose name in `jax.nn` a user may give to ours."""
+
+
 def logsumexp(
     a: ArrayLike,
     axis: int | Sequence[int] | None = None,
@@ -106,6 +110,6 @@ def logsumexp(
     """
     a, axis = as_array(a), reduction_axes(axis)
     if b is not None or return_sign or not takes_custom_backward(a):
-        return jax.nn.logsumexp(a, axis, b, keepdims, return_sign, where)
+        return _of_jax(a, axis, b, keepdims, return_sign, where)
     y = logsumexp_of_rows(only_where(a, where), axis)
     return y if keepdims else jnp.squeeze(y, axis)

@@ -97,6 +97,6 @@ class PReLU(nnx.PReLU):
         """
         x, params = as_array(inputs), parameters(self, "negative_slope")
         injected = self.promote_dtype is not dtypes.promote_dtype
-        if injected or not takes_custom_backward(x, *params.values()):
+        if injected or not takes_custom_backward(x, *params.values(), dtype=self.dtype or x.dtype):
             return super().__call__(inputs)
         return prelu(params, x, jnp.dtype(self.dtype or x.dtype))

@@ -79,6 +79,10 @@ def _cotangent(axis: ReductionAxes, y: jax.Array, g: jax.Array) -> jax.Array:
     return y * (g - jnp.sum(g * y, axis, keepdims=True))
 
 
+_of_jax = jax.nn.softmax
+"""The function of JAX, whose name in `jax.nn` a user may give to ours."""
+
+
 def softmax(
     x: ArrayLike, axis: int | Sequence[int] | None = -1, where: ArrayLike | None = None
 ) -> jax.Array:
@@ -94,5 +98,5 @@ def softmax(
     """
     x, axis = as_array(x), reduction_axes(axis)
     if not takes_custom_backward(x):
-        return jax.nn.softmax(x, axis, where)
+        return _of_jax(x, axis, where)
     return softmax_of_rows(only_where(x, where), axis)

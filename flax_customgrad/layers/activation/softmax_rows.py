@@ -8,6 +8,7 @@ infinity these elements share the whole weight equally. A row of minus infinity 
 minus infinity, and every gradient 0. jax.nn answers both with NaN.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,13 +17,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from flax_customgrad.numerics.argument_checks import integers, is_integer
+
 ReductionAxes = int | tuple[int, ...] | None
 """The axes of a row: one, several, or None for all."""
 
 
 def reduction_axes(axis: int | Sequence[int] | None) -> ReductionAxes:
     """The axes of a row, hashable."""
-    return tuple(axis) if isinstance(axis, Sequence) else axis
+    if axis is None or is_integer(axis):
+        return axis if axis is None else operator.index(axis)  # type: ignore[arg-type]
+    return integers(axis)
 
 
 def only_where(x: Any, where: ArrayLike | None) -> jax.Array:

@@ -4,19 +4,24 @@ from typing import Any
 
 import jax
 from flax import nnx
-from flax.nnx.nn import dtypes
 from jax import lax
 
 from flax_customgrad.layers.conv.conv_arguments import (
     check_conv_inputs,
+    has_own_shapes,
     parameters_with_mask_applied,
     per_axis,
     resolve_padding,
-    with_one_batch_axis,
 )
 from flax_customgrad.layers.conv.convolution import ConvConfig, convolution
 from flax_customgrad.layers.conv.geometry import Geometry
-from flax_customgrad.layers.drop_in import has_custom_backward
+from flax_customgrad.layers.drop_in import (
+    given,
+    has_custom_product,
+    has_known_size,
+    parameters,
+)
+from flax_customgrad.numerics.dtypes import as_array
 from flax_customgrad.numerics.products import MatmulConfig
 
 
@@ -26,8 +31,9 @@ class Conv(nnx.Conv):
     Constructor, parameters, initial values and results are those of `flax.nnx.Conv`. On a CPU
     grouped, depthwise, patch and 1 x 1 convolutions and their gradients are 2 to 150 times as fast;
     `choose_lowering` has the table, and `use_lowering` chooses from it. With a
-    `conv_general_dilated` or `promote_dtype` of the user's own, and for integer or complex inputs,
-    the layer computes as nnx does and JAX differentiates that.
+    `conv_general_dilated` or `promote_dtype` of the user's own, a kernel or bias of another shape
+    than the layer says, and for integer or complex inputs or images of symbolic size, the layer
+    computes as nnx does and JAX differentiates that.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -52,17 +58,17 @@ class Conv(nnx.Conv):
                 features or too few axes, a mask of another shape than the kernel, or strides,
                 dilations or padding that do not fit `kernel_size`.
         """
-        injected = (
+        images, params = as_array(inputs), parameters(self, "kernel", "bias")
+        if (
             self.conv_general_dilated is not lax.conv_general_dilated
-            or self.promote_dtype is not dtypes.promote_dtype
-        )
-        params = parameters_with_mask_applied(self)
-        if injected or not has_custom_backward(inputs, params):
-            return super().__call__(inputs, out_sharding)
-        check_conv_inputs(self, inputs, self.in_features)
-        config = self._config(inputs, out_sharding)
-        rank = len(self.kernel_size)
-        return with_one_batch_axis(lambda x: convolution(params, x, config), inputs, rank)
+            or not has_own_shapes(self, params)
+            or not has_known_size(images, len(self.kernel_size))
+            or not has_custom_product(self, images, params)
+        ):
+            return super().__call__(inputs, **given(out_sharding=out_sharding))
+        check_conv_inputs(self, images, self.in_features)
+        params, config = parameters_with_mask_applied(self), self._config(images, out_sharding)
+        return convolution(params, images, config)
 
     def _config(self, inputs: jax.Array, out_sharding: Any) -> ConvConfig:
         groups, window = self.feature_group_count, tuple(self.kernel_size)

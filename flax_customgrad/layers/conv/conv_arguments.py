@@ -1,5 +1,7 @@
 """The arguments of convolution layers: one number per axis, padding, masks, and their errors."""
 
+import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +10,8 @@ from flax import nnx
 from jax import lax
 
 from flax_customgrad.layers.conv.geometry import BoundaryPadding, dilated_size
-from flax_customgrad.layers.drop_in import Parameters, parameters
+from flax_customgrad.layers.drop_in import Parameters, has_own_bias, parameters
+from flax_customgrad.numerics.argument_checks import integers, is_integer
 
 PaddingPairs = tuple[tuple[int, int], ...]
 """(low, high) for each axis of space."""
@@ -27,13 +30,26 @@ def per_axis(name: str, value: int | Sequence[int] | None, rank: int) -> tuple[i
     Raises:
         ValueError: the sequence is of another length, or a number is below 1.
     """
-    numbers = (value or 1,) * rank if isinstance(value, int | None) else tuple(value)
-    if len(numbers) != rank or any(n < 1 for n in numbers) or value == 0:
+    numbers = (1,) if value is None else integers(value)
+    if value is None or is_integer(value):
+        numbers *= rank
+    if len(numbers) != rank or any(n < 1 for n in numbers):
         raise ValueError(
             f"{name}={value!r}; write an int of at least 1, or {rank} of them, one for each axis "
             "of kernel_size"
         )
     return numbers
+
+
+def has_own_kernel(layer: Any, params: Parameters) -> bool:
+    """Whether the kernel has the shape that the layer says it has.
+
+    Args:
+        layer: a convolution layer.
+        params: its parameters.
+    """
+    kernel, size = params["kernel"].shape, tuple(layer.kernel_size)
+    return kernel == layer.kernel_shape and kernel[:-2] == size
 
 
 def parameters_with_mask_applied(layer: nnx.Conv | nnx.ConvTranspose) -> Parameters:
@@ -43,9 +59,16 @@ def parameters_with_mask_applied(layer: nnx.Conv | nnx.ConvTranspose) -> Paramet
         layer: a convolution layer.
 
     Raises:
-        ValueError: the mask has another shape than the kernel.
+        ValueError: the mask has another shape than the kernel, or the kernel has been replaced by
+            one of another shape than the layer says.
     """
     params = parameters(layer, "kernel", "bias")
+    if not has_own_kernel(layer, params):
+        raise ValueError(
+            f"{type(layer).__name__}: the kernel has shape {params['kernel'].shape}, but "
+            f"kernel_size={layer.kernel_size} and kernel_shape={layer.kernel_shape}: set them, "
+            "in_features and out_features when you replace a kernel"
+        )
     if layer.mask is None:
         return params
     if layer.mask.shape != layer.kernel_shape:
@@ -54,6 +77,24 @@ def parameters_with_mask_applied(layer: nnx.Conv | nnx.ConvTranspose) -> Paramet
             f"{layer.kernel_shape}"
         )
     return nnx.State({**params, "kernel": params["kernel"] * layer.mask})
+
+
+def has_own_shapes(layer: Any, params: Parameters) -> bool:
+    """Whether kernel and bias have the shapes that the layer says they have; else nnx computes.
+
+    Args:
+        layer: a convolution layer.
+        params: its parameters.
+    """
+    groups = getattr(layer, "feature_group_count", 1)
+    features = (layer.in_features // groups, layer.out_features)
+    if getattr(layer, "transpose_kernel", False):
+        features = features[::-1]
+    return (
+        has_own_kernel(layer, params)
+        and params["kernel"].shape[-2:] == features
+        and has_own_bias(layer, params, (layer.out_features,))
+    )
 
 
 def with_one_batch_axis(
@@ -69,7 +110,7 @@ def with_one_batch_axis(
     lead = inputs.shape[: inputs.ndim - rank - 1]
     if len(lead) == 1:
         return run(inputs)
-    y = run(inputs.reshape(-1, *inputs.shape[len(lead) :]))
+    y = run(inputs.reshape(math.prod(lead), *inputs.shape[len(lead) :]))
     return y.reshape(*lead, *y.shape[1:])
 
 
@@ -121,7 +162,7 @@ def resolve_padding(
             image that is dilated.
     """
     reach = list(map(dilated_size, window, dilation))
-    name = padding if isinstance(padding, str) else None
+    name = padding.upper() if isinstance(padding, str) else None
     if name in _BOUNDARY_MODES:
         pairs = tuple(((k - 1) // 2, k // 2) for k in reach)
         return ((0, 0),) * len(pairs), BoundaryPadding(_BOUNDARY_MODES[name], pairs)
@@ -156,12 +197,12 @@ def padding_pairs(padding: Any, rank: int, names: str) -> PaddingPairs:
     Raises:
         ValueError: it is none of those.
     """
-    if isinstance(padding, int):
-        return ((padding, padding),) * rank
-    if isinstance(padding, Sequence) and not isinstance(padding, str) and len(padding) == rank:
-        pairs = [(p, p) if isinstance(p, int) else p for p in padding]
-        if all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
-            return tuple(pairs)  # type: ignore[arg-type]
+    if not isinstance(padding, str):
+        with contextlib.suppress(TypeError):
+            each = [padding] * rank if is_integer(padding) else list(padding)
+            pairs = [integers(p) * 2 if is_integer(p) else integers(p) for p in each]
+            if len(pairs) == rank and all(len(pair) == 2 for pair in pairs):
+                return tuple(pairs)  # type: ignore[return-value]
     raise ValueError(
         f"padding={padding!r}; write {names}, an int, or {rank} ints or (low, high) tuples, one "
         "for each axis of kernel_size"

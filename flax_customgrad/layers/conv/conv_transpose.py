@@ -7,18 +7,19 @@ continuation of the image, of which as much is laid around it as the windows rea
 
 import jax
 from flax import nnx
-from flax.nnx.nn import dtypes
+from jax import lax
 
 from flax_customgrad.layers.conv.conv_arguments import (
     check_conv_inputs,
+    has_own_shapes,
     padding_pairs,
     parameters_with_mask_applied,
     per_axis,
-    with_one_batch_axis,
 )
 from flax_customgrad.layers.conv.convolution import ConvConfig, convolution
 from flax_customgrad.layers.conv.geometry import BoundaryPadding, Geometry, dilated_size
-from flax_customgrad.layers.drop_in import has_custom_backward
+from flax_customgrad.layers.drop_in import has_custom_product, has_known_size, parameters
+from flax_customgrad.numerics.dtypes import as_array
 from flax_customgrad.numerics.products import MatmulConfig
 
 
@@ -27,8 +28,8 @@ class ConvTranspose(nnx.ConvTranspose):
 
     Constructor, parameters, initial values and results are those of `flax.nnx.ConvTranspose`. On
     a CPU strided ones and their gradients are 4 to 24 times as fast. With a `promote_dtype` of the
-    user's own, and for integer or complex inputs, the layer computes as nnx does and JAX
-    differentiates that.
+    user's own, a kernel or bias of another shape than the layer says, and for integer or complex
+    inputs or images of symbolic size, the layer computes as nnx does and JAX differentiates that.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -51,15 +52,16 @@ class ConvTranspose(nnx.ConvTranspose):
             ValueError: inputs with other features or too few axes, a mask of another shape than
                 the kernel, or strides, dilation or padding that do not fit `kernel_size`.
         """
-        params = parameters_with_mask_applied(self)
-        if self.promote_dtype is not dtypes.promote_dtype or not has_custom_backward(
-            inputs, params
+        images, params = as_array(inputs), parameters(self, "kernel", "bias")
+        if (
+            not has_own_shapes(self, params)
+            or not has_known_size(images, len(self.kernel_size))
+            or not has_custom_product(self, images, params)
         ):
             return super().__call__(inputs)
-        check_conv_inputs(self, inputs, self.in_features)
-        config = self._config(inputs)
-        rank = len(self.kernel_size)
-        return with_one_batch_axis(lambda x: convolution(params, x, config), inputs, rank)
+        check_conv_inputs(self, images, self.in_features)
+        params, config = parameters_with_mask_applied(self), self._config(images)
+        return convolution(params, images, config)
 
     def _config(self, inputs: jax.Array) -> ConvConfig:
         window = tuple(self.kernel_size)
@@ -80,6 +82,9 @@ class ConvTranspose(nnx.ConvTranspose):
             size = boundary.padded_size(size)
         elif name in ("SAME", "VALID"):
             padding = tuple(_named_padding(name, k, s) for k, s in zip(reach, strides, strict=True))
+        elif name.upper() in _NAMES and all(s == 1 for s in strides):
+            # JAX reads these names as those of a convolution, and takes none with strides.
+            padding = tuple(lax.padtype_to_pads(size, reach, strides, name))
         else:
             padding = padding_pairs(self.padding, rank, "'SAME', 'VALID' or 'CIRCULAR'")
         geometry = Geometry(
@@ -94,6 +99,9 @@ class ConvTranspose(nnx.ConvTranspose):
         )
         matmul = MatmulConfig(self.dtype, self.precision, self.preferred_element_type)
         return ConvConfig(geometry, boundary, self.transpose_kernel, matmul)
+
+
+_NAMES = ("SAME", "SAME_LOWER", "VALID")
 
 
 def _named_padding(padding: str, reach: int, stride: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ that each of the three is one of the two maps of `geometry`. `choose_lowering` s
 them for a shape. On a CPU half precision is summed in float32 and rounded once.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,6 +46,17 @@ class ConvConfig:
     transpose_kernel: bool
     matmul: MatmulConfig
 
+    def batch(self, images: jax.Array) -> tuple[int, ...]:
+        """The batch axes of images."""
+        return images.shape[: images.ndim - len(self.geometry.window) - 1]
+
+    def flat(self, images: jax.Array) -> jax.Array:
+        """Images with one batch axis instead of any number of them."""
+        batch = self.batch(images)
+        if len(batch) == 1:
+            return images
+        return images.reshape(math.prod(batch), *images.shape[len(batch) :])
+
 
 class Residuals(NamedTuple):
     """What the backward of `convolution` keeps: only what the caller holds anyway."""
@@ -54,7 +66,7 @@ class Residuals(NamedTuple):
     config: ConvConfig
 
 
-@custom_vjp
+@custom_vjp(leading_axes=True)
 def convolution(params: Parameters, x: jax.Array, config: ConvConfig) -> jax.Array:
     """Convolves images.
 
@@ -62,14 +74,14 @@ def convolution(params: Parameters, x: jax.Array, config: ConvConfig) -> jax.Arr
         params: `kernel` of shape (*window, in_features // groups, out_features), or for
             `transpose_kernel` (*window, out_features, in_features), float; `bias` of shape
             (out_features,), or none.
-        x: images of shape (batch, *size, in_features), float.
+        x: images of shape (*batch, *size, in_features), float, with any number of batch axes.
         config: the choices that are not arrays.
 
     Returns:
-        Images of shape (batch, *out, out_features), in the dtype of the computation.
+        Images of shape (*batch, *out, out_features), in the dtype of the computation.
     """
-    matmul = config.matmul
-    x, kernel, bias = matmul.promote(x, params["kernel"], params.get("bias"))
+    matmul, batch = config.matmul, config.batch(x)
+    x, kernel, bias = matmul.promote(config.flat(x), params["kernel"], params.get("bias"))
     y = correlate(
         _with_boundary(x, config),
         _oriented(kernel, config),
@@ -78,7 +90,8 @@ def convolution(params: Parameters, x: jax.Array, config: ConvConfig) -> jax.Arr
         matmul.precision,
         matmul.out_sharding,
     )
-    return y if bias is None else y + lax.expand_dims(bias, range(y.ndim - 1))
+    y = y if bias is None else y + lax.expand_dims(bias, range(y.ndim - 1))
+    return y if len(batch) == 1 else y.reshape(*batch, *y.shape[1:])
 
 
 def _fwd(params: Parameters, x: jax.Array, config: ConvConfig) -> tuple[jax.Array, Residuals]:
@@ -87,7 +100,8 @@ def _fwd(params: Parameters, x: jax.Array, config: ConvConfig) -> tuple[jax.Arra
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None]:
     params, config, geometry = res.params, res.config, res.config.geometry
-    x, kernel = config.matmul.promote(res.x, params["kernel"])
+    x, kernel = config.matmul.promote(config.flat(res.x), params["kernel"])
+    g = config.flat(g)
     dims = chex.Dimensions(C=geometry.in_features, F=geometry.out_features)
     p = _with_boundary(x, config)  # `correlate` pads it with zeros and dilates it
     chex.assert_shape(
@@ -105,7 +119,7 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None]:
     if "bias" in params:
         dbias = grads["bias"] = total(g, range(g.ndim - 1))
         chex.assert_shape([dbias, params["bias"]], dims["F"])
-    return nnx.State(grads), dx.astype(res.x.dtype), None
+    return nnx.State(grads), dx.astype(res.x.dtype).reshape(res.x.shape), None
 
 
 convolution.defvjp(_fwd, _bwd)

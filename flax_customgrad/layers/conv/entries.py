@@ -10,7 +10,7 @@ from flax_customgrad.layers.conv.conv import Conv
 from flax_customgrad.layers.conv.conv_transpose import ConvTranspose
 from flax_customgrad.layers.conv.convolution import convolution
 from flax_customgrad.registry.entry import Entry, Example
-from flax_customgrad.registry.examples import made, normal
+from flax_customgrad.registry.examples import RANDOM_BIAS, made, normal
 
 _KEEPS = "x without its padding, kernel"
 
@@ -22,10 +22,10 @@ def _images(shape: tuple[int, ...], *args: Any, dtype: Any = jnp.float32, **kwar
     return made(shape[-1], *args, **kwargs, inputs=(lambda: normal(*shape, dtype=dtype),))
 
 
-# A bias of zeros would hide errors in it.
-_BIAS: dict[str, Any] = {"bias_init": nnx.initializers.normal(1.0)}
 # Leaves out every fifth weight of a kernel of 2 x 3, with 2 features in and 6 out.
 _MASK = (np.arange(2 * 3 * 2 * 6) % 5 > 0).reshape(2, 3, 2, 6).astype(np.float32)
+# Leaves out every fourth weight of a kernel of 5, with 2 features in and 3 out.
+_MASK_1D = (np.arange(5 * 2 * 3) % 4 > 0).reshape(5, 2, 3).astype(np.float32)
 
 ENTRIES = (
     Entry(
@@ -39,7 +39,7 @@ ENTRIES = (
         source="https://github.com/jax-ml/jax/issues/13800",
         examples={
             "depthwise, causal, bias": _images(
-                (8, 5, 2), 4, 3, padding="CAUSAL", feature_group_count=2, **_BIAS
+                (8, 5, 2), 4, 3, padding="CAUSAL", feature_group_count=2, **RANDOM_BIAS
             ),
             "circular, groups, mask, strides, kernel dilation, bias": _images(
                 (8, 1, 3, 5, 4),
@@ -50,7 +50,7 @@ ENTRIES = (
                 kernel_dilation=(1, 2),
                 feature_group_count=2,
                 mask=_MASK,
-                **_BIAS,
+                **RANDOM_BIAS,
             ),
             "dense, reflected": _images((8, 3, 4, 2), 3, (2, 3), padding="REFLECT"),
             "patches": _images((8, 5, 4, 2), 3, (2, 2), strides=2, padding="SAME"),
@@ -102,11 +102,13 @@ ENTRIES = (
         gain="4 to 24 times as fast on a CPU where strided; float32 sums",
         source="https://github.com/jax-ml/jax/issues/31662",
         examples={
-            "phases, bias": _images((8, 3, 4, 2), 3, (3, 2), strides=2, **_BIAS),
+            "phases, bias": _images((8, 3, 4, 2), 3, (3, 2), strides=2, **RANDOM_BIAS),
             "no overlap, mirrored": _images(
                 (8, 3, 2), 3, 2, strides=2, padding="VALID", transpose_kernel=True
             ),
-            "circular": _images((8, 3, 2), 2, 5, strides=2, padding="CIRCULAR", use_bias=False),
+            "circular, mask": _images(
+                (8, 3, 2), 3, 5, strides=2, padding="CIRCULAR", use_bias=False, mask=_MASK_1D
+            ),
         },
         workloads={
             "4x4 stride 2, 16x16x16x128 to 64": _images((16, 16, 16, 128), 64, (4, 4), 2),

@@ -23,12 +23,12 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn import dtypes
 
 from flax_customgrad.contract.compat import check_einsum_equation
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
+from flax_customgrad.layers.drop_in import Parameters, given, has_custom_product, parameters
 from flax_customgrad.numerics.accumulation import total
+from flax_customgrad.numerics.dtypes import as_array
 from flax_customgrad.numerics.products import MatmulConfig, input_gradient, parameter_gradient
 
 
@@ -212,18 +212,16 @@ class Einsum(nnx.Einsum):
         Raises:
             ValueError: there is no equation, or it does not fit inputs and kernel.
         """
-        injected = (
-            self.einsum_op is not jnp.einsum or self.promote_dtype is not dtypes.promote_dtype
-        )
-        params = parameters(self, "kernel", "bias")
-        if injected or not has_custom_backward(inputs, params):
-            return super().__call__(inputs, einsum_str, out_sharding)
-        equation = self._equation(einsum_str, inputs, params["kernel"])
+        x, params = as_array(inputs), parameters(self, "kernel", "bias")
+        equation = None
+        if self.einsum_op is jnp.einsum and has_custom_product(self, x, params):
+            equation = self._equation(einsum_str, x, params["kernel"])
         # nnx says what is wrong with a missing equation.
         if equation is None:
-            return super().__call__(inputs, einsum_str, out_sharding)
+            arguments = given(einsum_str=einsum_str, out_sharding=out_sharding)
+            return super().__call__(inputs, **arguments)
         config = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
-        return einsum(params, inputs, equation, config)
+        return einsum(params, x, equation, config)
 
     def _equation(self, einsum_str: str | None, x: jax.Array, kernel: jax.Array) -> Equation | None:
         """The equation, where there is one and it is regular."""

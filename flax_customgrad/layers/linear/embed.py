@@ -23,8 +23,9 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
+from flax_customgrad.layers.drop_in import Parameters, given, has_custom_product, parameters
 from flax_customgrad.numerics.accumulation import accumulator, total
+from flax_customgrad.numerics.dtypes import as_array
 from flax_customgrad.numerics.products import MatmulConfig, input_gradient, parameter_gradient
 from flax_customgrad.numerics.sharding import explicit_sharding
 
@@ -52,6 +53,7 @@ def lookup(params: Parameters, ids: jax.Array, config: MatmulConfig) -> jax.Arra
     (table,) = dtypes.promote_dtype((params["embedding"],), dtype=config.dtype, inexact=False)
     if table.shape[0] == 1:
         return jnp.broadcast_to(table[0], (*ids.shape, table.shape[1]))
+    ids = _as_row_numbers(ids)
     if config.out_sharding is None:
         return jnp.take(table, ids, axis=0)
     # jnp.take knows no out_sharding; inside auto_axes the compiler shards it.
@@ -76,7 +78,7 @@ def _lookup_bwd(res: LookupResiduals, g: jax.Array) -> tuple[nnx.State, None, No
 
     def scatter(g: jax.Array, ids: jax.Array) -> jax.Array:
         zeros = jnp.zeros(table_type.shape, accumulator(g))
-        return zeros.at[ids].add(g.astype(zeros.dtype), mode="drop")
+        return zeros.at[_as_row_numbers(ids)].add(g.astype(zeros.dtype), mode="drop")
 
     sharding = explicit_sharding(table_type)
     if ids is None:
@@ -91,6 +93,14 @@ def _lookup_bwd(res: LookupResiduals, g: jax.Array) -> tuple[nnx.State, None, No
 
 
 lookup.defvjp(_lookup_fwd, _lookup_bwd)
+
+
+def _as_row_numbers(ids: jax.Array) -> jax.Array:
+    """Ids in a dtype that holds every number of a row: JAX counts from the end in that of the ids.
+
+    There -1 in int8 is row 43 of 300.
+    """
+    return ids if ids.dtype.itemsize >= 4 else ids.astype(jnp.int32)
 
 
 class AttendResiduals(NamedTuple):
@@ -142,8 +152,9 @@ class Embed(nnx.Embed):
     """`nnx.Embed` whose table gradient is summed in float32.
 
     Constructor, parameters, initial values and results are those of `flax.nnx.Embed`: an id out of
-    range gives NaN, and a table of one row is broadcast. With a `promote_dtype` of the user's own,
-    and for a complex table, the layer computes as nnx does and JAX differentiates that.
+    range gives NaN, and a table of one row is broadcast. Negative ids of 8 or 16 bits count from
+    the end of a table of any size. With a `promote_dtype` of the user's own, and for a complex
+    table, the layer computes as nnx does and JAX differentiates that.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -166,12 +177,15 @@ class Embed(nnx.Embed):
         Raises:
             ValueError: `inputs` are not integers.
         """
-        params = parameters(self, "embedding")
+        ids, params = as_array(inputs), parameters(self, "embedding")
         # Ids are no floats, and nnx says what is wrong with ids that are no integers.
-        ids = jnp.issubdtype(inputs.dtype, jnp.integer)
-        if self._injected or not ids or not has_custom_backward(params["embedding"], params):
-            return super().__call__(inputs, out_sharding)
-        return lookup(params, inputs, MatmulConfig(self.dtype, out_sharding=out_sharding))
+        if (
+            not jnp.issubdtype(ids.dtype, jnp.integer)
+            or not self._has_own_rows(params["embedding"].shape)
+            or not has_custom_product(self, params["embedding"], params)
+        ):
+            return super().__call__(inputs, **given(out_sharding=out_sharding))
+        return lookup(params, ids, MatmulConfig(self.dtype, out_sharding=out_sharding))
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Multiplies a query with every row of the table, as an output layer that shares it does.
@@ -183,11 +197,16 @@ class Embed(nnx.Embed):
         Returns:
             Array of shape (..., num_embeddings), in `dtype`.
         """
-        params = parameters(self, "embedding")
-        if self._injected or not has_custom_backward(query, params):
-            return super().attend(query, out_sharding)
-        return attend(params, query, MatmulConfig(self.dtype, out_sharding=out_sharding))
+        x, params = as_array(query), parameters(self, "embedding")
+        if params["embedding"].ndim != 2 or not has_custom_product(self, x, params):
+            return super().attend(query, **given(out_sharding=out_sharding))
+        return attend(params, x, MatmulConfig(self.dtype, out_sharding=out_sharding))
 
-    @property
-    def _injected(self) -> bool:
-        return self.promote_dtype is not dtypes.promote_dtype
+    def _has_own_rows(self, shape: tuple[int, ...]) -> bool:
+        """Whether a table has one row, which nnx broadcasts, where the layer says so, or several.
+
+        One put in by hand may have another number of rows than the constructor was given.
+        """
+        if self.num_embeddings == 1:
+            return shape == (1, self.features)
+        return len(shape) == 2 and shape[0] != 1

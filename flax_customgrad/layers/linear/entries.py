@@ -12,7 +12,7 @@ from flax_customgrad.layers.linear.linear import Linear, linear
 from flax_customgrad.layers.linear.linear_general import LinearGeneral, linear_general
 from flax_customgrad.layers.linear.lora import LoRA, LoRALinear, lora
 from flax_customgrad.registry.entry import Entry
-from flax_customgrad.registry.examples import made, normal
+from flax_customgrad.registry.examples import RANDOM_BIAS, made, normal
 
 
 def _tokens(*shape: int, size: int) -> jax.Array:
@@ -26,8 +26,7 @@ def _attend(embed: nnx.Embed, query: jax.Array) -> jax.Array:
 
 
 _BF16: dict[str, Any] = {"dtype": jnp.bfloat16}
-# A bias or a lora_b of zeros would hide errors in its gradient.
-_BIAS: dict[str, Any] = {"bias_init": nnx.initializers.normal(1.0)}
+# A lora_b of zeros would hide errors in its gradient.
 _LORA_B: dict[str, Any] = {"b_initializer": nnx.initializers.normal(1.0)}
 
 ENTRIES = (
@@ -42,7 +41,7 @@ ENTRIES = (
         source="https://github.com/jax-ml/jax/issues/34330",
         examples={
             "bias, batch axes of 8, 1 and 3": made(
-                6, 4, **_BIAS, inputs=(lambda: normal(8, 1, 3, 6),)
+                6, 4, **RANDOM_BIAS, inputs=(lambda: normal(8, 1, 3, 6),)
             ),
             "no bias": made(6, 4, use_bias=False, inputs=(lambda: normal(8, 6),)),
         },
@@ -67,10 +66,15 @@ ENTRIES = (
         source="https://github.com/jax-ml/jax/issues/34330",
         examples={
             "batch axis, bias": made(
-                3, (2, 2), axis=-2, batch_axis={0: 8}, **_BIAS, inputs=(lambda: normal(8, 3, 5),)
+                3,
+                (2, 2),
+                axis=-2,
+                batch_axis={0: 8},
+                **RANDOM_BIAS,
+                inputs=(lambda: normal(8, 3, 5),),
             ),
             "free axes between two contracted ones, bias": made(
-                (2, 3), (4, 2), axis=(1, -1), **_BIAS, inputs=(lambda: normal(8, 2, 1, 5, 3),)
+                (2, 3), (4, 2), axis=(1, -1), **RANDOM_BIAS, inputs=(lambda: normal(8, 2, 1, 5, 3),)
             ),
         },
         operations={linear_general: "free axes between two contracted ones, bias"},
@@ -97,7 +101,7 @@ ENTRIES = (
                 "n...cta,hcabk->n...chb",
                 (2, 2, 3, 4, 2),
                 (2, 2, 4),
-                **_BIAS,
+                **RANDOM_BIAS,
                 inputs=(lambda: normal(8, 1, 2, 5, 3),),
             ),
         },
@@ -177,7 +181,7 @@ ENTRIES = (
                 4,
                 lora_rank=2,
                 **_LORA_B,
-                **_BIAS,
+                **RANDOM_BIAS,
                 inputs=(lambda: normal(8, 3, 6),),
             ),
         },

@@ -17,12 +17,18 @@ from typing import Any, NamedTuple
 import chex
 import jax
 from flax import nnx
-from flax.nnx.nn import dtypes
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
+from flax_customgrad.layers.drop_in import (
+    Parameters,
+    given,
+    has_custom_product,
+    has_own_bias,
+    parameters,
+)
 from flax_customgrad.numerics.accumulation import total
+from flax_customgrad.numerics.dtypes import as_array
 from flax_customgrad.numerics.products import MatmulConfig, input_gradient, parameter_gradient
 
 
@@ -80,8 +86,9 @@ class Linear(nnx.Linear):
     """`nnx.Linear` with float32 sums in its backward and no copy of the kernel kept.
 
     Constructor, parameters, initial values and results are those of `flax.nnx.Linear`. With a
-    `dot_general` or `promote_dtype` of the user's own, and for integer or complex inputs, the
-    layer computes as nnx does and JAX differentiates that.
+    `dot_general` or `promote_dtype` of the user's own, a bias of another shape than the kernel's
+    outputs, and for integer or complex inputs, the layer computes as nnx does and JAX
+    differentiates that. So it does while a tool such as qwix replaces the products of JAX.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -101,12 +108,14 @@ class Linear(nnx.Linear):
         Returns:
             Array of shape (..., out_features), in `dtype` or the promoted dtype.
         """
-        injected = (
+        x, params = as_array(inputs), parameters(self, "kernel", "bias")
+        shape = params["kernel"].shape
+        if (
             self.dot_general is not lax.dot_general
-            or self.promote_dtype is not dtypes.promote_dtype
-        )
-        params = parameters(self, "kernel", "bias")
-        if injected or not has_custom_backward(inputs, params):
-            return super().__call__(inputs, out_sharding)
+            or len(shape) != 2
+            or not has_own_bias(self, params, shape[1:])
+            or not has_custom_product(self, x, params)
+        ):
+            return super().__call__(inputs, **given(out_sharding=out_sharding))
         config = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
-        return linear(params, inputs, config)
+        return linear(params, x, config)

@@ -19,12 +19,18 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn import dtypes
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
+from flax_customgrad.layers.drop_in import (
+    Parameters,
+    given,
+    has_custom_product,
+    has_own_bias,
+    parameters,
+)
 from flax_customgrad.numerics.accumulation import total
+from flax_customgrad.numerics.dtypes import as_array
 from flax_customgrad.numerics.products import MatmulConfig, input_gradient, parameter_gradient
 
 
@@ -136,8 +142,9 @@ class LinearGeneral(nnx.LinearGeneral):
     """`nnx.LinearGeneral` with float32 sums in its backward and no copy of the kernel kept.
 
     Constructor, parameters, initial values and results are those of `flax.nnx.LinearGeneral`. With
-    a `dot_general`, `dot_general_cls` or `promote_dtype` of the user's own, and for integer or
-    complex inputs or parameters, the layer computes as nnx does and JAX differentiates that.
+    a `dot_general`, `dot_general_cls` or `promote_dtype` of the user's own, parameters of other
+    shapes than the layer says, and for integer or complex inputs or parameters, the layer computes
+    as nnx does and JAX differentiates that.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -158,16 +165,18 @@ class LinearGeneral(nnx.LinearGeneral):
         Returns:
             Array of shape (*batch, *other axes of inputs, *out_features).
         """
-        injected = (
+        x, params = as_array(inputs), parameters(self, "kernel", "bias")
+        batch, shape = len(self.batch_axis), params["kernel"].shape
+        if (
             self.dot_general not in (None, lax.dot_general)
             or self.dot_general_cls is not None
-            or self.promote_dtype is not dtypes.promote_dtype
-        )
-        params = parameters(self, "kernel", "bias")
-        if injected or not has_custom_backward(inputs, params):
-            return super().__call__(inputs, out_sharding)
+            or shape[batch + len(self.axis) :] != tuple(self.out_features)
+            or not has_own_bias(self, params, (*shape[:batch], *self.out_features))
+            or not has_custom_product(self, x, params)
+        ):
+            return super().__call__(inputs, **given(out_sharding=out_sharding))
         config = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
-        return linear_general(params, inputs, self._axes(inputs), config)
+        return linear_general(params, x, self._axes(x), config)
 
     def _axes(self, inputs: jax.Array) -> ContractionAxes:
         contracted = tuple(sorted(axis % inputs.ndim for axis in self.axis))

@@ -17,7 +17,7 @@ Source: arXiv:2106.09685
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import chex
 import jax
@@ -28,8 +28,11 @@ from flax.nnx.nn.lora import default_a_initializer, default_b_initializer
 
 from flax_customgrad.contract.compat import set_class
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
+from flax_customgrad.layers.drop_in import Parameters, given, has_custom_product, parameters
 from flax_customgrad.layers.linear.linear import Linear
+from flax_customgrad.layers.replaced_matmul import adopt
+from flax_customgrad.layers.stacked import Index, for_each, stack_axes
+from flax_customgrad.numerics.dtypes import as_array
 from flax_customgrad.numerics.products import MatmulConfig, input_gradient, parameter_gradient
 
 
@@ -111,14 +114,16 @@ class LoRA(nnx.LoRA):
         Raises:
             ValueError: the base module is not callable.
         """
-        params = parameters(self, "lora_a", "lora_b")
-        if self.promote_dtype is not dtypes.promote_dtype or not has_custom_backward(x, params):
+        inputs, params = as_array(x), parameters(self, "lora_a", "lora_b")
+        if not has_custom_product(self, inputs, params):
             return super().__call__(x, **kwargs)
-        out = lora(params, x, MatmulConfig(self.dtype))
+        config = MatmulConfig(self.dtype)
+        out = lora(params, inputs, config)
         if self.base_module is not None:
             if not callable(self.base_module):
                 raise ValueError("`self.base_module` must be callable.")
-            out += self.base_module(x, **kwargs)
+            promoted, *_ = config.promote(inputs, *params.values())  # as nnx hands it on
+            out += self.base_module(promoted, **kwargs)
         return out
 
 
@@ -186,6 +191,68 @@ class LoRALinear(nnx.LoRALinear, Linear):
         )
         set_class(self.lora, LoRA)
 
+    @classmethod
+    def from_layer(
+        cls,
+        layer: nnx.Linear,
+        *,
+        lora_rank: int,
+        lora_dtype: Any = None,
+        lora_param_dtype: Any = jnp.float32,
+        a_initializer: Callable[..., jax.Array] = default_a_initializer,
+        b_initializer: Callable[..., jax.Array] = default_b_initializer,
+        lora_param_type: type[nnx.Variable] = nnx.LoRAParam,
+        lora_promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        a_metadata: Mapping[str, Any] = MappingProxyType({}),
+        b_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Self:
+        """Adds a product of low rank to a linear layer, in place.
+
+        Args:
+            layer: an `nnx.Linear`, trained or not.
+            lora_rank: as for the constructor, as are all others.
+            lora_dtype: dtype in which the product is computed, or None to infer it.
+            lora_param_dtype: dtype of `lora_a` and `lora_b`.
+            a_initializer: makes `lora_a`, of shape (in_features, lora_rank).
+            b_initializer: makes `lora_b`, of shape (lora_rank, out_features).
+            lora_param_type: the class of the Variables that hold them.
+            lora_promote_dtype: promotes the arrays of the product to one dtype.
+            rngs: the random streams for their initial values.
+            a_metadata: metadata of `lora_a`.
+            b_metadata: metadata of `lora_b`.
+
+        Raises:
+            TypeError: the layer is no `nnx.Linear`, or has a `__call__` of its own, or a product of
+                low rank already.
+            ValueError: an operation is injected.
+        """
+
+        def low_rank(_: Index) -> LoRA:
+            return LoRA(
+                layer.in_features,
+                lora_rank,
+                layer.out_features,
+                dtype=lora_dtype,
+                param_dtype=lora_param_dtype,
+                a_initializer=a_initializer,
+                b_initializer=b_initializer,
+                lora_param_type=lora_param_type,
+                promote_dtype=lora_promote_dtype,
+                rngs=rngs,
+                a_metadata=a_metadata,
+                b_metadata=b_metadata,
+            )
+
+        if isinstance(layer, nnx.LoRALinear):
+            raise TypeError(
+                f"{cls.__name__}.from_layer: a {type(layer).__name__} has a product of low rank "
+                "already; flax_customgrad.convert(model) makes it a drop-in"
+            )
+        adopted = adopt(cls, layer, nnx.Linear)
+        adopted.lora = for_each(low_rank, stack_axes(layer))
+        return adopted
+
     def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the linear layer, and adds the product of low rank.
 
@@ -197,4 +264,4 @@ class LoRALinear(nnx.LoRALinear, Linear):
         Returns:
             Array of shape (..., out_features).
         """
-        return Linear.__call__(self, x, out_sharding) + self.lora(x)
+        return Linear.__call__(self, x, **given(out_sharding=out_sharding)) + self.lora(x)

@@ -1,7 +1,6 @@
 """`NormAxes`: the axes that share statistics, and the axes along which scale and bias vary."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import lax
+
+from flax_customgrad.numerics.argument_checks import integers
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,11 @@ class NormAxes:
     A sum over the reduced axes is taken in two steps: first over those without features, which
     leaves what the gradients of scale and bias need too, then over the features.
 
+    Axes are counted from the end, so that further leading axes change nothing.
+
     Attributes:
-        reduced: the axes that share statistics, in ascending order.
-        features: the axes along which scale and bias vary, in ascending order.
+        reduced: the axes that share statistics, negative and in ascending order.
+        features: the axes along which scale and bias vary, negative and in ascending order.
         groups: into how many groups of features the last axis is divided (`GroupNorm`), each with
             statistics of its own; None where the axis is reduced or kept whole.
     """
@@ -42,7 +45,7 @@ class NormAxes:
         Raises:
             ValueError: the input has no such axis.
         """
-        return cls(canonical(ndim, reduced), canonical(ndim, features), groups)
+        return cls(_from_the_end(ndim, reduced), _from_the_end(ndim, features), groups)
 
     @classmethod
     def per_feature(cls, ndim: int, features: Any) -> "NormAxes":
@@ -55,8 +58,8 @@ class NormAxes:
         Raises:
             ValueError: the input has no such axis.
         """
-        features = canonical(ndim, features)
-        return cls(tuple(i for i in range(ndim) if i not in features), features)
+        features = _from_the_end(ndim, features)
+        return cls(tuple(i for i in range(-ndim, 0) if i not in features), features)
 
     @property
     def plain(self) -> tuple[int, ...]:
@@ -94,7 +97,7 @@ class NormAxes:
 
     def statistic_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a statistic of an input of this shape, as `sum` yields it."""
-        sizes = [1 if i in self.reduced else n for i, n in enumerate(shape)]
+        sizes = [1 if i in self.reduced else n for i, n in enumerate(shape, -len(shape))]
         return (*sizes[:-1], self.groups) if self.groups is not None else tuple(sizes)
 
     def along(self, parameter: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -110,7 +113,7 @@ class NormAxes:
                 f"{self.features} of an input of shape {shape} have {math.prod(sizes)}: check "
                 "num_features and feature_axes"
             )
-        others = [i for i in range(len(shape)) if i not in self.features]
+        others = [i for i in range(-len(shape), 0) if i not in self.features]
         return lax.expand_dims(parameter.reshape(sizes), others)
 
     def parameter_sum(self, partial: jax.Array, like: jax.Array) -> jax.Array:
@@ -120,8 +123,13 @@ class NormAxes:
             partial: what `sum_plain` left.
             like: the parameter, for the shape.
         """
-        rest = [i for i in range(partial.ndim) if i not in self.features]
+        n = partial.ndim
+        rest = [i for i in range(n) if i - n not in self.features]
         return lax.reduce_sum(partial, rest).reshape(like.shape)
+
+
+def _from_the_end(ndim: int, axes: Any) -> tuple[int, ...]:
+    return tuple(axis - ndim for axis in canonical(ndim, axes))
 
 
 def canonical(ndim: int, axes: Any) -> tuple[int, ...]:
@@ -134,7 +142,7 @@ def canonical(ndim: int, axes: Any) -> tuple[int, ...]:
     Raises:
         ValueError: there is no such axis.
     """
-    axes = tuple(axes) if isinstance(axes, Iterable) else (axes,)
+    axes = integers(axes)
     for axis in axes:
         if not -ndim <= axis < ndim:
             raise ValueError(f"axis {axis} does not exist: the input has {ndim} axes")

@@ -29,9 +29,10 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.drop_in import Parameters, parameters
+from flax_customgrad.layers.drop_in import Parameters, given, parameters
 from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.normalization.normalize import Norm, NormResidual
+from flax_customgrad.numerics.dtypes import as_array
 
 
 class Residuals(NamedTuple):
@@ -43,7 +44,7 @@ class Residuals(NamedTuple):
     epsilon: float
 
 
-@custom_vjp
+@custom_vjp(leading_axes=True)
 def normalize_by(
     params: Parameters, x: jax.Array, axes: NormAxes, epsilon: float, dtype: Any
 ) -> jax.Array:
@@ -76,24 +77,23 @@ def _fwd(
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None, None]:
     params, x, axes, epsilon = res
-    dims = chex.Dimensions(F=math.prod(x.shape[i] for i in axes.features))
+    F = math.prod(x.shape[i] for i in axes.features)
     chex.assert_shape(g, x.shape)
-    chex.assert_shape(list(params.values()), dims["F"])
+    chex.assert_size(list(params.values()), F)
 
     x_hat = _x_hat(params, x, axes, epsilon)
     g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
-    sum_g = lax.reduce_sum(g, axes.reduced).reshape(dims["F"])
-    sum_gx = lax.reduce_sum(g * x_hat, axes.reduced).reshape(dims["F"])
+    sum_g, sum_gx = (axes.parameter_sum(a, params["mean"]).reshape(F) for a in (g, g * x_hat))
 
-    rstd = _rstd(params, x, epsilon)
-    rstd_scale = rstd * params["scale"] if "scale" in params else rstd
+    rstd = _rstd(params, x, epsilon).reshape(F)
+    rstd_scale = rstd * params["scale"].reshape(F) if "scale" in params else rstd
     grads = {
         "mean": -rstd_scale * sum_g,
         "var": -rstd_scale * rstd * sum_gx / 2,
         "scale": sum_gx,
         "bias": sum_g,
     }
-    grads = nnx.State({name: grads[name] for name in params})
+    grads = nnx.State({name: grads[name].reshape(p.shape) for name, p in params.items()})
     chex.assert_trees_all_equal_shapes(grads, nnx.State(dict(params)))
     dx = axes.along(rstd_scale, x.shape) * g
     return grads, dx, None, None, None
@@ -209,10 +209,12 @@ class BatchNorm(nnx.BatchNorm, Norm):
             ValueError: nothing says whether to use the running statistics, x lacks the feature
                 axis, or it has another size.
         """
+        inputs, asked, x = x, use_running_average, as_array(x)
         if use_running_average is None:
             use_running_average = self.use_running_average
         if use_running_average is None or not self._has_custom_backward(x):
-            return super().__call__(x, use_running_average, mask=mask)
+            arguments = given(use_running_average=asked, mask=mask)
+            return super().__call__(inputs, **arguments)
         axes = NormAxes.per_feature(x.ndim, self.axis)
         stored = parameters(self, "mean", "var")
         if use_running_average:

@@ -22,8 +22,10 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
+from flax_customgrad.layers.drop_in import given
 from flax_customgrad.layers.normalization.axes import NormAxes, canonical
 from flax_customgrad.layers.normalization.normalize import Norm, NormResidual
+from flax_customgrad.numerics.dtypes import as_array
 
 
 class GroupNorm(nnx.GroupNorm, Norm):
@@ -112,8 +114,9 @@ class GroupNorm(nnx.GroupNorm, Norm):
         Raises:
             ValueError: x has another number of features, or `reduction_axes` lack the last axis.
         """
+        inputs, x = x, as_array(x)
         if not self._has_custom_backward(x):
-            return super().__call__(x, mask=mask)
+            return super().__call__(inputs, **given(mask=mask))
         last = x.ndim - 1
         reduced = self.reduction_axes
         reduced = (*range(1, last), last) if reduced is None else canonical(x.ndim, reduced)

@@ -22,8 +22,10 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
+from flax_customgrad.layers.drop_in import given
 from flax_customgrad.layers.normalization.axes import NormAxes, canonical
 from flax_customgrad.layers.normalization.normalize import Norm, NormResidual
+from flax_customgrad.numerics.dtypes import as_array
 
 
 class InstanceNorm(nnx.InstanceNorm, Norm):
@@ -105,8 +107,9 @@ class InstanceNorm(nnx.InstanceNorm, Norm):
             ValueError: x lacks an axis, the first axis is a feature axis, or the feature axes have
                 another size.
         """
+        inputs, x = x, as_array(x)
         if not self._has_custom_backward(x):
-            return super().__call__(x, mask=mask)
+            return super().__call__(inputs, **given(mask=mask))
         features = canonical(x.ndim, self.feature_axes)
         if 0 in features:
             raise ValueError(

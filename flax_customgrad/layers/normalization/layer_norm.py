@@ -22,8 +22,10 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
+from flax_customgrad.layers.drop_in import given
 from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.normalization.normalize import Norm, NormResidual
+from flax_customgrad.numerics.dtypes import as_array
 
 
 class LayerNorm(nnx.LayerNorm, Norm):
@@ -107,7 +109,8 @@ class LayerNorm(nnx.LayerNorm, Norm):
         Raises:
             ValueError: x lacks an axis, or its feature axes have another size.
         """
+        inputs, x = x, as_array(x)
         if not self._has_custom_backward(x):
-            return super().__call__(x, mask=mask)
+            return super().__call__(inputs, **given(mask=mask))
         axes = NormAxes.of(x.ndim, self.reduction_axes, self.feature_axes)
         return self._normalize(x, mask, axes)[0]

@@ -38,6 +38,7 @@ from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.normalization.moments import Devices, Moments, moments
+from flax_customgrad.numerics.argument_checks import integers
 
 NormResidual = Literal["input", "output"]
 """What the backward keeps to find the normalized input again.
@@ -98,7 +99,7 @@ class Residuals(NamedTuple):
     config: NormConfig
 
 
-@custom_vjp
+@custom_vjp(leading_axes=True)
 def normalize(
     params: Parameters, x: jax.Array, mask: jax.Array | None, config: NormConfig
 ) -> tuple[jax.Array, Statistics]:
@@ -107,7 +108,8 @@ def normalize(
     Args:
         params: `scale` and `bias`, float, of as many elements as the feature axes have; or without.
         x: input of any shape, float.
-        mask: bool, broadcastable to x: where statistics are taken; or None.
+        mask: bool, of as many axes as x and broadcastable to it: where statistics are taken; or
+            None.
         config: axes, dtype and the rest.
 
     Returns:
@@ -256,9 +258,11 @@ class Norm:
             self._check_scale()
 
     def _has_custom_backward(self, x: Any) -> bool:
-        """Whether `normalize` computes what nnx would."""
-        return self.promote_dtype is dtypes.promote_dtype and has_custom_backward(
-            x, self._scale_and_bias()
+        """Whether `normalize` computes what nnx would; a traced epsilon is left to nnx."""
+        return (
+            self.promote_dtype is dtypes.promote_dtype
+            and not is_traced(self.epsilon)
+            and has_custom_backward(x, self._scale_and_bias(), self.dtype)
         )
 
     def _scale_and_bias(self) -> Parameters:
@@ -269,7 +273,7 @@ class Norm:
     def _normalize(
         self,
         x: jax.Array,
-        mask: jax.Array | None,
+        mask: Any,
         axes: NormAxes,
         *promoted_with: jax.Array,
         centered: bool = True,
@@ -278,7 +282,7 @@ class Norm:
 
         Args:
             x: input of any shape, float.
-            mask: binary, broadcastable to x; or None.
+            mask: binary, an array that broadcasts to x or a boolean; or None.
             axes: the axes that share statistics.
             *promoted_with: further arrays that the dtype of the output is promoted with.
             centered: whether the mean is taken out.
@@ -286,16 +290,22 @@ class Norm:
         params = self._scale_and_bias()
         if self.residual == "output":
             self._check_scale()
-        groups = self.axis_index_groups
+        name, groups = self.axis_name, self.axis_index_groups
         config = NormConfig(
             axes,
             float(self.epsilon),
             dtypes.canonicalize_dtype(x, *promoted_with, *params.values(), dtype=self.dtype),
             centered,
-            Devices(self.axis_name, groups and tuple(map(tuple, groups))),
+            Devices(
+                tuple(name) if isinstance(name, list) else name,
+                None if groups is None else tuple(map(integers, groups)),
+            ),
             self.residual,
         )
-        return normalize(params, x, None if mask is None else mask.astype(bool), config)
+        if mask is not None:
+            mask = jnp.asarray(mask, bool)
+            mask = jnp.expand_dims(mask, range(x.ndim - mask.ndim))
+        return normalize(params, x, mask, config)
 
     def _check_scale(self) -> None:
         """Refuses a scale of 0 while it can be seen; a traced one is checked when it runs."""

@@ -18,6 +18,9 @@ from flax_customgrad.layers.drop_in import has_custom_backward
 from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.normalization.normalize import NormConfig, normalize
 
+_of_jax = jax.nn.standardize
+"""The function of JAX, whose name in `jax.nn` a user may give to ours."""
+
 
 def standardize(
     x: ArrayLike,
@@ -55,7 +58,7 @@ def standardize(
     """
     known = mean is not None or variance is not None
     if known or not isinstance(epsilon, int | float) or not has_custom_backward(x, {}):
-        return jax.nn.standardize(
+        return _of_jax(
             x,
             axis,  # type: ignore[arg-type]
             mean,

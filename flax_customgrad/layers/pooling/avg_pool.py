@@ -17,9 +17,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.layers.drop_in import has_known_size
 from flax_customgrad.layers.pooling.pool_arguments import (
     Padding,
     Pooling,
@@ -140,6 +142,10 @@ def _window_divisor(pooling: Pooling, divisor: Divisor, y: jax.Array) -> Any:
     return number
 
 
+_of_nnx = nnx.avg_pool
+"""The function of nnx, whose name a user may give to ours."""
+
+
 def avg_pool(
     inputs: jax.Array,
     window_shape: Sequence[int],
@@ -171,6 +177,14 @@ def avg_pool(
         Array([1.5, 3. , 4. ], dtype=float32)
     """
     inputs = as_array(inputs)
+    if not has_known_size(inputs, np.size(window_shape)):
+        return _of_nnx(
+            inputs,
+            window_shape,
+            strides,
+            padding,  # type: ignore[arg-type]
+            count_include_pad,
+        )
     pooling = parse_pooling(inputs, window_shape, strides, padding)
     if not is_pooled_by_sums(inputs, pooling):
         y = pooling.reduce_window(inputs, 0.0, lax.add)

@@ -22,9 +22,12 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.layers.drop_in import has_known_size
 from flax_customgrad.layers.pooling.pool_arguments import (
     Padding,
     Pooling,
@@ -44,15 +47,17 @@ class Extreme:
         reduce_fn: the extreme of two arrays.
         beats: whether an element takes the place of the one before it.
         identity: what the padding holds.
+        of_nnx: the function of nnx.
     """
 
     reduce_fn: Callable[[jax.Array, jax.Array], jax.Array]
     beats: Callable[[jax.Array, jax.Array], jax.Array]
     identity: float
+    of_nnx: Callable[..., jax.Array]
 
 
-MAX = Extreme(lax.max, lax.gt, -float("inf"))
-MIN = Extreme(lax.min, lax.lt, float("inf"))
+MAX = Extreme(lax.max, lax.gt, -float("inf"), nnx.max_pool)
+MIN = Extreme(lax.min, lax.lt, float("inf"), nnx.min_pool)
 
 
 class Residuals(NamedTuple):
@@ -222,6 +227,8 @@ def _pool_extreme(
     extreme: Extreme, inputs: Any, window_shape: Any, strides: Any, padding: Any
 ) -> jax.Array:
     inputs = as_array(inputs)
+    if not has_known_size(inputs, np.size(window_shape)):
+        return extreme.of_nnx(inputs, window_shape, strides, padding)
     pooling = parse_pooling(inputs, window_shape, strides, padding)
     if is_pooled_by_slices(inputs, pooling):
         return extreme_pool(inputs, pooling, extreme)

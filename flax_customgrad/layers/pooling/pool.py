@@ -2,8 +2,8 @@
 
 Maxima, minima and sums of real floating images have a backward of their own, in `max_pool` and
 `avg_pool`. Everything else is computed as in flax.nnx, and JAX differentiates that: integers and
-complex numbers, other reductions, images too small for a window, and windows that are too large to
-be written out as slices.
+complex numbers, other reductions, images too small for a window or of symbolic size, and windows
+that are too large to be written out as slices.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax import lax
 
+from flax_customgrad.layers.drop_in import has_known_size
 from flax_customgrad.layers.pooling.avg_pool import is_pooled_by_sums, sum_pool
 from flax_customgrad.layers.pooling.max_pool import MAX, MIN, extreme_pool
 from flax_customgrad.layers.pooling.pool_arguments import (
@@ -21,6 +23,9 @@ from flax_customgrad.layers.pooling.pool_arguments import (
     parse_pooling,
 )
 from flax_customgrad.numerics.dtypes import as_array
+
+_of_nnx = nnx.pool
+"""The function of nnx, whose name a user may give to ours."""
 
 
 def pool(
@@ -58,6 +63,8 @@ def pool(
         Array([2., 3., 3., 2.], dtype=float32)
     """
     inputs = as_array(inputs)
+    if not has_known_size(inputs, np.size(window_shape)):
+        return _of_nnx(inputs, init, reduce_fn, window_shape, strides, padding)
     pooling = parse_pooling(inputs, window_shape, strides, padding)
     begin = float(init) if isinstance(init, int | float | np.number) else None
     for extreme in (MAX, MIN):

@@ -94,7 +94,7 @@ def parse_pooling(inputs: Any, window_shape: Any, strides: Any, padding: Any) ->
     Args:
         inputs: array of shape (*batch, *spatial, features).
         window_shape: whole numbers, one for each spatial axis.
-        strides: likewise, or None for 1.
+        strides: likewise; None or none for 1.
         padding: the name of a padding, or a pair of whole numbers for each spatial axis.
 
     Raises:
@@ -103,7 +103,7 @@ def parse_pooling(inputs: Any, window_shape: Any, strides: Any, padding: Any) ->
     """
     window_shape = _parse_sizes("window_shape", window_shape)
     n = len(window_shape)
-    strides = (1,) * n if strides is None else _parse_sizes("strides", strides)
+    strides = (None if strides is None else _parse_sizes("strides", strides)) or (1,) * n
     if len(strides) != n:
         raise ValueError(
             f"strides {strides} and window_shape {window_shape} differ in length: write one stride "

@@ -24,7 +24,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 
-from flax_customgrad.contract.compat import overrides_hook
+from flax_customgrad.contract.compat import is_traced, overrides_hook
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import has_custom_backward
 from flax_customgrad.layers.weight_norms.unit_norm import inverse_norm
@@ -136,8 +136,13 @@ class SpectralNorm(nnx.SpectralNorm):
     ) -> None:
         w = orig_param[...]
         u, sigma = (self.batch_stats.get((*path, name)) for name in ("u", "sigma"))
-        rejected = w.ndim > 2 and self.error_on_non_matrix
-        if u is None or sigma is None or rejected or not has_custom_backward(w, {"u": u[...]}):
+        if (
+            u is None
+            or sigma is None
+            or (w.ndim > 2 and self.error_on_non_matrix)
+            or is_traced(self.epsilon)
+            or not has_custom_backward(w, {"u": u[...]}, self.dtype)
+        ):
             return super()._spectral_normalize_inplace(path, orig_param, update_stats)
         dtype = dtypes.canonicalize_dtype(w, u[...], dtype=self.dtype)
         start = lax.stop_gradient(u[...].astype(jnp.result_type(jnp.float32, w, u[...])))

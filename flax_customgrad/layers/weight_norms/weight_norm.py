@@ -25,7 +25,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
-from flax_customgrad.contract.compat import overrides_hook, set_class
+from flax_customgrad.contract.compat import is_traced, overrides_hook, set_class
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import has_custom_backward
 from flax_customgrad.layers.normalization.axes import NormAxes
@@ -199,7 +199,7 @@ class WeightNorm(nnx.WeightNorm):
             if path not in self.scales:
                 return super()._weightnorm_inplace(path, param)  # which says what is wrong
             params["scale"] = self.scales[path][...]
-        if not has_custom_backward(params["v"], params):
+        if is_traced(self.epsilon) or not has_custom_backward(params["v"], params, self.dtype):
             return super()._weightnorm_inplace(path, param)
         dtype = dtypes.canonicalize_dtype(*params.values(), dtype=self.dtype)
         axes = NormAxes.per_feature(params["v"].ndim, self.feature_axes)

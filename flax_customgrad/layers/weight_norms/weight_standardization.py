@@ -24,6 +24,7 @@ from flax.nnx.nn import dtypes
 from flax_customgrad.layers.drop_in import has_custom_backward
 from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.normalization.normalize import NormConfig, normalize
+from flax_customgrad.numerics.accumulation import accumulator
 
 _KERNELS = nnx.PathContains("kernel")
 
@@ -150,8 +151,8 @@ class WeightStandardization(nnx.Module):
         axes = NormAxes.per_feature(v.ndim, self.feature_axes)
         dtype = dtypes.canonicalize_dtype(v, *params.values(), dtype=self.dtype)
         # `normalize` rounds its input to the dtype that it is given.
-        wide = jnp.promote_types(dtype, v.dtype)
-        if has_custom_backward(v, params):
+        wide = accumulator(dtype, v)
+        if has_custom_backward(v, params, self.dtype):
             w, _ = normalize(nnx.State(params), v, None, NormConfig(axes, self.epsilon, wide))
         else:
             w = jax.nn.standardize(v.astype(wide), axes.reduced, epsilon=self.epsilon)

@@ -12,7 +12,7 @@ from flax_customgrad.low_bit.fp8.fp8_einsum import Fp8Einsum
 from flax_customgrad.low_bit.fp8.fp8_linear import Fp8Linear
 from flax_customgrad.low_bit.fp8.fp8_product import fp8_product
 from flax_customgrad.registry.entry import Entry
-from flax_customgrad.registry.examples import made, normal
+from flax_customgrad.registry.examples import RANDOM_BIAS, made, normal
 
 _KEEPS = "the codes of x, one byte an element; scales"
 _GAIN = (
@@ -67,7 +67,12 @@ ENTRIES = (
         formula=_linear,
         examples={
             "two batch axes, bias, margin, current scaling": made(
-                8, 6, scaling="current", margin=1, inputs=(lambda: normal(8, 2, 8),)
+                12,
+                6,
+                scaling="current",
+                margin=1,
+                **RANDOM_BIAS,
+                inputs=(lambda: normal(8, 2, 12),),
             ),
         },
         operations={fp8_product: "two batch axes, bias, margin, current scaling"},
@@ -94,6 +99,7 @@ ENTRIES = (
                 (4, 2, 3),
                 (2, 3),
                 scaling="current",
+                **RANDOM_BIAS,
                 inputs=(lambda: normal(8, 3, 4),),
             ),
         },

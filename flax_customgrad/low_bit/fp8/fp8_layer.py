@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal, Self
 from flax import nnx
 
 from flax_customgrad.layers.replaced_matmul import adopt, refuse_injected
+from flax_customgrad.layers.stacked import stack_axes
 from flax_customgrad.low_bit.fp8.fp8_scaling import DelayedScaling, DelayedState
 from flax_customgrad.numerics.argument_checks import check_size, check_word
 
@@ -67,7 +68,14 @@ class Fp8Layer:
             raise ValueError(f"{name}: margin={margin!r} must be an integer from 0 to 15")
         self.scaling = scaling
         self.margin = margin
-        self.delayed = nnx.data(DelayedScaling(name, history) if scaling == "delayed" else None)
+        self.delayed = nnx.data(None)
+        if scaling == "delayed":
+            self.delayed = DelayedScaling(name, history, stack_axes(self))
+
+    def stack_backward_state(self) -> None:
+        """Gives each of stacked layers, which `nnx.vmap` has made, histories of its own."""
+        if self.delayed is not None:
+            self.delayed.stack(stack_axes(self))
 
     @property
     def _delayed_state(self) -> DelayedState | None:

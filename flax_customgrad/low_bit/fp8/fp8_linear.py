@@ -43,9 +43,9 @@ class Fp8Linear(Linear, Fp8Layer):
     steps after several, as in gradient accumulation, `begin_step` says where a step begins. Within
     a step the histories take the maximum, also over calls of one layer.
 
-    `backward_state` and `load_backward_state` save and restore them. JAX cannot write them under
-    `jax.vmap` of the gradient, in `jax.shard_map` or in a scan over stacked layers, which are
-    errors: take `scaling="current"` there.
+    `backward_state` and `load_backward_state` save and restore them. Of layers that `nnx.vmap` has
+    stacked each has its own, after `reset_backward_state`. JAX cannot write them under `jax.vmap`
+    of the gradient or in `jax.shard_map`, which are errors: take `scaling="current"` there.
 
     Args:
         scaling: "delayed" takes scales from the maxima of the last steps, "current" from the

@@ -35,6 +35,7 @@ add to its column. Beyond `allowed`, where that is not negative, no step is take
 Source: arXiv:2209.05433
 """
 
+import math
 from typing import Any, NamedTuple
 
 import chex
@@ -118,11 +119,24 @@ def scale_from_amax(amax: jax.Array, largest: Any, otherwise: Any, margin: int) 
 
 
 class DelayedState(NamedTuple):
-    """What an operation is handed of a `DelayedScaling`."""
+    """What an operation is handed of a `DelayedScaling`.
+
+    Attributes:
+        amax_history: of one layer, or of a stack of layers with one more axis in front.
+        scale: likewise.
+        steps: likewise.
+        place: which layer of the stack it is, int32 without axes; None for one layer.
+    """
 
     amax_history: BackwardState
     scale: BackwardState
     steps: BackwardState
+    place: jax.Array | None
+
+    @property
+    def own(self) -> Any:
+        """What reads and writes the part of this layer."""
+        return ... if self.place is None else self.place
 
 
 class ScaleSnapshot(NamedTuple):
@@ -144,10 +158,10 @@ def read_scales(delayed: DelayedState, margin: int) -> ScaleSnapshot:
         delayed: the state.
         margin: how many halvings of a range are left unused.
     """
-    taken, allowed = delayed.steps[...]
-    old = delayed.scale[...]
+    taken, allowed = delayed.steps[delayed.own]
+    old = delayed.scale[delayed.own]
     begins = (allowed < 0) | (taken < allowed)
-    amax = jnp.max(delayed.amax_history[...], axis=1)
+    amax = jnp.max(delayed.amax_history[delayed.own], axis=1)
     largest = np.array([largest_of(dtype) for dtype in _DTYPES], np.float32)
     new = scale_from_amax(amax, largest, old, margin)
     return ScaleSnapshot(jnp.where(begins, new, old), jnp.where(begins, taken, _NO_STEP))
@@ -161,45 +175,75 @@ def record_amax(delayed: DelayedState, snapshot: ScaleSnapshot, amax: jax.Array)
         snapshot: the scales that its forward read.
         amax: of x, of the kernel and of g, float of shape (3,).
     """
-    dims = chex.Dimensions(T=delayed.amax_history.shape[1])
-    chex.assert_shape(delayed.amax_history, dims["3T"])
-    chex.assert_shape([delayed.scale, snapshot.scales, amax], (3,))
-    chex.assert_shape(delayed.steps, (2,))
-    taken, allowed = delayed.steps[...]
+    own = delayed.own
+    steps, scale, history = (s[own] for s in (delayed.steps, delayed.scale, delayed.amax_history))
+    dims = chex.Dimensions(T=history.shape[-1])
+    chex.assert_shape(history, dims["3T"])
+    chex.assert_shape([scale, snapshot.scales, amax], (3,))
+    chex.assert_shape(steps, (2,))
+    taken, allowed = steps
     first = snapshot.step == taken
-    history = delayed.amax_history[...]
     amax = jnp.minimum(amax, jnp.finfo(history.dtype).max).astype(history.dtype)
     moved = jnp.roll(history, -1, axis=1).at[:, 0].set(0)
-    delayed.amax_history[...] = jnp.where(first, moved, history).at[:, 0].max(amax)
-    delayed.scale[...] = jnp.where(first, snapshot.scales, delayed.scale[...])
-    delayed.steps[...] = jnp.stack([taken + first, allowed])
+    delayed.amax_history[own] = jnp.where(first, moved, history).at[:, 0].max(amax)
+    delayed.scale[own] = jnp.where(first, snapshot.scales, scale)
+    delayed.steps[own] = jnp.stack([taken + first, allowed])
+
+
+class StackPlace(nnx.Variable):
+    """The places of stacked layers in a state that they share: a scan hands each its own."""
 
 
 class DelayedScaling(nnx.Module):
     """The histories and scales of a layer; `Fp8Linear` and `Fp8Einsum` hold one.
 
+    Those of stacked layers have one more axis in front, and `place` says which is whose.
+
     Args:
         layer: the name of the layer's class, for errors.
         history: how many steps are remembered.
+        axes: the sizes of the axes along which layers are stacked; () for one layer.
 
     Attributes:
         amax_history: a `BackwardState`, float32 of shape (3, history); the rows are of x, of the
             kernel and of the gradient of the output. Zeros at first.
         scale: a `BackwardState`, float32 of shape (3,). Ones at first.
         steps: a `BackwardState`, two int32: steps taken, and how many may be, or -1.
+        place: a `StackPlace`, float32 with the axes of the stack; None for one layer.
     """
 
-    def __init__(self, layer: str, history: int):
-        def state(name: str, value: Any) -> BackwardState:
-            return BackwardState(value, name=f"{layer}'s {name}")
+    def __init__(self, layer: str, history: int, axes: tuple[int, ...] = ()):
+        self.layer = layer
+        self.history = history
+        self.place: StackPlace | None = nnx.data(None)
+        self._set_states(())
+        self.stack(axes)
 
-        self.amax_history = state("amax_history", np.zeros((3, history), np.float32))
-        self.scale = state("scale", np.ones(3, np.float32))
-        self.steps = state("steps", np.array([0, -1], np.int32))
+    def stack(self, axes: tuple[int, ...]) -> None:
+        """Gives each layer of a stack states of its own, where they have one together.
+
+        Args:
+            axes: the sizes of the axes of the stack; () for one layer.
+        """
+        if axes and self.place is None:
+            # Floating: `nnx.grad` may differentiate every Variable.
+            places = np.arange(math.prod(axes), dtype=np.float32).reshape(axes)
+            self.place = StackPlace(jnp.asarray(places))
+            self._set_states((math.prod(axes),))
 
     def states(self) -> DelayedState:
         """The states, for an operation."""
-        return DelayedState(self.amax_history, self.scale, self.steps)
+        place = None if self.place is None else self.place[...].astype(jnp.int32)
+        return DelayedState(self.amax_history, self.scale, self.steps, place)
+
+    def _set_states(self, axes: tuple[int, ...]) -> None:
+        def state(name: str, value: np.ndarray) -> BackwardState:
+            value = np.broadcast_to(value, (*axes, *value.shape))
+            return BackwardState(value, name=f"{self.layer}'s {name}")
+
+        self.amax_history = state("amax_history", np.zeros((3, self.history), np.float32))
+        self.scale = state("scale", np.ones(3, np.float32))
+        self.steps = state("steps", np.array([0, -1], np.int32))
 
 
 def begin_step(model: Any) -> None:
@@ -233,5 +277,5 @@ def begin_step(model: Any) -> None:
     """
     for _, node in nnx.iter_graph(model, graph=True):
         if isinstance(node, DelayedScaling):
-            taken, _ = node.steps[...]
-            node.steps[...] = jnp.stack([taken, taken + 1])
+            taken = node.steps[...][..., 0]
+            node.steps[...] = jnp.stack([taken, taken + 1], -1)

@@ -7,7 +7,7 @@ from flax_customgrad.low_bit.frozen.int4_linear import Int4Linear
 from flax_customgrad.low_bit.frozen.nf4_linear import NF4Linear
 from flax_customgrad.low_bit.frozen.qlora_linear import QLoRALinear, qlora_linear
 from flax_customgrad.registry.entry import Entry
-from flax_customgrad.registry.examples import made, normal
+from flax_customgrad.registry.examples import RANDOM_BIAS, made, normal
 
 ENTRIES = (
     Entry(
@@ -21,7 +21,7 @@ ENTRIES = (
         source="arXiv:2305.14314",
         examples={
             "block remainder, two batch axes, bias trained": made(
-                6, 4, block=4, train_bias=True, inputs=(lambda: normal(8, 2, 6),)
+                6, 4, block=4, train_bias=True, **RANDOM_BIAS, inputs=(lambda: normal(8, 2, 6),)
             ),
         },
         operations={frozen_linear: "block remainder, two batch axes, bias trained"},
@@ -59,6 +59,7 @@ ENTRIES = (
                 alpha=3.0,
                 block=4,
                 train_bias=True,
+                **RANDOM_BIAS,
                 b_initializer=nnx.initializers.normal(),
                 inputs=(lambda: normal(8, 2, 6),),
             ),

@@ -13,6 +13,7 @@ the forward. On a CPU it does so in any case: it forgets who waits for whom befo
 order, and dequantizes every layer first.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -27,6 +28,7 @@ from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.layers.linear.linear import Linear
 from flax_customgrad.layers.replaced_matmul import refuse_injected
+from flax_customgrad.layers.stacked import for_each, stack_axes, unstack
 from flax_customgrad.low_bit.frozen.frozen_variable import Frozen
 from flax_customgrad.numerics.accumulation import total
 from flax_customgrad.numerics.dtypes import as_array
@@ -143,12 +145,14 @@ class FrozenLinear(nnx.Module):
 
     Attributes:
         bits: how many bits a code of the kernel has.
+        form: how the kernel is stored.
 
     Raises:
         ValueError: a weight is not finite; a `dot_general` or `promote_dtype` of the user's own.
     """
 
     bits = 4
+    codes: Frozen
 
     def __init__(
         self,
@@ -159,6 +163,7 @@ class FrozenLinear(nnx.Module):
         kernel_metadata: Mapping[str, Any],
         bias_metadata: Mapping[str, Any],
     ):
+        self.form = form
         name, kernel = type(self).__name__, layer.kernel[...]
         refuse_injected(name, layer)
         if not is_traced(kernel) and not jnp.all(jnp.isfinite(kernel)):
@@ -181,11 +186,6 @@ class FrozenLinear(nnx.Module):
         self.precision = layer.precision
         self.preferred_element_type = layer.preferred_element_type
 
-    @property
-    def form(self) -> Form:
-        """How the kernel is stored."""
-        raise NotImplementedError
-
     @classmethod
     def from_layer(cls, layer: nnx.Linear, **kwargs: Any) -> Self:
         """A layer with the kernel of another, and its bias, dtype and precision.
@@ -207,6 +207,25 @@ class FrozenLinear(nnx.Module):
                 f"{cls.__name__}.from_layer takes an nnx.Linear or a flax_customgrad.Linear, got "
                 f"{type(layer).__module__}.{type(layer).__name__}"
             )
+        axes = stack_axes(layer)
+        layers = unstack(layer, axes)
+        frozen = for_each(lambda index: cls._of_one(layers[index], kwargs), axes)
+        # Not by the constructor, which would shard anew what has its sharding.
+        of: dict[str, tuple[str, Any]] = {
+            "codes": ("kernel_metadata", layer.kernel),
+            "bias": ("bias_metadata", layer.bias),
+        }
+        for name, (keyword, variable) in of.items():
+            held = getattr(frozen, name)
+            if held is not None and keyword not in kwargs:
+                kind = type(held) if isinstance(held, Frozen) else type(variable)
+                value = held[...]
+                setattr(frozen, name, kind.from_metadata(value, variable.get_metadata()))
+        return frozen
+
+    @classmethod
+    def _of_one(cls, layer: nnx.Linear, kwargs: Mapping[str, Any]) -> Self:
+        """`from_layer` for a layer that is no stack, without the metadata of its Variables."""
         make: Any = cls
         return make(
             layer.in_features,
@@ -217,10 +236,40 @@ class FrozenLinear(nnx.Module):
             **{"rngs": nnx.Rngs(0), **kwargs},
         )
 
+    def share(self, other: "FrozenLinear") -> None:
+        """Holds the stored kernel of another layer, if it is equal: one Param was in both.
+
+        Args:
+            other: a layer that was made of a layer with the same Param.
+        """
+        mine, others = self._stored, other._stored
+        if (
+            type(self) is type(other)
+            and self.form == other.form
+            and all(jnp.array_equal(mine[part], others[part]) for part in self.form.parts)
+        ):
+            for part in self.form.parts:
+                setattr(self, part, getattr(other, part))
+
     def to_layer(self) -> Linear:
         """A `Linear` with the dequantized kernel, which computes the same."""
+        layers = unstack(self, self.stack_axes)
+        layer: Any = for_each(lambda index: layers[index]._to_one(), self.stack_axes)
+        layer.kernel = nnx.Param.from_metadata(layer.kernel[...], self.codes.get_metadata())
+        if self.bias is not None and layer.bias is not None:
+            metadata = self.bias.get_metadata()
+            layer.bias = nnx.Param.from_metadata(layer.bias[...], metadata)
+        return layer
+
+    def _to_one(self) -> Linear:
+        """`to_layer` for a layer that is no stack, without the metadata of its Variables."""
         arguments = _arguments(self, self.kernel)
         return Linear(self.in_features, self.out_features, **arguments, rngs=nnx.Rngs(0))
+
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """The sizes of the axes along which `nnx.vmap` has stacked layers; () for one layer."""
+        return self.codes.shape[:-2]
 
     @property
     def kernel(self) -> jax.Array:
@@ -230,8 +279,9 @@ class FrozenLinear(nnx.Module):
     @property
     def saved_nbytes(self) -> int:
         """How many bytes less it takes than with a kernel in floats."""
-        kernel = jax.eval_shape(lambda: self.kernel)
-        return kernel.size * kernel.dtype.itemsize - sum(a.nbytes for a in self._stored.values())
+        weights = math.prod((*self.stack_axes, self.in_features, self.out_features))
+        held = sum(a.nbytes for a in self._stored.values())
+        return weights * jnp.dtype(self.param_dtype).itemsize - held
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer.

@@ -109,13 +109,8 @@ class Int4Linear(FrozenLinear):
         )
         super().__init__(
             layer,
-            self.form,
+            Int4(block, symmetric),
             train_bias=train_bias,
             kernel_metadata=kernel_metadata,
             bias_metadata=bias_metadata,
         )
-
-    @property
-    def form(self) -> Int4:
-        """How the kernel is stored."""
-        return Int4(self.block, self.symmetric)

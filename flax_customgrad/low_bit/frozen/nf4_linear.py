@@ -115,13 +115,8 @@ class NF4Linear(FrozenLinear):
         )
         super().__init__(
             layer,
-            self.form,
+            NF4(block, double_quant),
             train_bias=train_bias,
             kernel_metadata=kernel_metadata,
             bias_metadata=bias_metadata,
         )
-
-    @property
-    def form(self) -> NF4:
-        """How the kernel is stored."""
-        return NF4(self.block, self.double_quant)

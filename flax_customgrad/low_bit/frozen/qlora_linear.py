@@ -16,6 +16,7 @@ How the kernel is stored is on the page `nf4`.
 Source: arXiv:2305.14314, and for the low rank arXiv:2106.09685
 """
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
@@ -30,6 +31,7 @@ from flax.nnx.nn.lora import default_a_initializer, default_b_initializer
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import lax
 
+from flax_customgrad.contract.compat import set_class
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.layers.linear.linear import Linear
@@ -38,6 +40,7 @@ from flax_customgrad.low_bit.frozen.frozen_linear import (
     dequantize_after,
     dequantize_constant,
 )
+from flax_customgrad.low_bit.frozen.int4_linear import Int4Linear
 from flax_customgrad.low_bit.frozen.nf4_linear import NF4Linear
 from flax_customgrad.numerics.accumulation import total
 from flax_customgrad.numerics.argument_checks import check_size
@@ -203,7 +206,6 @@ class QLoRALinear(NF4Linear):
         a_metadata: Mapping[str, Any] = MappingProxyType({}),
         b_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
-        check_size("QLoRALinear", "lora_rank", lora_rank)
         super().__init__(
             in_features,
             out_features,
@@ -223,22 +225,61 @@ class QLoRALinear(NF4Linear):
             double_quant=double_quant,
             train_bias=train_bias,
         )
+        self._set_low_rank(
+            lora_rank,
+            rngs,
+            alpha,
+            lora_param_type,
+            lora_param_dtype,
+            a_initializer,
+            b_initializer,
+            a_metadata,
+            b_metadata,
+        )
+
+    def _set_low_rank(
+        self,
+        lora_rank: int,
+        rngs: nnx.Rngs,
+        alpha: float | None = None,
+        lora_param_type: type[nnx.Variable] = nnx.LoRAParam,
+        lora_param_dtype: Dtype | None = None,
+        a_initializer: Initializer = default_a_initializer,
+        b_initializer: Initializer = default_b_initializer,
+        a_metadata: Mapping[str, Any] = MappingProxyType({}),
+        b_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Gives the layer its kernel of low rank, or each layer of a stack one."""
+        check_size("QLoRALinear", "lora_rank", lora_rank)
         self.lora_rank = lora_rank
         self.alpha = float(lora_rank if alpha is None else alpha)
-        lora_dtype = lora_param_dtype or param_dtype
-        lora_a = a_initializer(rngs.params(), (in_features, lora_rank), lora_dtype)
-        lora_b = b_initializer(rngs.params(), (lora_rank, out_features), lora_dtype)
-        self.lora_a = lora_param_type(lora_a, **a_metadata)
-        self.lora_b = lora_param_type(lora_b, **b_metadata)
+        axes, dtype = self.stack_axes, lora_param_dtype or self.param_dtype
+
+        def draw(init: Initializer, *shape: int) -> jax.Array:
+            drawn = [init(rngs.params(), shape, dtype) for _ in range(math.prod(axes))]
+            return jnp.stack(drawn).reshape(*axes, *shape)
+
+        a = draw(a_initializer, self.in_features, lora_rank)
+        b = draw(b_initializer, lora_rank, self.out_features)
+        self.lora_a, self.lora_b = (
+            lora_param_type(a, **a_metadata),
+            lora_param_type(b, **b_metadata),
+        )
 
     @classmethod
     def from_layer(
-        cls, layer: nnx.Linear, *, lora_rank: int, rngs: nnx.Rngs, **kwargs: Any
+        cls,
+        layer: nnx.Linear | NF4Linear | Int4Linear,
+        *,
+        lora_rank: int,
+        rngs: nnx.Rngs,
+        **kwargs: Any,
     ) -> Self:
         """A layer with the kernel of another, and its bias, dtype and precision.
 
         Args:
-            layer: an `nnx.Linear` or the `Linear` of this library. It stays as it is.
+            layer: an `nnx.Linear` or the `Linear` of this library, or one that is frozen already,
+                an `NF4Linear` or `Int4Linear`, whose codes it holds. It stays as it is.
             lora_rank: how many columns A has, and rows B.
             rngs: random number generators for A and B.
             **kwargs: the keywords that the constructor takes beyond those of `nnx.Linear`.
@@ -250,11 +291,17 @@ class QLoRALinear(NF4Linear):
             TypeError: the layer is of another class, which may compute something else.
             ValueError: as in the constructor.
         """
-        return super().from_layer(layer, lora_rank=lora_rank, rngs=rngs, **kwargs)
+        if type(layer) not in (NF4Linear, Int4Linear):
+            linear: Any = layer
+            return super().from_layer(linear, lora_rank=lora_rank, rngs=rngs, **kwargs)
+        qlora: Any = nnx.clone(layer, graph=True)
+        set_class(qlora, cls)
+        qlora._set_low_rank(lora_rank, rngs, **kwargs)
+        return qlora
 
-    def to_layer(self) -> Linear:
+    def _to_one(self) -> Linear:
         """A `Linear` with both kernels in one, the dequantized W and (alpha / rank) A B."""
-        layer, low_rank = super().to_layer(), self._factor * self.lora_a[...] @ self.lora_b[...]
+        layer, low_rank = super()._to_one(), self._factor * self.lora_a[...] @ self.lora_b[...]
         layer.kernel.set_value(layer.kernel[...] + low_rank.astype(layer.kernel.dtype))
         return layer
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -12,7 +13,7 @@ from flax_customgrad.low_bit.int8.int8_conv import Int8Conv
 from flax_customgrad.low_bit.int8.int8_linear import Int8Linear
 from flax_customgrad.low_bit.int8.int8_product import int8_product
 from flax_customgrad.registry.entry import Entry
-from flax_customgrad.registry.examples import made, normal, straight_through
+from flax_customgrad.registry.examples import RANDOM_BIAS, made, normal, straight_through
 
 _GAIN = (
     "{} in int8, forward and on request backward, which is otherwise composed of float ones; a "
@@ -32,7 +33,7 @@ def _rounded_to(a: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _with_a_row_of_zeros() -> jax.Array:
-    return normal(8, 2, 8).at[3, 1].set(0)
+    return normal(8, 2, 12).at[3, 1].set(0)
 
 
 def _expected_gradients(
@@ -43,7 +44,9 @@ def _expected_gradients(
     g: jax.Array,
 ) -> tuple[nnx.State, jax.Array]:
     """The gradients of `f(kernel, x)` with rounded operands, and in int8 a rounded cotangent."""
-    w = layer.kernel[...]
+    w, mask = layer.kernel[...], getattr(layer, "mask", None)
+    if mask is not None:
+        w = w * mask
     channels = tuple(range(w.ndim - 1)), tuple(range(g.ndim - 1))
     s_w, s_x = _scale(w, channels[0]), _scale(x, row)
     w_hat, x_hat = _rounded_to(w, s_w), _rounded_to(x, s_x)
@@ -54,7 +57,7 @@ def _expected_gradients(
         u, v = _rounded_to(u, _scale(u, row)), _rounded_to(v, _scale(v, channels[1]))
         dx = jax.vjp(f, w_hat / s_w, x)[1](u)[1]
         dw = jax.vjp(f, w, x_hat / s_x)[1](v)[0]
-    grads = {"kernel": dw}
+    grads = {"kernel": dw if mask is None else dw * mask}
     if layer.bias is not None:
         grads["bias"] = g.sum(channels[1])
     return nnx.State(grads), dx
@@ -73,12 +76,17 @@ def _conv(layer: Any, x: jax.Array, g: jax.Array) -> tuple[nnx.State, jax.Array]
             w,
             strides,
             layer.padding,
+            (layer.input_dilation,) * (w.ndim - 2),
+            (layer.kernel_dilation,) * (w.ndim - 2),
             dimension_numbers=numbers,
             feature_group_count=layer.feature_group_count,
         )
 
     return _expected_gradients(f, layer, x, tuple(range(1, x.ndim)), g)
 
+
+# Leaves out every fifth weight of a kernel of 3, with 2 features in and 4 out.
+_MASK = (np.arange(3 * 2 * 4) % 5 > 0).reshape(3, 2, 4).astype(np.float32)
 
 ENTRIES = (
     Entry(
@@ -92,9 +100,9 @@ ENTRIES = (
         source="arXiv:2105.03536",
         formula=_linear,
         examples={
-            "float backward": made(8, 6, inputs=(lambda: normal(8, 8),)),
+            "float backward": made(12, 6, **RANDOM_BIAS, inputs=(lambda: normal(8, 12),)),
             "int8 backward, two batch axes, bias, a row of zeros": made(
-                8, 5, backward="int8", inputs=(_with_a_row_of_zeros,)
+                12, 5, backward="int8", **RANDOM_BIAS, inputs=(_with_a_row_of_zeros,)
             ),
         },
         operations={int8_product: "int8 backward, two batch axes, bias, a row of zeros"},
@@ -112,7 +120,7 @@ ENTRIES = (
         formula=_conv,
         examples={
             "float backward, strides": made(
-                4, 3, (3,), strides=2, inputs=(lambda: normal(8, 7, 4),)
+                4, 2, (3,), strides=2, **RANDOM_BIAS, inputs=(lambda: normal(8, 7, 4),)
             ),
             "int8 backward, groups": made(
                 4,
@@ -122,6 +130,16 @@ ENTRIES = (
                 feature_group_count=2,
                 backward="int8",
                 inputs=(lambda: normal(8, 3, 4, 4),),
+            ),
+            "float backward, both dilations, mask": made(
+                2,
+                4,
+                (3,),
+                kernel_dilation=2,
+                input_dilation=3,
+                padding=((1, 2),),
+                mask=_MASK,
+                inputs=(lambda: normal(8, 5, 2),),
             ),
         },
         workloads={

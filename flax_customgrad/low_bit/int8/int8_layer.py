@@ -1,5 +1,6 @@
 """`Int8Layer`: what the int8 layers share, their arguments and how their kernel is packed."""
 
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import jax
@@ -7,6 +8,7 @@ from flax import nnx
 
 from flax_customgrad.layers.drop_in import Parameters, parameters
 from flax_customgrad.layers.replaced_matmul import adopt, refuse_injected
+from flax_customgrad.layers.stacked import Index, for_each, repeated, stack_axes
 from flax_customgrad.low_bit.int8.int8_codes import Int8Array
 from flax_customgrad.low_bit.int8.int8_kernel import Int8Kernel
 from flax_customgrad.low_bit.int8.int8_product import Int8Rounding, encode_kernel
@@ -20,6 +22,24 @@ ActivationScale = Literal["per_row", "per_tensor"]
 WeightScale = Literal["per_channel", "per_tensor"]
 
 
+@dataclass(frozen=True)
+class KernelEncoding:
+    """How a layer encodes its kernel.
+
+    Attributes:
+        dtype: of the computation, or None.
+        rounding: with which scales.
+    """
+
+    dtype: Any
+    rounding: Int8Rounding
+
+    def __call__(self, kernel: jax.Array) -> Int8Array:
+        """The codes and scales of a kernel."""
+        (computed,) = MatmulConfig(self.dtype).promote(kernel)
+        return encode_kernel(computed, self.rounding)
+
+
 class Int8Layer:
     """Mixed into a layer with a kernel, which, and its input, are multiplied in int8.
 
@@ -28,6 +48,7 @@ class Int8Layer:
     Attributes:
         rounding: what is rounded, and with which scales.
         noise: the stream that stochastic rounding draws from, or None.
+        deterministic: whether it rounds to the nearest, and draws nothing, as in eval mode.
     """
 
     __slots__ = ()
@@ -37,6 +58,7 @@ class Int8Layer:
     dtype: Any
     rounding: Int8Rounding
     noise: nnx.RngStream | None
+    deterministic: bool
 
     @classmethod
     def from_layer(
@@ -121,7 +143,9 @@ class Int8Layer:
                 "none: write backward='int8' or backward='switchback'"
             )
         drawing = f"{name}: stochastic_rounding=True"
-        self.noise = fork_stream(drawing, rng_collection, rngs) if stochastic_rounding else None
+        self.deterministic = False
+        noise = fork_stream(drawing, rng_collection, rngs) if stochastic_rounding else None
+        self.noise = None if noise is None else repeated(noise, stack_axes(self))
         self.rounding = Int8Rounding(backward, residuals, activation_scale, weight_scale)
 
     def pack_weights(self) -> bool:
@@ -133,8 +157,12 @@ class Int8Layer:
         if self._packed is not None:
             return False
         kernel = self._parameters()["kernel"]
-        (computed,) = MatmulConfig(self.dtype).promote(kernel)
-        self.kernel = Int8Kernel(encode_kernel(computed, self.rounding), kernel.dtype)
+        encode = KernelEncoding(self.dtype, self.rounding)
+
+        def packed(index: Index) -> Int8Kernel:
+            return Int8Kernel(encode(kernel[index]), kernel.dtype, self.kernel, encode)
+
+        self.kernel = for_each(packed, stack_axes(self))
         return True
 
     def unpack_weights(self) -> bool:
@@ -145,7 +173,7 @@ class Int8Layer:
         """
         if self._packed is None:
             return False
-        self.kernel = nnx.Param(self.kernel[...])
+        self.kernel = self.kernel.to_variable()
         return True
 
     @property
@@ -155,7 +183,7 @@ class Int8Layer:
 
     def _key(self) -> jax.Array | None:
         """What a call rounds its cotangents with; None to round to the nearest."""
-        return None if self.noise is None else self.noise()
+        return None if self.noise is None or self.deterministic else self.noise()
 
     def _parameters(self) -> Parameters:
         """The parameters of the product."""

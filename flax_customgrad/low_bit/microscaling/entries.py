@@ -12,7 +12,7 @@ from flax_customgrad.low_bit.microscaling.mx_linear import MXLinear
 from flax_customgrad.low_bit.microscaling.nvfp4_linear import NVFP4Linear
 from flax_customgrad.low_bit.microscaling.scaled_linear import scaled_linear
 from flax_customgrad.registry.entry import Entry
-from flax_customgrad.registry.examples import made, normal, straight_through
+from flax_customgrad.registry.examples import RANDOM_BIAS, made, normal, straight_through
 
 _ELEMENTS = {
     "mxfp8": jnp.float8_e4m3fn,
@@ -148,7 +148,11 @@ ENTRIES = (
         formula=_nvfp4_linear,
         examples={
             "block remainder, rotation, two batch axes, bias, a row of zeros": made(
-                20, 6, stochastic_rounding=False, inputs=(lambda: _with_a_row_of_zeros(20),)
+                20,
+                6,
+                stochastic_rounding=False,
+                **RANDOM_BIAS,
+                inputs=(lambda: _with_a_row_of_zeros(20),),
             ),
             "no rotation, two batch axes": made(
                 16,

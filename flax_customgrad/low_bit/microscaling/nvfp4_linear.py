@@ -46,6 +46,7 @@ from jax import lax
 
 from flax_customgrad.layers.linear.linear import Linear
 from flax_customgrad.layers.replaced_matmul import adopt, operands, refuse_injected
+from flax_customgrad.layers.stacked import repeated, stack_axes
 from flax_customgrad.low_bit.microscaling.scaled_blocks import (
     BlockFormat,
     ScaledBlocks,
@@ -243,7 +244,7 @@ class NVFP4Linear(Linear):
             residuals=self.residuals,
         )
         matmul = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
-        key = None if self.rngs is None else self.rngs()
+        key = None if self.rngs is None or self.deterministic else self.rngs()
         return scaled_linear(params, x, key, config, matmul)
 
     def _set_rounding(
@@ -256,7 +257,8 @@ class NVFP4Linear(Linear):
     ) -> None:
         self.stochastic_rounding, self.hadamard = stochastic_rounding, hadamard
         self.residuals = residuals
-        drawing = "NVFP4Linear: stochastic_rounding=True"
-        self.rngs = nnx.data(
-            fork_stream(drawing, rng_collection, rngs) if stochastic_rounding else None
-        )
+        self.deterministic = False
+        self.rngs = nnx.data(None)
+        if stochastic_rounding:
+            drawing = "NVFP4Linear: stochastic_rounding=True"
+            self.rngs = repeated(fork_stream(drawing, rng_collection, rngs), stack_axes(self))

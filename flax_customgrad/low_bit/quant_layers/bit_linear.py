@@ -29,6 +29,7 @@ from flax.typing import DotGeneralT, Dtype, Initializer, PrecisionLike, PromoteD
 from jax import lax
 
 from flax_customgrad.layers.normalization.rms_norm import RMSNorm
+from flax_customgrad.layers.stacked import repeated, stack_axes
 from flax_customgrad.low_bit.quant_layers.quant_layer import (
     GradientShaper,
     KeptOperands,
@@ -153,7 +154,7 @@ class BitLinear(QuantLinear):
             norm = RMSNorm(self.in_features, use_scale=False, dtype=self.dtype, rngs=nnx.Rngs(0))
         if norm is not False and not callable(norm):
             raise TypeError(f"BitLinear: norm={norm!r} must be a layer, True or False")
-        self.norm = nnx.data(None if norm is False else norm)
+        self.norm = nnx.data(None if norm is False else repeated(norm, stack_axes(self)))
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer.

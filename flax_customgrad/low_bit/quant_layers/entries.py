@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -27,7 +28,7 @@ from flax_customgrad.low_bit.quantizers.fake_quant import FakeQuant
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.ternary_weights import TWN, AbsMean
 from flax_customgrad.registry.entry import Entry, Example
-from flax_customgrad.registry.examples import made, normal, straight_through
+from flax_customgrad.registry.examples import RANDOM_BIAS, made, normal, straight_through
 
 
 def _pass_within_one(a: jax.Array) -> jax.Array:
@@ -107,7 +108,9 @@ def _formula_of(
 
         def call(params: nnx.State, x: jax.Array) -> jax.Array:
             w: Any = params[kernel]
-            quantized = w.replace(_quantized(layer.weight, w[...]))
+            mask = getattr(layer, "mask", None)
+            kept = w[...] if mask is None else w[...] * mask
+            quantized = w.replace(_quantized(layer.weight, kept))
             merged = nnx.merge(graphdef, nnx.State({**params, kernel: quantized}), rest)
             x = x if is_integer else _quantized(layer.activation, before(x))
             return method(merged, x)
@@ -166,6 +169,25 @@ _KEEPS = "codes of x and kernel, their scales; "
 _BINARY = "a sign and a bit of its mask for each element of x and kernel; "
 _TERNARY = "x, codes of the kernel and their scale; "
 
+# Leaves out every fifth weight of a kernel of 3, with 2 features in and 4 out.
+_MASK = (np.arange(3 * 2 * 4) % 5 > 0).reshape(3, 2, 4).astype(np.float32)
+_CONVOLUTIONS = {
+    "padded": made(3, 4, 2, **RANDOM_BIAS, inputs=(lambda: normal(8, 4, 3),)),
+    "strided, groups": made(
+        4, 6, 3, strides=2, feature_group_count=2, inputs=(lambda: normal(8, 5, 4),)
+    ),
+    "both dilations, mask": made(
+        2,
+        4,
+        3,
+        kernel_dilation=2,
+        input_dilation=3,
+        padding=((1, 2),),
+        mask=_MASK,
+        inputs=(lambda: normal(8, 5, 2),),
+    ),
+}
+
 ENTRIES = (
     Entry(
         "QuantLinear",
@@ -179,7 +201,7 @@ ENTRIES = (
         formula=_formula_of(nnx.Linear.__call__),
         examples={
             "3 bits, a batch axis of size 1, codes that leave a byte half full": _few_bits(
-                3, 5, 4, inputs=(lambda: normal(8, 1, 5),)
+                3, 5, 4, **RANDOM_BIAS, inputs=(lambda: normal(8, 1, 5),)
             ),
             "2 bits, no bias, two batch axes": _few_bits(
                 2, 6, 4, use_bias=False, inputs=(lambda: normal(8, 2, 6),)
@@ -208,9 +230,10 @@ ENTRIES = (
             "two axes": _few_bits(
                 4,
                 (2, 3),
-                (4, 2),
+                (4, 5),
                 channel_axis=(-2, -1),
                 axis=(1, -1),
+                **RANDOM_BIAS,
                 inputs=(lambda: normal(8, 2, 3),),
             ),
         },
@@ -232,7 +255,12 @@ ENTRIES = (
         formula=_formula_of(nnx.Einsum.__call__),
         examples={
             "heads": _few_bits(
-                3, "nta,hab->nthb", (3, 5, 2), (3, 2), inputs=(lambda: normal(8, 2, 5),)
+                3,
+                "nta,hab->nthb",
+                (3, 5, 2),
+                (3, 2),
+                **RANDOM_BIAS,
+                inputs=(lambda: normal(8, 2, 5),),
             ),
         },
         workloads={
@@ -252,7 +280,19 @@ ENTRIES = (
         source="arXiv:1308.3432",
         formula=_formula_of(nnx.Conv.__call__),
         examples={
-            "8 bits": _few_bits(8, 2, 2, (2, 2), inputs=(lambda: normal(8, 3, 2, 2),)),
+            "8 bits, both dilations, mask": _few_bits(
+                8,
+                2,
+                4,
+                3,
+                kernel_dilation=2,
+                input_dilation=3,
+                padding=((1, 2),),
+                mask=_MASK,
+                **RANDOM_BIAS,
+                inputs=(lambda: normal(8, 5, 2),),
+            ),
+            "8 bits, images": _few_bits(8, 2, 2, (2, 2), inputs=(lambda: normal(8, 3, 2, 2),)),
             "4 bits, grouped, strided, circular": _few_bits(
                 4,
                 4,
@@ -282,7 +322,16 @@ ENTRIES = (
         source="arXiv:1308.3432",
         formula=_formula_of(nnx.ConvTranspose.__call__),
         examples={
-            "strided": _few_bits(8, 3, 2, 3, strides=2, inputs=(lambda: normal(8, 3, 3),)),
+            "strided, mask": _few_bits(
+                8,
+                2,
+                4,
+                3,
+                strides=2,
+                mask=_MASK,
+                **RANDOM_BIAS,
+                inputs=(lambda: normal(8, 3, 2),),
+            ),
         },
         workloads={
             "W4A4, 4x4, 16x16x16x128": _few_bits(
@@ -325,7 +374,7 @@ ENTRIES = (
         gain="weights and inputs of one bit, kept in one bit",
         source="arXiv:1603.05279",
         formula=_formula_of(nnx.Linear.__call__),
-        examples={"bias": made(6, 4, inputs=(lambda: normal(8, 6),))},
+        examples={"bias": made(6, 4, **RANDOM_BIAS, inputs=(lambda: normal(8, 6),))},
         workloads={"4096x1024 to 1024": made(1024, 1024, inputs=(lambda: normal(4096, 1024),))},
     ),
     Entry(
@@ -338,7 +387,7 @@ ENTRIES = (
         gain="weights and inputs of one bit, kept in one bit",
         source="arXiv:1603.05279",
         formula=_formula_of(nnx.Conv.__call__),
-        examples={"padded": made(3, 4, 2, inputs=(lambda: normal(8, 4, 3),))},
+        examples=_CONVOLUTIONS,
         workloads={
             "3x3, 16x32x32x128": made(128, 128, (3, 3), inputs=(lambda: normal(16, 32, 32, 128),))
         },
@@ -353,7 +402,7 @@ ENTRIES = (
         gain="weights of -1, 0 and 1, kept in two bits",
         source="arXiv:1605.04711",
         formula=_formula_of(nnx.Linear.__call__),
-        examples={"bias": made(6, 4, inputs=(lambda: normal(8, 6),))},
+        examples={"bias": made(6, 4, **RANDOM_BIAS, inputs=(lambda: normal(8, 6),))},
         workloads={"4096x1024 to 1024": made(1024, 1024, inputs=(lambda: normal(4096, 1024),))},
     ),
     Entry(
@@ -366,7 +415,7 @@ ENTRIES = (
         gain="weights of -1, 0 and 1, kept in two bits",
         source="arXiv:1605.04711",
         formula=_formula_of(nnx.Conv.__call__),
-        examples={"padded": made(3, 4, 2, inputs=(lambda: normal(8, 4, 3),))},
+        examples=_CONVOLUTIONS,
         workloads={
             "3x3, 16x32x32x128": made(128, 128, (3, 3), inputs=(lambda: normal(16, 32, 32, 128),))
         },
@@ -384,7 +433,9 @@ ENTRIES = (
         formula=_bit_linear,
         examples={
             "with its norm": made(6, 4, use_bias=False, inputs=(lambda: normal(8, 6),)),
-            "bias, no norm": made(6, 4, norm=False, inputs=(lambda: normal(8, 2, 6),)),
+            "bias, no norm": made(
+                6, 4, norm=False, **RANDOM_BIAS, inputs=(lambda: normal(8, 2, 6),)
+            ),
         },
         workloads={"4096x1024 to 1024": made(1024, 1024, inputs=(lambda: normal(4096, 1024),))},
     ),

@@ -37,7 +37,6 @@ from flax_customgrad.layers.conv.conv import Conv
 from flax_customgrad.layers.conv.conv_arguments import (
     check_conv_inputs,
     parameters_with_mask_applied,
-    with_one_batch_axis,
 )
 from flax_customgrad.layers.conv.convolution import ConvConfig, convolution
 from flax_customgrad.layers.drop_in import Parameters
@@ -76,8 +75,7 @@ def masked_convolution(params: Parameters, x: jax.Array, how: ConvConfig) -> jax
     mask = params.pop("mask", None)
     if mask is not None:
         params["kernel"] = jnp.where(mask == 0, 0, params["kernel"])
-    state = nnx.State(params)
-    return with_one_batch_axis(lambda x: convolution(state, x, how), x, len(how.geometry.window))
+    return convolution(nnx.State(params), x, how)
 
 
 class QuantConv(Conv, QuantLayer):

@@ -1,13 +1,17 @@
 """`QuantLayer`: what the quantized layers share, their quantizers and the quantized product."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.layers.drop_in import Parameters, parameters
 from flax_customgrad.layers.replaced_matmul import adopt, checked, refuse_injected
+from flax_customgrad.layers.stacked import repeated, stack, stack_axes, unstack
 from flax_customgrad.low_bit.quant_layers.packed_kernel import PackedKernel
 from flax_customgrad.low_bit.quant_layers.quantized_product import (
     LinearOp,
@@ -76,6 +80,11 @@ class QuantLayer:
         quantized._set_quantizers(weight, activation, gradient, residuals)
         return quantized
 
+    @classmethod
+    def has_default_quantizers(cls) -> bool:
+        """Whether a layer quantizes something without being handed a quantizer."""
+        return bool(cls._defaults)
+
     def _set_quantizers(
         self,
         weight: QuantizerChoice,
@@ -108,12 +117,20 @@ class QuantLayer:
             raise TypeError(f"{name}: gradient={gradient!r} must be a layer to call, or None")
         if residuals not in ("quantized", "original"):
             raise ValueError(f'{name}: residuals={residuals!r} must be "quantized" or "original"')
-        self.weight = nnx.data(given["weight"])
-        self.activation = nnx.data(given["activation"])
-        self.gradient = nnx.data(None) if gradient is None else gradient
+        axes = stack_axes(self)
+        of_each: dict[str, Any] = {
+            name: repeated(module, axes) if isinstance(module, nnx.Module) else module
+            for name, module in {**given, "gradient": gradient}.items()
+        }
+        if of_each["weight"] is not None:
+            quantizers, weights = unstack(of_each["weight"], axes), self.to_quantize()
+            for index, quantizer in quantizers.items():
+                quantizer.observe_weights(weights[index])
+            of_each["weight"] = stack(quantizers, axes)
+        self.weight = nnx.data(of_each["weight"])
+        self.activation = nnx.data(of_each["activation"])
+        self.gradient = nnx.data(None) if gradient is None else of_each["gradient"]
         self.residuals = residuals
-        if self.weight is not None:
-            self.weight.observe(self.to_quantize())
 
     def to_quantize(self) -> jax.Array:
         """The array that the quantizer of the weights quantizes: the kernel, times its mask."""
@@ -123,11 +140,16 @@ class QuantLayer:
         """Puts the codes of the weights in their place; see `flax_customgrad.pack`.
 
         Returns:
-            Whether there is a quantizer for them.
+            Whether there is a quantizer for them that is enabled.
         """
-        if self.weight is None:
+        if self.weight is None or not self.weight.enabled:
             return False
-        setattr(self, self._kernel, PackedKernel(self.to_quantize(), self.weight))
+        axes, weights, variable = stack_axes(self), self.to_quantize(), getattr(self, self._kernel)
+        packed = {
+            index: PackedKernel(weights[index], quantizer, variable)
+            for index, quantizer in unstack(self.weight, axes).items()
+        }
+        setattr(self, self._kernel, stack(packed, axes))
         self.weight = nnx.data(None)
         return True
 
@@ -140,7 +162,7 @@ class QuantLayer:
         packed = getattr(self, self._kernel)
         if not isinstance(packed, PackedKernel):
             return False
-        setattr(self, self._kernel, nnx.Param(packed[...]))
+        setattr(self, self._kernel, packed.to_variable())
         self.weight = packed.quantizer
         return True
 
@@ -165,6 +187,7 @@ class QuantLayer:
         """
         kernel = params[self._kernel]
         quantized = [_quantized(self.weight, kernel), _quantized(self.activation, x)]
+        _warn_of_zeros(self, quantized[1], x)
         values = [a.values if isinstance(a, Codes) else a for a in quantized]
         kept = quantized if self.residuals == "quantized" else [kernel, x]
         params = nnx.State({**params, self._kernel: values[0]})
@@ -184,3 +207,16 @@ def _of_nnx(cls: type) -> type:
 
 def _quantized(quantizer: Quantizer | None, a: jax.Array) -> Codes | jax.Array:
     return a if quantizer is None or not quantizer.enabled else quantizer.quantize(a)
+
+
+def _warn_of_zeros(layer: Any, quantized: Codes | jax.Array, x: jax.Array) -> None:
+    """Says that a scale, learned or recorded, takes every input to zero; where values are known."""
+    if not isinstance(quantized, Codes) or is_traced(quantized.values) or is_traced(x):
+        return
+    if jnp.any(x) and not jnp.any(quantized.values):
+        warnings.warn(
+            f"{type(layer).__name__}: its {type(layer.activation).__name__} makes every input "
+            f"zero, whose largest magnitude is {jnp.max(jnp.abs(x)):.3g}: its scale was never set, "
+            "or for other inputs; call flax_customgrad.calibrate(model, batches)",
+            stacklevel=4,
+        )

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.broadcasting import broadcasts
 from flax_customgrad.numerics.scaling import magnitude
 from flax_customgrad.numerics.sharding import AxisName
 
@@ -74,6 +75,42 @@ class Granularity:
             return x, (x.ndim - 1,)
         own = [axis % x.ndim for axis in self.axis]
         return x, tuple(axis for axis in range(x.ndim) if axis not in own)
+
+    @property
+    def is_per_example(self) -> bool:
+        """Whether each example, token or block of an activation has a range of its own.
+
+        Such a range belongs to its array: there is none to record for arrays to come.
+        """
+        return self.axis == "token" or self.block is not None or 0 in (self.axis or ())
+
+    def fits(self, shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+        """Whether parameters of one shape, one for each range, fit an array of another."""
+        if self.block is None or not shape:
+            return broadcasts(shape, to)
+        assert isinstance(self.axis, tuple)
+        axis = self.axis[0] % len(to)
+        return shape == (*to[:axis], -(-to[axis] // self.block), *to[axis + 1 :])
+
+    def for_any_rank(self, parameter: jax.Array) -> jax.Array:
+        """A parameter without the axes in front of those that are counted from the end.
+
+        It then fits arrays of any rank.
+        """
+        own = self.axis if isinstance(self.axis, tuple) and self.block is None else ()
+        return (
+            parameter.reshape(parameter.shape[min(own) :]) if max(own, default=0) < 0 else parameter
+        )
+
+    def stack_axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The axes of a stack in front of a parameter, which is empty where it is not set yet."""
+        if self.axis is None:
+            return shape
+        own = self.axis if isinstance(self.axis, tuple) else ()
+        if 0 in shape:
+            return shape[:-1]
+        # Axes that are counted from the front do not say how many axes there are.
+        return shape[: min(own)] if max(own, default=0) < 0 else ()
 
     def spread(self, parameter: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """One parameter for each range, repeated so that it broadcasts to an array of a shape."""

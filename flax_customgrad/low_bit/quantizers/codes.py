@@ -148,7 +148,22 @@ def decode_packed(
         bits: how many bits a code takes.
         like: shape and dtype of the values.
     """
+    operands = unpacked_integers(packed, parameters, scheme, bits, like)
+    return in_dtype(scheme.decode(*operands), like.dtype)
+
+
+def unpacked_integers(
+    packed: jax.Array, parameters: tuple[jax.Array, ...], scheme: Scheme, bits: int, like: Any
+) -> list[jax.Array]:
+    """The integers of packed codes and the parameters, as floats of float32 or wider.
+
+    Args:
+        packed: uint8 array, packed along the last axis.
+        parameters: the parameters of the scheme.
+        scheme: the scheme of the codes.
+        bits: how many bits a code takes.
+        like: shape and dtype of the values.
+    """
     q = packed if bits >= 8 else unpack_bits(packed, bits, like.shape[-1])
     wide = jnp.result_type(jnp.float32, like.dtype)
-    integers, *p = widened(like.dtype, q.astype(wide) + scheme.low, *parameters)
-    return in_dtype(scheme.decode(integers, *p), like.dtype)
+    return list(widened(like.dtype, q.astype(wide) + scheme.low, *parameters))

@@ -42,6 +42,12 @@ class DoReFaWeightScheme(Scheme):
         """`2 q / n - 1`, rounded once."""
         return (2 * q - self.high) * (1 / self.high)
 
+    def latent(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """The weights whose `tanh(w) / M` are the values."""
+        # tanh rounds to 1 long before infinity.
+        largest = 1 - float(jnp.finfo(q.dtype).epsneg)
+        return jnp.arctanh(jnp.clip(parameters[0] * self.decode(q), -largest, largest))
+
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
         """`w` and `M`."""
         return x, *parameters

@@ -52,6 +52,11 @@ class EWGSScheme(Scheme):
         """`a h`, or `a (2 h - 1)`, where `h = q / n`."""
         return self._integer(q) * (parameters[2] * (1 / self.high))
 
+    def latent(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """`l + (u - l) h`."""
+        l, u, a = parameters
+        return l + _width(l, u, a) * (q * (1 / self.high))
+
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
         """`x` and the parameters."""
         return x, *parameters
@@ -129,6 +134,11 @@ class EWGS(Quantizer):
         self.low, self.high, self.scale = (
             nnx.Param(jnp.full((), value)) for value in (low, high, scale)
         )
+
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """The sizes of the axes along which `nnx.vmap` has stacked quantizers; () for one."""
+        return self.low.shape
 
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes an array; returns the values and their codes.

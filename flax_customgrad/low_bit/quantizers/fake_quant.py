@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.contract.residual_storage import with_derivative_of
 from flax_customgrad.low_bit.quantizers.calibration import (
     Axis,
@@ -36,12 +37,13 @@ from flax_customgrad.low_bit.quantizers.calibration import (
 from flax_customgrad.low_bit.quantizers.codes import Codes, to_codes
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Scheme
+from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import check_bits
 from flax_customgrad.numerics.dtypes import in_dtype, widened
 from flax_customgrad.numerics.noise_stream import fork_stream
 from flax_customgrad.numerics.packing import masked, pack_mask
 from flax_customgrad.numerics.scaling import quotient
-from flax_customgrad.numerics.sharding import AxisName
+from flax_customgrad.numerics.sharding import AxisName, varying_like
 
 Calibration = Literal["absmax", "percentile", "moving_average"]
 Rounding = Literal["nearest", "stochastic"]
@@ -93,7 +95,7 @@ class FakeQuantScheme(Scheme):
 
 
 class QuantStat(nnx.Variable):
-    """A range that a quantizer has recorded."""
+    """An end of the range that a quantizer has recorded; infinite, or empty, before it has."""
 
 
 class FakeQuant(Quantizer):
@@ -110,8 +112,11 @@ class FakeQuant(Quantizer):
             training calls.
         percentile: which percentile, from 50 to 100.
         momentum: momentum of the moving average, from 0 to below 1.
-        dynamic: whether the range is that of each array itself; False for the range that
-            `observe` has recorded. None means True, and False for a moving average.
+        dynamic: True for the range of each array itself, False for the one that `observe` has
+            recorded. None, the default, is for the range of each array until there is a recorded
+            one, which `calibrate` records or a checkpoint brings; the gradient passes everywhere
+            until `calibrate` turns it into False. For weights, and where examples, tokens or blocks
+            have ranges of their own, None means True.
         rounding: "nearest"; or "stochastic", at random to one of the two neighbours, such that the
             mean is exact, and to the nearest in eval mode (see `nnx.Module.eval`).
         axis_name: the axis of a `shard_map`, `pmap` or `vmap` whose devices or examples hold parts
@@ -176,7 +181,9 @@ class FakeQuant(Quantizer):
         self.calibration = calibration
         self.percentile = percentile
         self.momentum = momentum
-        self.dynamic = not averaged if dynamic is None else dynamic
+        if dynamic is None and not averaged and self.granularity.is_per_example:
+            dynamic = True
+        self.dynamic = False if averaged else None if dynamic is None else bool(dynamic)
         self.use_running_average = False
         self.deterministic = False
         self.rngs = nnx.data(None)
@@ -184,9 +191,11 @@ class FakeQuant(Quantizer):
             self.rngs = fork_stream('FakeQuant: rounding="stochastic"', rng_collection, rngs)
         self.low: QuantStat | None = nnx.data(None)
         self.high: QuantStat | None = nnx.data(None)
-        if averaged and self.granularity.axis is None:
-            # NaN stands for a range that nothing has set yet.
-            self.low, self.high = (QuantStat(jnp.full((), jnp.nan)) for _ in range(2))
+        if not self.dynamic:
+            # The empty range, whose ends any number moves; of channels the number is not known.
+            shape = () if self.granularity.axis is None else (0,)
+            self.low = QuantStat(jnp.full(shape, jnp.inf, jnp.float32))
+            self.high = QuantStat(jnp.full(shape, -jnp.inf, jnp.float32))
 
     @property
     def integers(self) -> tuple[int, int]:
@@ -195,6 +204,11 @@ class FakeQuant(Quantizer):
             return 0, 2**self.bits - 1
         largest = 2 ** (self.bits - 1) - 1
         return -largest, largest
+
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """The sizes of the axes along which `nnx.vmap` has stacked quantizers; () for one."""
+        return () if self.low is None else self.granularity.stack_axes(self.low.shape)
 
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes an array; returns the values and their codes.
@@ -205,12 +219,13 @@ class FakeQuant(Quantizer):
             x: array of any shape, float.
 
         Raises:
-            ValueError: the quantizer is not dynamic, and nothing has been observed.
+            ValueError: `dynamic` is False, and nothing has been observed; or a range that was
+                recorded does not fit the shape of x.
         """
         x = jnp.asarray(x)
         low, high = self.integers
-        found = lax.stop_gradient(self._used_range(x))
-        clips = not self.dynamic or self._is_percentile
+        found = self._used_range(lax.stop_gradient(x))
+        clips = self.dynamic is False or self._is_percentile
         scheme = FakeQuantScheme(low, high, self.granularity, clips)
         parameters = scale_of(found, low, high, self.symmetric)
         ends = found if clips else ()
@@ -232,35 +247,67 @@ class FakeQuant(Quantizer):
         return jnp.where(jnp.isfinite(dithered), dithered, x)
 
     def observe(self, x: jax.Array) -> None:
-        """Updates the recorded range by that of an array; a dynamic quantizer records nothing.
+        """Updates the recorded range by that of an array, if `dynamic` is False.
 
         The first array sets the range. After that "absmax" uses the wider of the two, "percentile"
         and "moving_average" move by 1 - momentum of the way. What is not finite is left out.
 
         Args:
             x: array of any shape, float, like those to come.
-        """
-        if self.dynamic:
-            return
-        own = self._measured(jnp.asarray(x), only_finite=True)
-        if self.low is None or self.high is None:
-            self.low, self.high = QuantStat(own.low), QuantStat(own.high)
-            return
-        self.low[...] = self._updated_end(self.low[...], own.low, jnp.minimum)
-        self.high[...] = self._updated_end(self.high[...], own.high, jnp.maximum)
 
-    def _updated_end(self, old: jax.Array, new: jax.Array, wider: Any) -> jax.Array:
-        """One end of the recorded range, after that of a new array."""
-        if self.calibration == "absmax":
-            moved = wider(old, new)
+        Raises:
+            ValueError: there are as many ranges as channels, and x has another number of them.
+        """
+        if self.low is None or self.high is None or self.dynamic is not False:
+            return
+        found = self._measured(jnp.asarray(x), only_finite=True)
+        new = jax.tree.map(self.granularity.for_any_rank, found)
+        old = self._recorded or jax.tree.map(jnp.full_like, new, Range(jnp.inf, -jnp.inf))  # type: ignore[arg-type]
+        if old.low.shape != new.low.shape:
+            raise ValueError(
+                f"FakeQuant: an array of shape {jnp.shape(x)} has ranges of shape {new.low.shape}, "
+                f"those recorded have shape {old.low.shape}: call observe(x) with arrays alike"
+            )
+        if not (self._is_averaged or self._is_percentile):
+            moved = Range(jnp.minimum(old.low, new.low), jnp.maximum(old.high, new.high))
         else:
-            moved = old + (1 - self.momentum) * (new - old)
-        moved = jnp.where(jnp.isnan(old), new, moved)
-        return jnp.where(jnp.isnan(new), old, moved).astype(old.dtype)
+            start = jax.tree.map(lambda a, b: jnp.where(old.low > old.high, b, a), old, new)
+            moved = jax.tree.map(lambda a, b: a + (1 - self.momentum) * (b - a), start, new)
+        for end, a, b in ((self.low, old.low, moved.low), (self.high, old.high, moved.high)):
+            value = jnp.where(jnp.isnan(new.high), a, b)
+            # A moving average is carried through loops, where its dtype may not change.
+            end.set_value(value.astype(end.dtype) if self._is_averaged else value)
+
+    def observe_weights(self, w: jax.Array) -> None:
+        """Records the range of weights if `dynamic` is False; else each call measures it.
+
+        Args:
+            w: array of any shape, float.
+        """
+        if self.dynamic is None:
+            self.dynamic, self.low, self.high = True, nnx.data(None), nnx.data(None)
+        self.observe(w)
+
+    def forget(self) -> None:
+        """Empties the recorded range."""
+        if self.low is not None and self.high is not None:
+            self.low.set_value(jnp.full_like(self.low[...], jnp.inf))
+            self.high.set_value(jnp.full_like(self.high[...], -jnp.inf))
+
+    @property
+    def _is_averaged(self) -> bool:
+        return self.calibration == "moving_average"
 
     @property
     def _is_percentile(self) -> bool:
         return self.calibration == "percentile"
+
+    @property
+    def _recorded(self) -> Range | None:
+        """The recorded range, which may be empty; None where it has no shape yet."""
+        if self.low is None or self.high is None or not self.low.size:
+            return None
+        return lax.stop_gradient(Range(self.low[...], self.high[...]))
 
     def _measured(self, x: jax.Array, only_finite: bool = False) -> Range:
         percentile = self.percentile if self._is_percentile else None
@@ -269,17 +316,33 @@ class FakeQuant(Quantizer):
         )
 
     def _used_range(self, x: jax.Array) -> Range:
-        if self.dynamic:
-            return self._measured(x)
-        if self.calibration == "moving_average" and not self.use_running_average:
+        if self._is_averaged and not self.use_running_average:
             self.observe(x)
-        if self.low is None or self.high is None:
+        recorded = self._recorded
+        empty = True if recorded is None else jnp.any(recorded.low > recorded.high)
+        if self.dynamic is False and not self._is_averaged and not is_traced(empty) and empty:
             raise ValueError(
                 "FakeQuant: no range has been recorded: call observe(x) with an array like those "
-                "to come, outside of jit, or calibrate the model"
+                "to come, or calibrate the model"
             )
-        found = Range(self.low[...], self.high[...])
-        # A moving average that nothing has set: the range of x itself.
-        return jax.tree.map(
-            lambda a, own: jnp.where(jnp.isnan(a), own, a), found, self._measured(x)
-        )
+        if recorded is None:
+            return self._measured(x)
+        if not self.granularity.fits(recorded.low.shape, x.shape):
+            raise ValueError(
+                f"FakeQuant: the recorded ranges have shape {recorded.low.shape}, which does not "
+                f"fit an input of shape {x.shape}: call observe(x) with an array like those to come"
+            )
+        if not is_traced(empty):
+            return self._measured(x) if empty else recorded
+
+        def alike(found: Range) -> Range:
+            dtype = jnp.result_type(recorded.low, accumulator(x))
+            found = jax.tree.map(self.granularity.for_any_rank, found)
+            return jax.tree.map(lambda a: varying_like(a.astype(dtype), x), found)
+
+        if self.granularity.axis_name is not None:
+            # Devices measure together, or not at all.
+            own = self._measured(x)
+            return jax.tree.map(lambda a, b: jnp.where(empty, a, b), own, recorded)
+        # Not a choice of values: x is measured only where that is used.
+        return lax.cond(empty, lambda: alike(self._measured(x)), lambda: alike(recorded))

@@ -116,7 +116,8 @@ class GradientQuant(nnx.Module):
 
     Args:
         bits: from 2 to 8.
-        stochastic: whether to round at random, such that the mean is exact, or to the nearest.
+        stochastic: whether to round at random, such that the mean is exact, or to the nearest; in
+            eval mode (see `nnx.Module.eval`) it is to the nearest, and nothing is drawn.
         axis: the axes along which each index has a range of its own, such as 0 for examples;
             "token" for each vector along the last axis; None for one range.
         axis_name: the axis of a `shard_map`, `pmap` or `vmap` over which gradients are parts of one
@@ -148,6 +149,7 @@ class GradientQuant(nnx.Module):
     ):
         self.bits = check_bits("GradientQuant", bits)
         self.granularity = granularity_of("GradientQuant", axis, axis_name=axis_name)
+        self.deterministic = False
         self.rngs = nnx.data(None)
         if stochastic:
             self.rngs = fork_stream("GradientQuant: stochastic=True", rng_collection, rngs)
@@ -158,7 +160,7 @@ class GradientQuant(nnx.Module):
         Args:
             x: array of any shape, float.
         """
-        key = None if self.rngs is None else self.rngs()
+        key = None if self.rngs is None or self.deterministic else self.rngs()
         return quantize_gradient(
             x, key, GradientRounding(2 ** (self.bits - 1) - 1, True, self.granularity)
         )
@@ -167,7 +169,8 @@ class GradientQuant(nnx.Module):
 class DoReFaGradient(nnx.Module):
     """The identity with the quantized gradient of DoReFa-Net.
 
-    Pass it to a quantized layer as `gradient`.
+    Pass it to a quantized layer as `gradient`. In eval mode (see `nnx.Module.eval`) it rounds to
+    the nearest, and draws nothing.
 
     Args:
         bits: from 1 to 8; values are odd multiples of M / (2^bits - 1).
@@ -205,6 +208,7 @@ class DoReFaGradient(nnx.Module):
     ):
         self.bits = check_bits("DoReFaGradient", bits, least=1)
         self.granularity = granularity_of("DoReFaGradient", axis, axis_name=axis_name)
+        self.deterministic = False
         self.rngs = fork_stream("DoReFaGradient", rng_collection, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -213,6 +217,7 @@ class DoReFaGradient(nnx.Module):
         Args:
             x: array of any shape, float.
         """
+        key = None if self.deterministic else self.rngs()
         return quantize_gradient(
-            x, self.rngs(), GradientRounding(2**self.bits - 1, False, self.granularity)
+            x, key, GradientRounding(2**self.bits - 1, False, self.granularity)
         )

@@ -93,7 +93,7 @@ class LSQ(Quantizer):
 
     Attributes:
         scale: the learned scale, or scales; float32. `observe` sets it to 2 mean |x| / sqrt(high).
-            Until then it is that of a unit normal distribution; with an axis it is None.
+            Until then it is that of a unit normal distribution; with an axis it is empty.
 
     Args:
         bits: from 2 to 16.
@@ -147,12 +147,18 @@ class LSQ(Quantizer):
         self.grad_scale = grad_scale
         # Of a unit normal distribution, whose mean magnitude is sqrt(2 / pi).
         normal = 2 * math.sqrt(2 / math.pi / self.integers[1])
-        self.scale = nnx.data(None) if axis is not None else nnx.Param(jnp.full((), normal))
+        # How many channels there are is not known yet.
+        self.scale = nnx.Param(jnp.full(() if axis is None else (0,), normal))
 
     @property
     def integers(self) -> tuple[int, int]:
         """The smallest and the largest integer."""
         return integer_range(self.bits, self.signed)
+
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """The sizes of the axes along which `nnx.vmap` has stacked quantizers; () for one."""
+        return self.granularity.stack_axes(self.scale.shape)
 
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes an array; returns the values and their codes.
@@ -195,7 +201,7 @@ def learned_parameter(quantizer: LSQ, name: str, x: jax.Array) -> jax.Array:
     """
     parameter = getattr(quantizer, name)
     layer = type(quantizer).__name__
-    if parameter is None:
+    if not parameter.size:
         raise ValueError(
             f"{layer}: axis={quantizer.granularity.axis} has as many scales as there are channels: "
             "call observe(x) first, with an array like those to come"
@@ -209,16 +215,13 @@ def learned_parameter(quantizer: LSQ, name: str, x: jax.Array) -> jax.Array:
 
 
 def set_learned_parameter(quantizer: LSQ, name: str, value: jax.Array) -> None:
-    """Sets a learned parameter, or makes it where there is none of that shape.
+    """Sets a learned parameter; the first array says how many channels there are.
 
     Args:
         quantizer: the quantizer that has the parameter.
         name: the name of the parameter.
         value: float array, with size 1 along the axes that share a value, as from `calibration`.
     """
-    value = value.reshape(()) if quantizer.granularity.axis is None else value
-    parameter = getattr(quantizer, name)
-    if parameter is not None and parameter.shape == value.shape:
-        parameter[...] = value.astype(parameter.dtype)
-    else:
-        setattr(quantizer, name, nnx.Param(value))
+    granularity, parameter = quantizer.granularity, getattr(quantizer, name)
+    value = value.reshape(()) if granularity.axis is None else granularity.for_any_rank(value)
+    parameter.set_value(value.astype(parameter.dtype))

@@ -96,7 +96,7 @@ class LSQPlus(LSQ):
         grad_scale: Literal["lsq"] | float = "lsq",
     ):
         super().__init__(bits, signed=signed, axis=axis, features=features, grad_scale=grad_scale)
-        self.offset = nnx.data(None) if self.scale is None else nnx.Param(jnp.zeros(()))
+        self.offset = nnx.Param(jnp.zeros(self.scale.shape))
 
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes an array; returns the values and their codes.

@@ -87,6 +87,11 @@ class PACT(Quantizer):
         self.bits = check_bits("PACT", bits, least=1, most=16)
         self.alpha = nnx.Param(jnp.full((), check_positive("PACT", "alpha", alpha), jnp.float32))
 
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """The sizes of the axes along which `nnx.vmap` has stacked quantizers; () for one."""
+        return self.alpha.shape
+
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes an array; returns the values and their codes.
 

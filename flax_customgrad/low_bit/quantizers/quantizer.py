@@ -52,8 +52,24 @@ class Quantizer(nnx.Module):
         """
 
     def observe(self, x: jax.Array) -> None:
-        """Sets what the quantizer learns or records from an array; not for traced arrays.
+        """Sets what the quantizer learns or records from an array.
 
         Args:
             x: array of any shape, float, like those to come.
         """
+
+    def observe_weights(self, w: jax.Array) -> None:
+        """Sets what the quantizer takes from the weights of the layer that gets it.
+
+        Args:
+            w: array of any shape, float.
+        """
+        self.observe(w)
+
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """The sizes of the axes along which `nnx.vmap` has stacked quantizers; () for one."""
+        return ()
+
+    def forget(self) -> None:
+        """Empties what was recorded, so that the next array that is observed is the first."""

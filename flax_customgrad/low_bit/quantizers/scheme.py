@@ -78,6 +78,15 @@ class Scheme(Elementwise):
     def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The values that integers encode."""
 
+    def latent(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """Weights that `encode` gives these integers for; the values, unless a scheme maps those.
+
+        Args:
+            q: integers, as floats of float32 or wider.
+            *parameters: the parameters that `encode` is called with.
+        """
+        return self.decode(q, *parameters)
+
     @abstractmethod
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
         """What is kept for `cotangents`, given x and the parameters in float32 or wider."""

@@ -77,6 +77,11 @@ class TQT(Quantizer):
         """The smallest and the largest integer."""
         return integer_range(self.bits, self.signed)
 
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """The sizes of the axes along which `nnx.vmap` has stacked quantizers; () for one."""
+        return self.log2_t.shape
+
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes an array; returns the values and their codes.
 

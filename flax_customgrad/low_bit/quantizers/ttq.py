@@ -43,6 +43,11 @@ class TTQScheme(Scheme):
         p, n, _ = parameters
         return jnp.where(q > 0, p, jnp.where(q < 0, -n, jnp.zeros_like(q)))
 
+    def latent(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
+        """Weights beyond the threshold, whatever the sizes have become."""
+        d = parameters[2]
+        return q * jnp.where(d > 0, 2 * d, 1)
+
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
         """The integers, in two bits, and the sizes."""
         p, n, _ = parameters
@@ -98,6 +103,11 @@ class TTQ(Quantizer):
         self.granularity = granularity_of("TTQ", None, axis_name=axis_name)
         self.positive = nnx.Param(jnp.ones(()))
         self.negative = nnx.Param(jnp.ones(()))
+
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """The sizes of the axes along which `nnx.vmap` has stacked quantizers; () for one."""
+        return self.positive.shape
 
     def quantize(self, x: jax.Array) -> Codes:
         """Quantizes weights; returns the values and their codes.

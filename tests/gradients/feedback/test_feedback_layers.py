@@ -122,8 +122,10 @@ def test_it_is_a_layer_of_nnx_with_feedback_beside(made):
     layer = make(feedback_init=constant, feedback_metadata={"tag": 1}, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(layer.feedback[...], 0.5)
     assert layer.feedback.tag == 1
-    # `convert` leaves what is not of nnx alone.
-    assert type(fcg.revert(fcg.convert(nnx.Sequential(layer))).layers[0]) is type(layer)
+    # `convert` leaves what is not of nnx alone, and so does `revert`, which says so.
+    with pytest.warns(UserWarning, match=f"and stay: layers/0: .*{type(layer).__name__}"):
+        reverted = fcg.revert(fcg.convert(nnx.Sequential(layer)))
+    assert type(reverted.layers[0]) is type(layer)
 
 
 def test_an_optimizer_leaves_the_feedback_alone(made):
@@ -202,3 +204,19 @@ def test_bad_arguments(made):
     for bad in (x.astype(jnp.int32), x * 1j, [1.0]):
         with pytest.raises(TypeError, match=r"Feedback\w+: inputs of .* have no gradient"):
             layer(bad)
+
+
+@pytest.mark.parametrize("name", ["FeedbackLinear", "FeedbackConv"])
+def test_what_does_not_belong_together_is_said(name):
+    x, args = jnp.ones((2, 4)), (4, 3, 1)[: 3 if "Conv" in name else 2]
+
+    def layer(**kwargs):
+        return getattr(fcg, name)(*args, **kwargs, rngs=nnx.Rngs(0))
+
+    with pytest.raises(TypeError, match=r"dtype=.*complex64.* is not a real float of 16 bits"):
+        layer(dtype=jnp.complex64)(x)
+    for parameter in ("bias", "feedback"):
+        edited = layer()
+        setattr(edited, parameter, nnx.Param(jnp.ones((1, 3))))
+        with pytest.raises(ValueError, match=rf"'{parameter}': \(1, 3\).* replace them together"):
+            edited(x)

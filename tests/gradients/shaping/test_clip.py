@@ -182,3 +182,19 @@ def test_what_does_not_fit_x():
         fcg.gradient_clip(x * 1j, max_norm=1.0)
     with pytest.raises(TypeError, match=r"GradientClip: max_value is a schedule.*layer\(x, step\)"):
         fcg.GradientClip(max_value=lambda step: step)(x)
+
+
+@pytest.mark.parametrize("axes", [np.int64(0), jnp.int32(0), np.array([0]), [0], -2])
+def test_batch_axes_in_any_form(axes):
+    x = jnp.array([[3.0, 4.0], [0.3, 0.4]])
+    layer = fcg.GradientClip(max_norm=1.0, batch_axes=axes)
+    gradient = jax.grad(lambda x: jnp.sum(layer(x) ** 2) / 2)(x)
+    np.testing.assert_allclose(gradient, [[0.6, 0.8], [0.3, 0.4]], rtol=1e-6)
+
+
+def test_each_array_of_a_tree_has_a_norm_of_its_own():
+    tree = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.3, 0.4])}
+    layer = fcg.GradientClip(max_norm=nnx.Variable(jnp.float32(1)))
+    gradient = jax.grad(lambda t: sum(jnp.sum(a**2) / 2 for a in jax.tree.leaves(layer(t))))(tree)
+    np.testing.assert_allclose(gradient["a"], [0.6, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(gradient["b"], tree["b"], rtol=1e-6)

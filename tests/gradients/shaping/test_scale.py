@@ -137,3 +137,24 @@ def test_bad_arguments(which):
             function(jnp.ones((2, 3)), jnp.ones(shape))
     with pytest.raises(TypeError, match=rf"{module.__name__}: {name} is a schedule.*layer\(x, st"):
         module(lambda step: step)(1.0)
+
+
+def test_a_variable_is_read_at_each_call(which):
+    amount, sign = nnx.Variable(jnp.float32(0.5)), FUNCTIONS[which][1]
+    layer, x = MODULES[which](amount), jnp.ones(2)
+    for value in (0.5, 0.25):
+        amount[...] = jnp.float32(value)
+        gradient = nnx.grad(lambda x, layer: jnp.sum(layer(x)))(x, layer)
+        np.testing.assert_array_equal(gradient, [sign * value] * 2)
+    with pytest.raises(TypeError, match="is an array of complex64"):
+        MODULES[which](nnx.Variable(jnp.array(1j)))
+
+
+def test_each_array_of_a_tree(which):
+    layer, sign = MODULES[which](0.5), FUNCTIONS[which][1]
+    tree = {"a": jnp.ones((2, 3)), "b": [jnp.ones(()), jnp.arange(2)], "c": None}
+    out = layer(tree)
+    assert jax.tree.structure(out) == jax.tree.structure(tree)
+    jax.tree.map(np.testing.assert_array_equal, out, tree)
+    gradient = jax.grad(lambda a: jnp.sum(layer({**tree, "a": a})["a"]))(tree["a"])
+    np.testing.assert_array_equal(gradient, np.full((2, 3), sign * 0.5))

@@ -129,3 +129,11 @@ def test_bad_arguments():
             fcg.StopGradient()(x, bad)
     with pytest.raises(ValueError, match="does not broadcast"):
         fcg.StopGradient()(x, jnp.arange(2))
+
+
+def test_each_array_of_a_tree_and_integers_of_numpy():
+    layer, tree = fcg.StopGradient(stop=np.int64(2)), {"a": jnp.ones(2), "b": jnp.ones(3)}
+    for step, expected in ((np.int32(1), 0), (2, 1)):
+        gradient = jax.grad(lambda t, step=step: sum(map(jnp.sum, layer(t, step).values())))(tree)
+        for leaf in jax.tree.leaves(gradient):
+            np.testing.assert_array_equal(leaf, np.full_like(leaf, expected))

@@ -186,7 +186,7 @@ def test_statistics_accept_cotangents():
     with jax.enable_x64(True):
         x = jax.random.normal(jax.random.key(0), (8, 3, 6), jnp.float64)
         mask = jax.random.bernoulli(jax.random.key(1), 0.7, x.shape).at[0].set(True)
-        config = NormConfig(NormAxes((0, 1), (2,)), 1e-5, jnp.dtype("float64"))
+        config = NormConfig(NormAxes.of(3, (0, 1), 2), 1e-5, jnp.dtype("float64"))
         params = nnx.State({"scale": jnp.linspace(1, 2, 6), "bias": jnp.ones(6)})
 
         def loss(x, mask):

@@ -289,3 +289,31 @@ def test_the_constructor_shows_its_quantizers_and_their_types(cls):
     assert weight.annotation == activation.annotation
     assert {fcg.Quantizer, type(None)} <= set(typing.get_args(weight.annotation))
     assert (residuals.name, residuals.default) == ("residuals", "quantized")
+
+
+def test_a_scale_that_makes_every_input_zero_is_said():
+    layer = fcg.QuantLinear(4, 3, activation=fcg.LSQ(4), rngs=nnx.Rngs(0))
+    with pytest.warns(UserWarning, match=r"its LSQ makes every input zero, .* is 0.001: its scale"):
+        layer(jnp.full((2, 4), 1e-3))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rngs: fcg.QuantLinear(4, 3, gradient=fcg.GradientQuant(4, rngs=rngs), rngs=rngs),
+        lambda rngs: fcg.QuantLinear(4, 3, gradient=fcg.DoReFaGradient(4, rngs=rngs), rngs=rngs),
+        lambda rngs: fcg.Int8Linear(4, 3, backward="int8", stochastic_rounding=True, rngs=rngs),
+        lambda rngs: fcg.NVFP4Linear(4, 3, rngs=rngs),
+    ],
+    ids=["GradientQuant", "DoReFaGradient", "Int8Linear", "NVFP4Linear"],
+)
+def test_in_eval_mode_nothing_is_drawn_for_a_gradient(make):
+    layer, x = make(nnx.Rngs(0)), jnp.ones((2, 4))
+    layer.eval()
+    y, dx = jax.jit(jax.value_and_grad(lambda x: layer(x).sum()))(x)  # Closes over the streams.
+    assert jnp.isfinite(y)
+    assert jnp.isfinite(dx).all()
+    layer.train()
+    step = nnx.jit(nnx.grad(lambda layer, x: (layer(x) ** 2).sum(), argnums=1))
+    step(layer, x)
+    assert max(jax.tree.leaves(nnx.state(layer, nnx.RngCount))) > 0
