@@ -130,9 +130,9 @@ def _half_way(u: jax.Array, v: jax.Array) -> jax.Array:
     """`r`, the unit vector half way from `u` to `v`; 0 between opposite ones."""
     difference, total = u - v, u + v
     # The two are at right angles, and the smaller one is so but for rounding. The sum of nearly
-    # opposite vectors is little else, so it is made so. That of vectors at an acute angle is right
+    # opposite vectors is little else, so it is made so. That of vectors at another angle is right
     # as it is, and there the difference may be all rounding: nothing may be divided by it.
-    acute = _dot(u, v) > 0
+    acute = _dot(u, v) >= 0
     along = _dot(difference, total) / jnp.where(acute, 1, _dot(difference, difference))
     total -= jnp.where(acute, 0, difference * along)
     squares = _dot(total, total)

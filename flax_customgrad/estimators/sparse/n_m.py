@@ -13,8 +13,7 @@ pruned weight can grow back. The decay pulls pruned weights to zero under gradie
 keeps the mask from changing back and forth: the sparse-refined straight-through estimator, SR-STE.
 
 The decay does not depend on `g`. It is added once in each backward of the weights: twice if they
-are used twice, and under vmap with shared weights once for each example. So it is for each device
-of a shard_map that does not know what its devices share, with check_vma=False.
+are used twice, and under vmap and shard_map with shared weights once for each example or device.
 
 Source: arXiv:2102.04010
 """
@@ -32,7 +31,7 @@ from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.dtypes import as_array, is_python_number
-from flax_customgrad.numerics.sharding import explicit_sharding, summed_like
+from flax_customgrad.numerics.sharding import explicit_sharding
 
 
 class Pattern(NamedTuple):
@@ -62,8 +61,7 @@ class Pattern(NamedTuple):
         chex.assert_equal_shape([g, w])
         chex.assert_rank(decay, 0)
         dtype = accumulator(g, w)
-        g = summed_like(g.astype(dtype), w)
-        return g + jnp.where(self.mask(w), 0, decay * w.astype(dtype))
+        return g.astype(dtype) + jnp.where(self.mask(w), 0, decay * w.astype(dtype))
 
 
 def _split_into_groups(

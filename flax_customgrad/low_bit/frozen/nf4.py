@@ -36,6 +36,7 @@ from flax_customgrad.low_bit.frozen.kernel_blocks import (
 )
 from flax_customgrad.numerics.dtypes import widened
 from flax_customgrad.numerics.packing import pack_bits, unpack_bits
+from flax_customgrad.numerics.sharding import explicit_spec, with_auto_axes
 
 LEVELS = (
     -1.0,
@@ -112,7 +113,10 @@ class NF4:
         codes, scales = stored["codes"], stored["scales"]
         dtype = stored["scale_range" if self.double_quant else "scales"].dtype
         if self.double_quant:
-            scales = _dequantize_scales(scales, stored["scale_range"])
+            # Groups cross the outputs, which a mesh may have split.
+            scales = with_auto_axes(
+                _dequantize_scales, explicit_spec(scales), scales, stored["scale_range"]
+            )
         (scales,) = widened(dtype, scales)
         levels = _level(unpack_bits(codes, 4, scales.shape[1]), scales.dtype)
         return (levels * repeat_per_weight(scales, self.block, codes.shape[0])).astype(dtype)
