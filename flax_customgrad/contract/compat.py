@@ -152,7 +152,8 @@ def is_forward_mode_error(error: BaseException) -> bool:
 def has_custom_gradient(jaxpr: Any) -> bool:
     """Whether a trace holds a function with a gradient of its own, of JAX or of this library."""
     text = str(jaxpr)
-    return "custom_vjp_call" in text or "_Operation[" in text
+    # The last two are the primitive of `binding`, as jax 0.10 and as jax 0.12 print it.
+    return any(name in text for name in ("custom_vjp_call", "call_hi_primitive", "_Operation["))
 
 
 def refuses_forward_mode(jaxpr: Any) -> bool:
