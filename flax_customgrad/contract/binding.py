@@ -34,6 +34,8 @@ _Primitive: Any = getattr(hijax, "HiPrim", None) or getattr(hijax, "VJPHiPrimiti
 HAS_PRIMITIVES = _Primitive is not object
 """Whether this JAX has primitives with rules of their own, and with them forward mode."""
 
+_KEPT_PROGRAMS = 256
+
 
 class Rules(NamedTuple):
     """What an operation computes, over a static value and a flat list of arrays.
@@ -75,9 +77,7 @@ def bind(rules: Rules) -> Rule:
     if not HAS_PRIMITIVES:
         return by_custom_vjp
 
-    eager = rules.primal
-    if rules.is_pure:
-        eager = jax.jit(_named(rules.name, eager), static_argnums=0)
+    eager = _compiled(rules) if rules.is_pure else rules.primal
 
     def bound(static: Any, *arrays: Any) -> Any:
         if not any(map(compat.is_traced, arrays)):
@@ -102,6 +102,20 @@ def bind(rules: Rules) -> Rule:
     if rules.is_pure:
         of_types = functools.lru_cache(1024)(of_types)
     return bound
+
+
+def _compiled(rules: Rules) -> Rule:
+    """The primal as one compiled program for each static value, of which the latest are kept.
+
+    A jit with a static argument would keep thousands of programs, a megabyte each, of a slope or
+    a rate that changes from step to step.
+    """
+
+    @functools.lru_cache(_KEPT_PROGRAMS)
+    def of_static(static: Any) -> Rule:
+        return jax.jit(_named(rules.name, functools.partial(rules.primal, static)))
+
+    return lambda static, *arrays: of_static(static)(*arrays)
 
 
 def _named(name: str, function: Rule) -> Rule:

@@ -3,7 +3,9 @@
 The backward here is 10 times too large, so that it shows which derivative was taken.
 """
 
+import gc
 import threading
+import weakref
 
 import jax
 import jax.ad_checkpoint
@@ -290,6 +292,24 @@ def test_an_operation_of_the_library_is_traced_once_for_arguments_of_a_kind(prim
     layer = fcg.Linear(7, 7, rngs=nnx.Rngs(0))
     jax.jit(lambda x: layer(layer(layer(x)))).lower(jnp.ones((2, 7)))
     assert len(traced) == 1
+
+
+def test_programs_of_static_values_that_come_no_more_are_freed(primitive, monkeypatch):
+    monkeypatch.setattr(binding, "_KEPT_PROGRAMS", 2)
+
+    class Slope:
+        pass
+
+    def rule(static, x):
+        return 2 * x
+
+    rules = binding.Rules("twice", primal=rule, forward=rule, backward=rule, is_pure=True)
+    op, slopes = binding.bind(rules), [Slope() for _ in range(4)]
+    alive = [weakref.ref(slope) for slope in slopes]
+    while slopes:
+        op(slopes.pop(0), X)
+    gc.collect()
+    assert [slope() is None for slope in alive] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("policy", [None, policies.save_only_these_names("y")])
