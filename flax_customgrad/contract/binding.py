@@ -16,6 +16,7 @@ primitives, arguments that are `jax.Ref`s, and a primal that closes over values 
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -105,15 +106,17 @@ def bind(rules: Rules) -> Rule:
 
 
 def _compiled(rules: Rules) -> Rule:
-    """The primal as one compiled program for each static value, of which the latest are kept.
+    """The primal as one compiled program for each static value that comes again.
 
-    A jit with a static argument would keep thousands of programs, a megabyte each, of a slope or
-    a rate that changes from step to step.
+    A slope or a rate that changes from step to step would be compiled anew in each, and a jit with
+    a static argument would keep thousands of programs, a megabyte each: the latest are kept.
     """
 
     @functools.lru_cache(_KEPT_PROGRAMS)
     def of_static(static: Any) -> Rule:
-        return jax.jit(_named(rules.name, functools.partial(rules.primal, static)))
+        primal = functools.partial(rules.primal, static)
+        program, calls = jax.jit(_named(rules.name, primal)), itertools.count()
+        return lambda *arrays: (program if next(calls) else primal)(*arrays)
 
     return lambda static, *arrays: of_static(static)(*arrays)
 

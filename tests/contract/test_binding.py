@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
 import flax_customgrad as fcg
-from flax_customgrad.contract import binding
+from flax_customgrad.contract import binding, compat
 
 W = jnp.array([[0.5, -1.0, 2.0], [1.5, 0.3, -0.7], [0.2, 0.8, -0.4]])
 X = jnp.array([[0.1, -0.2, 0.4], [1.0, 0.5, -0.6]])
@@ -292,6 +292,19 @@ def test_an_operation_of_the_library_is_traced_once_for_arguments_of_a_kind(prim
     layer = fcg.Linear(7, 7, rngs=nnx.Rngs(0))
     jax.jit(lambda x: layer(layer(layer(x)))).lower(jnp.ones((2, 7)))
     assert len(traced) == 1
+
+
+def test_outside_of_a_trace_a_call_that_comes_again_is_one_program(primitive):
+    calls = []
+
+    def rule(static, x):
+        calls.append(compat.is_traced(x))
+        return 2 * x
+
+    op = binding.bind(binding.Rules("twice", rule, rule, rule, is_pure=True))
+    for slope in (1, 2, 1, 1):
+        np.testing.assert_array_equal(op(slope, X), 2 * X)
+    assert calls == [False, False, True]
 
 
 def test_programs_of_static_values_that_come_no_more_are_freed(primitive, monkeypatch):
