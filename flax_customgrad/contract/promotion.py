@@ -7,16 +7,19 @@ meets its input, are meant; so they are allowed there, and only there.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-def promoting(function: Callable[..., Any]) -> Callable[..., Any]:
+
+def promoting(function: F) -> F:
     """A function that promotes dtypes and ranks as JAX does by default.
 
     Args:
-        function: the function of an operation, its forward or its backward.
+        function: the function of an operation, its forward or its backward; or one that prepares
+            what an operation takes, such as the search for the nearest code.
     """
 
     @functools.wraps(function)
@@ -27,4 +30,4 @@ def promoting(function: Callable[..., Any]) -> Callable[..., Any]:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return function(*args, **kwargs)
 
-    return call
+    return cast(F, call)

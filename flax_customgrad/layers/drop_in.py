@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes as nnx_dtypes
 
 from flax_customgrad.numerics import dtypes
+from flax_customgrad.numerics.broadcasting import broadcasts
 from flax_customgrad.numerics.interception import products_are_intercepted
 
 Parameters = Mapping[str, jax.Array]
@@ -99,3 +101,33 @@ def has_own_bias(layer: Any, params: Parameters, shape: tuple[int, ...]) -> bool
     """
     bias = params.get("bias")
     return bias is None or (bool(layer.use_bias) and bias.shape == shape)
+
+
+def with_own_bias(layer: Any, params: Parameters, shape: tuple[int, ...]) -> Parameters:
+    """The parameters of a layer that is not left to nnx, with a bias as its constructor makes it.
+
+    One that was put in by hand is broadcast, as nnx does; one that `use_bias` switches off is left
+    out.
+
+    Args:
+        layer: a layer with `use_bias`.
+        params: its parameters.
+        shape: the shape of the bias that its constructor makes for its kernel.
+
+    Raises:
+        ValueError: the bias does not broadcast to that shape.
+    """
+    if has_own_bias(layer, params, shape):
+        return params
+    others = {name: p for name, p in params.items() if name != "bias"}
+    if not layer.use_bias:
+        return nnx.State(others)
+    bias = params["bias"]
+    while bias.ndim > len(shape) and bias.shape[0] == 1:
+        bias = bias[0]
+    if not broadcasts(bias.shape, shape):
+        raise ValueError(
+            f"{type(layer).__name__}: the bias has shape {params['bias'].shape}, which does not "
+            f"broadcast to {shape}: give it that shape when you replace a bias or a kernel"
+        )
+    return nnx.State({**others, "bias": jnp.broadcast_to(bias, shape)})

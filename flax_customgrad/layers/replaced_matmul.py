@@ -13,7 +13,7 @@ from flax.nnx.nn import dtypes
 from jax import lax
 
 from flax_customgrad.contract.compat import set_class
-from flax_customgrad.layers.drop_in import Parameters, parameters
+from flax_customgrad.layers.drop_in import Parameters, parameters, with_own_bias
 from flax_customgrad.numerics.dtypes import as_array, is_supported_dtype, is_supported_float
 
 L = TypeVar("L", bound=nnx.Module)
@@ -54,11 +54,12 @@ def checked(layer: Any, params: Parameters, x: Any) -> tuple[Parameters, jax.Arr
         x: the input of the layer, a floating array of JAX or NumPy.
 
     Returns:
-        `params`, and x as an array of JAX.
+        `params`, with a bias of the layer's own shape, and x as an array of JAX.
 
     Raises:
         TypeError: x or a parameter is not a real floating array of 16 bits or more, or the dtype
             of the layer is none of one.
+        ValueError: the bias does not broadcast to that of the constructor.
     """
     x, dtype = as_array(x), getattr(layer, "dtype", None)
     if dtype is not None and not is_supported_dtype(dtype):
@@ -72,7 +73,19 @@ def checked(layer: Any, params: Parameters, x: Any) -> tuple[Parameters, jax.Arr
                 f"{type(layer).__name__} quantizes float16, bfloat16, float32 and float64; {name} "
                 f"is {getattr(array, 'dtype', type(array).__name__)}: cast it first"
             )
+    # An Einsum gives the elements of its bias the shape that the equation says, as nnx does.
+    if "bias" in params and not isinstance(layer, nnx.Einsum):
+        params = with_own_bias(layer, params, _bias_shape(layer, params["kernel"].shape))
     return params, x
+
+
+def _bias_shape(layer: Any, kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the bias that the constructor of a layer makes for a kernel."""
+    if isinstance(layer, nnx.LinearGeneral):
+        return (*kernel[: len(layer.batch_axis)], *layer.out_features)
+    if isinstance(layer, nnx.ConvTranspose):
+        return (layer.out_features,)
+    return kernel[-1:]
 
 
 def adopt(cls: type[L], layer: Any, reference: type) -> L:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_customgrad.contract.compat import is_traced
+from flax_customgrad.contract.promotion import promoting
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import check_positive
 from flax_customgrad.numerics.broadcasting import broadcasts
@@ -49,6 +50,7 @@ def perturb(logits: jax.Array, noise: jax.Array | None) -> jax.Array:
     return z if noise is None else z + noise.astype(z.dtype)
 
 
+@promoting
 def check_logits_and_temperature(
     name: str, logits: Any, temperature: Any, axis: int, k: int = 1
 ) -> tuple[jax.Array, Any]:

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_customgrad.contract.promotion import promoting
 from flax_customgrad.estimators.codebook.moving_average import MovingAverage, partition_specs
 from flax_customgrad.numerics.sharding import AxisName, with_auto_axes
 
 
+@promoting
 def replace_dead_codes(
     state: MovingAverage,
     z: jax.Array,
@@ -62,8 +64,8 @@ def _draw_vectors(
     z = z.reshape(-1, z.shape[-1])
     order = jax.random.permutation(key, len(z))
     if mask is not None:
-        # What is left out comes last, and is nothing to draw.
-        z = jnp.where(mask.reshape(-1, 1), z, jnp.nan)
+        # What is left out comes last, and is nothing to draw: it is not finite.
+        z = jnp.where(mask.reshape(-1, 1), z, jnp.inf)
         order = order[jnp.argsort(~mask.reshape(-1)[order], stable=True)]
     rank = jnp.cumsum(is_dead) - 1  # among the dead codes
     devices, device = 1, 0

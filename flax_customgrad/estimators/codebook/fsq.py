@@ -29,6 +29,7 @@ from flax import nnx
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.contract.promotion import promoting
 from flax_customgrad.estimators.codebook.codebook_arguments import check_vectors
 from flax_customgrad.estimators.codebook.usage import Quantized, measure_usage
 from flax_customgrad.numerics.dtypes import widened
@@ -140,6 +141,7 @@ class FSQ(nnx.Module):
         self.levels = levels
         self.num_codes = num_codes
 
+    @promoting
     def __call__(self, z: jax.Array) -> Quantized:
         """Quantizes vectors.
 
@@ -163,6 +165,7 @@ class FSQ(nnx.Module):
         loss = jnp.zeros((), jnp.float32)
         return Quantized(values, indices, loss, *measure_usage(indices, self.num_codes))
 
+    @promoting
     def indices_to_codes(self, indices: jax.Array) -> jax.Array:
         """The codes that have certain numbers.
 

@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_customgrad.contract.promotion import promoting
 from flax_customgrad.estimators.codebook.moving_average import MovingAverage
 from flax_customgrad.estimators.codebook.nearest_code import nearest_code
 from flax_customgrad.estimators.codebook.quantize_vectors import sum_by_code
 from flax_customgrad.estimators.codebook.usage import count_by_code
 
 
+@promoting
 def k_means(
     z: jax.Array, num_codes: int, iterations: int, key: jax.Array, mask: jax.Array | None
 ) -> MovingAverage:

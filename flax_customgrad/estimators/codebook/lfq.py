@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.contract.promotion import promoting
 from flax_customgrad.estimators.codebook.code_entropy import code_entropy
 from flax_customgrad.estimators.codebook.codebook_arguments import check_vectors
 from flax_customgrad.estimators.codebook.usage import Quantized, measure_usage
@@ -150,6 +151,7 @@ class LFQ(nnx.Module):
         self.commitment = commitment
         self.axis_name = axis_name
 
+    @promoting
     def __call__(self, z: jax.Array) -> Quantized:
         """Quantizes vectors.
 
@@ -177,6 +179,7 @@ class LFQ(nnx.Module):
             values, indices, loss, *measure_usage(indices, self.num_codes, self.axis_name)
         )
 
+    @promoting
     def indices_to_codes(self, indices: jax.Array) -> jax.Array:
         """The codes that have certain numbers.
 

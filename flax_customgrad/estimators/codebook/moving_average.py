@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_customgrad.contract.promotion import promoting
 from flax_customgrad.estimators.codebook.quantize_vectors import sum_by_code
 from flax_customgrad.estimators.codebook.usage import count_by_code
 from flax_customgrad.numerics.sharding import AxisName, explicit_spec, with_auto_axes
@@ -38,6 +39,7 @@ class MovingAverage(NamedTuple):
     sums: jax.Array
 
 
+@promoting
 def update_moving_average(
     state: MovingAverage,
     z: jax.Array,

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from flax_customgrad.contract.promotion import promoting
 from flax_customgrad.numerics.dtypes import widened
 from flax_customgrad.numerics.scaling import magnitude
 from flax_customgrad.numerics.sharding import explicit_spec, with_auto_axes
@@ -35,6 +36,7 @@ _PRODUCTS = 2**22
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 64, 4096
 
 
+@promoting
 def nearest_code(x: jax.Array, codes: jax.Array, block: int | None = None) -> jax.Array:
     """The number of the code nearest to each vector; of equally near ones the first.
 

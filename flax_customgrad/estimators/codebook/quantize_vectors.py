@@ -147,7 +147,7 @@ def remainder(
     Returns:
         Array like z, float32 or wider.
     """
-    z, q = widened(jnp.result_type(z, codes), z, gather_codes(codes, indices, z))
+    z, q = widened(jnp.result_type(z, codes), z, gather_codes(codes, indices, z, mask))
     return where_mask(mask, z - q)
 
 
@@ -180,24 +180,30 @@ def _remainders(
 def _sum_of_codes(z: jax.Array, codebooks: Codebooks, indices: Indices, masks: Masks) -> jax.Array:
     """`q`, in the dtype of `z`."""
     codes = (
-        where_mask(mask, gather_codes(c, k, z))
+        where_mask(mask, gather_codes(c, k, z, mask))
         for c, k, mask in zip(codebooks, indices, masks, strict=True)
     )
     first, *others = widened(jnp.result_type(z, *codebooks), *codes)
     return sum(others, first).astype(z.dtype)
 
 
-def gather_codes(codes: jax.Array, indices: jax.Array, like: jax.Array) -> jax.Array:
+def gather_codes(
+    codes: jax.Array, indices: jax.Array, like: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
     """The codes that have certain numbers.
 
     Args:
         codes: array of shape (num_codes, features), float.
         indices: int32 array of any shape; a number that no code has gives NaN.
         like: array of shape (*indices.shape, features) whose sharding the result has.
+        mask: bool array of shape (*indices.shape,), false where any code will do; or None.
 
     Returns:
         Array of shape (*indices.shape, features), in the dtype of codes.
     """
+    if mask is not None:
+        # `jax_debug_nans` would find the NaN of a number that is left out.
+        indices = jnp.where(mask, indices, 0)
 
     def take(codes: jax.Array, indices: jax.Array) -> jax.Array:
         return jnp.take(codes, indices, axis=0, mode="fill", fill_value=jnp.nan)

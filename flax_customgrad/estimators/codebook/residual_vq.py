@@ -198,11 +198,11 @@ class ResidualVQ(nnx.Module):
             )
         found = []
         for i, stage in enumerate(self.stages[: indices.shape[-1]]):
-            numbers, (codes,) = (
-                indices[..., i],
-                widened(jnp.float32, stage.indices_to_codes(indices[..., i])),
-            )
-            found.append(where_mask(numbers != stage.num_codes, codes) if i else codes)
+            numbers = indices[..., i]
+            used = numbers != stage.num_codes if i else None
+            numbers = numbers if used is None else jnp.where(used, numbers, 0)
+            (codes,) = widened(jnp.float32, stage.indices_to_codes(numbers))
+            found.append(where_mask(used, codes))
         return sum(found[1:], found[0])
 
     def initialize_codebook(

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.scipy.special import entr
 from jax.sharding import PartitionSpec
 
+from flax_customgrad.contract.promotion import promoting
 from flax_customgrad.numerics.sharding import AxisName, with_auto_axes
 
 _MOST_COUNTED = 2**24
@@ -63,6 +63,7 @@ def measure_usage(indices: jax.Array, num_codes: int, axis_name: AxisName = None
     return Usage(codebook_perplexity(n), jnp.mean(n > 0, dtype=jnp.float32))
 
 
+@promoting
 def codebook_perplexity(counts: jax.Array) -> jax.Array:
     """The perplexity of a codebook: exp of the entropy of how often its codes occur.
 
@@ -73,7 +74,8 @@ def codebook_perplexity(counts: jax.Array) -> jax.Array:
         A float32 number from 1 to num_codes; 1 where nothing occurs.
     """
     p = counts.astype(jnp.float32) / jnp.maximum(jnp.sum(counts), 1)
-    return jnp.exp(jnp.sum(entr(p))).astype(jnp.float32)
+    # The logarithm of 0 times 0, which `jax_debug_nans` would find, is not computed.
+    return jnp.exp(-jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1)))).astype(jnp.float32)
 
 
 def count_by_code(indices: jax.Array, num_codes: int) -> jax.Array:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from flax_customgrad.contract.promotion import promoting
 from flax_customgrad.estimators.codebook.codebook_arguments import check_mask, check_vectors
 from flax_customgrad.estimators.codebook.dead_codes import replace_dead_codes
 from flax_customgrad.estimators.codebook.k_means import k_means
@@ -288,6 +289,7 @@ class VectorQuantizer(nnx.Module):
             variable[...] = value
 
 
+@promoting
 def unit_vectors(x: jax.Array) -> jax.Array:
     """Vectors scaled to unit norm; zeros stay zeros.
 

@@ -31,10 +31,16 @@ from flax_customgrad.estimators.sparse.n_m import (
     check_pattern,
     n_m_sparsify,
 )
-from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
+from flax_customgrad.layers.drop_in import (
+    Parameters,
+    has_custom_product,
+    has_own_bias,
+    parameters,
+)
 from flax_customgrad.layers.linear.linear import Linear, linear
 from flax_customgrad.layers.replaced_matmul import adopt
 from flax_customgrad.numerics.accumulation import total
+from flax_customgrad.numerics.dtypes import as_array
 from flax_customgrad.numerics.products import MatmulConfig, input_gradient, parameter_gradient
 
 
@@ -102,9 +108,9 @@ class NMSparseLinear(Linear):
     """`Linear` with N:M sparsity: of every m consecutive weights of an output, n are used.
 
     Parameters, their names and initial values are those of `flax.nnx.Linear`; the kernel that is
-    trained is dense, and pruned in each call. `sparse_kernel` is the one to deploy. With a
-    `dot_general` or `promote_dtype` of the user's own, and for integer or complex inputs, nnx
-    computes the product and JAX differentiates that, with the same gradient of the pruning.
+    trained is dense, and pruned in each call. `sparse_kernel` is the one to deploy. Where `Linear`
+    leaves the product to nnx, for a `dot_general` of the user's own or a bias of another shape, so
+    does this one: JAX differentiates that, with the same gradient of the pruning.
 
     Attributes:
         n: how many of every m weights along the inputs are used.
@@ -226,16 +232,16 @@ class NMSparseLinear(Linear):
         Returns:
             Array of shape (..., out_features), in `dtype` or the promoted dtype.
         """
-        injected = (
+        x, params = as_array(inputs), parameters(self, "kernel", "bias")
+        if (
             self.dot_general is not lax.dot_general
-            or self.promote_dtype is not dtypes.promote_dtype
-        )
-        params = parameters(self, "kernel", "bias")
-        if injected or not has_custom_backward(inputs, params):
+            or not has_own_bias(self, params, params["kernel"].shape[1:])
+            or not has_custom_product(self, x, params)
+        ):
             return self._with_sparse_kernel(inputs, out_sharding)
         config = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         decay = check_decay("NMSparseLinear", self.decay)
-        return sparse_linear(params, inputs, decay, Pattern(self.n, self.m, 0), config)
+        return sparse_linear(params, x, decay, Pattern(self.n, self.m, 0), config)
 
     def _with_sparse_kernel(self, inputs: jax.Array, out_sharding: Any) -> jax.Array:
         dense = self.kernel[...]

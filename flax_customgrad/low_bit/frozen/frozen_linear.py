@@ -25,7 +25,12 @@ from jax import lax
 
 from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
+from flax_customgrad.layers.drop_in import (
+    Parameters,
+    has_custom_backward,
+    parameters,
+    with_own_bias,
+)
 from flax_customgrad.layers.linear.linear import Linear
 from flax_customgrad.layers.replaced_matmul import refuse_injected
 from flax_customgrad.layers.stacked import for_each, stack_axes, unstack
@@ -294,8 +299,10 @@ class FrozenLinear(nnx.Module):
             Array of shape (..., out_features), in `dtype` or the promoted dtype.
         """
         inputs, params = as_array(inputs), parameters(self, "bias")
+        params = with_own_bias(self, params, (self.out_features,))
         config = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
-        apply = frozen_linear if has_custom_backward(inputs, params) else frozen_linear.fun
+        is_own = has_custom_backward(inputs, params, self.dtype)
+        apply = frozen_linear if is_own else frozen_linear.fun
         return apply(params, self._stored, inputs, config, self.form)
 
     @property

@@ -33,7 +33,12 @@ from jax import lax
 
 from flax_customgrad.contract.compat import set_class
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
+from flax_customgrad.layers.drop_in import (
+    Parameters,
+    has_custom_backward,
+    parameters,
+    with_own_bias,
+)
 from flax_customgrad.layers.linear.linear import Linear
 from flax_customgrad.low_bit.frozen.frozen_linear import (
     Form,
@@ -316,8 +321,10 @@ class QLoRALinear(NF4Linear):
             Array of shape (..., out_features), in `dtype` or the promoted dtype.
         """
         inputs, params = as_array(inputs), parameters(self, "lora_a", "lora_b", "bias")
+        params = with_own_bias(self, params, (self.out_features,))
         config = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
-        apply = qlora_linear if has_custom_backward(inputs, params) else qlora_linear.fun
+        is_own = has_custom_backward(inputs, params, self.dtype)
+        apply = qlora_linear if is_own else qlora_linear.fun
         return apply(params, self._stored, inputs, self._factor, config, self.form)
 
     @property

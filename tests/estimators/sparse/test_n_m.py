@@ -273,3 +273,17 @@ def test_a_sparse_layer_learns():
     for _ in range(200):
         step(layer)
     np.testing.assert_allclose(layer.sparse_kernel, target, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (1,), ()])
+def test_a_replaced_bias_and_a_variable_as_the_input_mean_what_they_mean_in_nnx(shape):
+    def gradients(layer):
+        layer.bias = nnx.Param(jnp.full(shape, 0.5))
+        x = nnx.Param(jnp.linspace(-1, 1, 16).reshape(2, 8))
+        found = nnx.grad(lambda layer, x: jnp.sum(jnp.square(layer(x))), argnums=(0, 1))(layer, x)
+        return jax.tree.leaves(found)
+
+    sparse = fcg.NMSparseLinear(8, 3, n=4, m=4, rngs=nnx.Rngs(0))  # which prunes nothing
+    expected = gradients(nnx.Linear(8, 3, rngs=nnx.Rngs(0)))
+    for a, b in zip(gradients(sparse), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
