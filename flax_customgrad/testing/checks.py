@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flax_customgrad.contract.arguments import by_path
-from flax_customgrad.testing.comparison import ALONE, SHARD_MAP, Comparison, Fn, Skip
+from flax_customgrad.testing.compare import ALONE, SHARD_MAP, Comparison, Fn, Skip
 from flax_customgrad.testing.problem import Gradient, Problem, replaced, weigh
 
 _BATCH = 2

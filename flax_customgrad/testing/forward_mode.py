@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 
-from flax_customgrad.testing.comparison import Comparison, Fn, Skip
+from flax_customgrad.testing.compare import Comparison, Fn, Skip
 from flax_customgrad.testing.problem import Gradient, Problem
 
 REQUIRED = True

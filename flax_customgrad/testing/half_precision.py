@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_customgrad.testing.comparison import Comparison, Fn
+from flax_customgrad.testing.compare import Comparison, Fn
 from flax_customgrad.testing.difference import relative_error
 from flax_customgrad.testing.problem import Gradient, Problem, floating
 

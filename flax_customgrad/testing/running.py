@@ -11,7 +11,7 @@ import numpy as np
 
 from flax_customgrad.contract import compat
 from flax_customgrad.testing import failures
-from flax_customgrad.testing.comparison import SHARD_MAP, TOGETHER, Comparison, Fn, Skip
+from flax_customgrad.testing.compare import SHARD_MAP, TOGETHER, Comparison, Fn, Skip
 from flax_customgrad.testing.difference import not_finite, relative_error
 from flax_customgrad.testing.problem import Gradient, Problem
 from flax_customgrad.testing.report import Row

@@ -100,12 +100,15 @@ def _shared_axes(axis: Any, a: jax.Array) -> tuple[int, ...]:
 
 def _fake_quant(layer: Any, p: Params, x: jax.Array, g: jax.Array) -> jax.Array:
     low, high = layer.integers
-    if layer.dynamic:
+    if layer.dynamic is not False:
         s = jnp.max(jnp.abs(x), _shared_axes(layer.granularity.axis, x), keepdims=True) / high
         return straight_through(x, s * jnp.round(x / s))
     s = (layer.high[...] - layer.low[...]) / (high - low)
     z = jnp.round(-layer.low[...] / s)
-    inside = jnp.where((x / s + z >= low) & (x / s + z <= high), x, _constant(x))
+    # The recorded range, and what rounding its zero point adds at one end.
+    least = jnp.minimum(layer.low[...], (low - z) * s)
+    largest = jnp.maximum(layer.high[...], (high - z) * s)
+    inside = jnp.where((x >= least) & (x <= largest), x, _constant(x))
     return straight_through(inside, s * (jnp.clip(jnp.round(x / s) + z, low, high) - z))
 
 
