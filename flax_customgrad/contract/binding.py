@@ -11,7 +11,8 @@ primitive of `jax.experimental.hijax` with every rule that JAX asks for, made of
     vmap            the three under `jax.vmap`, or the operation with one more leading axis
 
 `jax.custom_vjp`, which has reverse mode alone, takes what a primitive cannot: a JAX without such
-primitives, arguments that are `jax.Ref`s, and a primal that closes over values of a trace.
+primitives, arguments that are `jax.Ref`s, and a primal that closes over values of a trace or
+branches in Python on a value.
 """
 
 import functools
@@ -154,8 +155,17 @@ def _with_known_signature(method: Rule) -> Rule:
 def _operation(
     rules: Rules, types: tuple[Any, ...], with_leading_axis: Rule | None = None
 ) -> "_Operation | None":
-    """The primitive for arrays of some types; None if the primal closes over a trace."""
-    traced, shapes = jax.make_jaxpr(rules.primal, return_shape=True)(*types)
+    """The primitive for arrays of some types; None where JAX cannot trace the primal on its own.
+
+    It may close over values of a trace, or branch in Python on a value, which is known where
+    `jax.grad` runs eagerly.
+    """
+    try:
+        traced, shapes = jax.make_jaxpr(rules.primal, return_shape=True)(*types)
+    except Exception as error:
+        if compat.is_concrete_value_error(error):
+            return None
+        raise
     if any(map(compat.is_traced, traced.consts)):
         return None
     structure = jax.tree.structure(shapes)

@@ -124,8 +124,8 @@ class Guard:
             written: what it wrote.
 
         Returns:
-            The positions of the arrays on which the output depends; none where a `jax.Ref` is
-            among them, for JAX traces no function of one anew.
+            The positions of the arrays on which the output depends; none where JAX cannot trace
+            the function on its own, as with a `jax.Ref` among the arrays.
 
         Raises:
             TypeError: fwd returns or writes something else.
@@ -136,7 +136,12 @@ class Guard:
         key = (call, tuple((aval.shape, aval.dtype) for aval in avals))
         if key not in self._traced:
             primal = functools.partial(self._primal, call)
-            self._traced[key] = traced_function.trace(primal, arrays)
+            try:
+                self._traced[key] = traced_function.trace(primal, arrays)
+            except Exception as error:
+                if compat.is_concrete_value_error(error):
+                    return frozenset()  # it branches in Python on a value, which is known here
+                raise
         self._traced[key].check_fwd(self._name, out, written)
         return self._traced[key].needed
 

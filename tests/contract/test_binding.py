@@ -284,6 +284,18 @@ def test_a_primal_closes_over_values_of_a_trace():
     np.testing.assert_array_equal(grad, [3, 3])
 
 
+def test_a_primal_branches_in_python_on_a_value():
+    @fcg.custom_vjp
+    def op(x):
+        return jnp.sin(x) if x > 0 else jnp.cos(x)
+
+    op.defvjp(lambda x: (op(x), x), lambda x, g: (10 * g * x,))
+    assert jax.value_and_grad(op)(2.0) == (jnp.sin(2.0), 20)
+    assert jax.value_and_grad(op)(-2.0) == (jnp.cos(-2.0), -20)
+    with pytest.raises(jax.errors.TracerBoolConversionError):
+        jax.jit(jax.grad(op))(2.0)
+
+
 def test_an_operation_of_the_library_is_traced_once_for_arguments_of_a_kind(primitive, monkeypatch):
     traced = []
     monkeypatch.setattr(
