@@ -17,7 +17,6 @@ branches in Python on a value.
 
 import functools
 import inspect
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -53,6 +52,8 @@ class Rules(NamedTuple):
             is its transpose.
         is_pure: what `primal` returns depends on its arguments alone: calls with arguments of the
             same types share one trace, and outside of any trace one compiled program.
+        has_rate: called with the static value; whether it holds a number that may change from call
+            to call. Such a call is not compiled outside of a trace.
         shared: called with the static value; of an operation that takes any number of leading
             axes, the number of leading arrays that do not have them.
     """
@@ -63,6 +64,7 @@ class Rules(NamedTuple):
     backward: Rule
     is_surrogate: bool = False
     is_pure: bool = False
+    has_rate: Callable[[Any], bool] = lambda static: False
     shared: Callable[[Any], int] | None = None
 
 
@@ -107,17 +109,16 @@ def bind(rules: Rules) -> Rule:
 
 
 def _compiled(rules: Rules) -> Rule:
-    """The primal as one compiled program for each static value that comes again.
+    """The primal as one compiled program for each static value, of which the latest are kept.
 
-    A slope or a rate that changes from step to step would be compiled anew in each, and a jit with
-    a static argument would keep thousands of programs, a megabyte each: the latest are kept.
+    A jit with a static argument would keep thousands of them, a megabyte each. A slope or a rate
+    may change from step to step, and would be compiled anew in each.
     """
 
     @functools.lru_cache(_KEPT_PROGRAMS)
     def of_static(static: Any) -> Rule:
         primal = functools.partial(rules.primal, static)
-        program, calls = jax.jit(_named(rules.name, primal)), itertools.count()
-        return lambda *arrays: (program if next(calls) else primal)(*arrays)
+        return primal if rules.has_rate(static) else jax.jit(_named(rules.name, primal))
 
     return lambda static, *arrays: of_static(static)(*arrays)
 

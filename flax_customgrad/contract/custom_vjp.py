@@ -157,6 +157,7 @@ class CustomVJP:
                 is_surrogate=surrogate,
                 # What a user's function closes over may differ from call to call.
                 is_pure=is_own,
+                has_rate=_has_rate,
                 shared=_size_of_first if leading_axes else None,
             )
         )
@@ -368,6 +369,11 @@ class CustomVJP:
         if self._guard is not None and differentiated is not None:
             self._guard.check_left_out(left_out, needed, differentiated)
         return checked
+
+
+def _has_rate(call: Static) -> bool:
+    """Whether an argument of a call is a floating number of Python."""
+    return any(isinstance(leaf, float) for leaf in call.value.static_leaves)
 
 
 def _size_of_first(call: Static) -> int:

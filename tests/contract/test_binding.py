@@ -306,17 +306,20 @@ def test_an_operation_of_the_library_is_traced_once_for_arguments_of_a_kind(prim
     assert len(traced) == 1
 
 
-def test_outside_of_a_trace_a_call_that_comes_again_is_one_program(primitive):
+def test_outside_of_a_trace_a_call_is_one_program_unless_it_has_a_rate(primitive):
     calls = []
 
     def rule(static, x):
         calls.append(compat.is_traced(x))
         return 2 * x
 
-    op = binding.bind(binding.Rules("twice", rule, rule, rule, is_pure=True))
-    for slope in (1, 2, 1, 1):
-        np.testing.assert_array_equal(op(slope, X), 2 * X)
-    assert calls == [False, False, True]
+    rules = binding.Rules(
+        "twice", rule, rule, rule, is_pure=True, has_rate=lambda rate: isinstance(rate, float)
+    )
+    op = binding.bind(rules)
+    for static in (1, 1, 0.5, 0.5):
+        np.testing.assert_array_equal(op(static, X), 2 * X)
+    assert calls == [True, False, False]
 
 
 def test_programs_of_static_values_that_come_no_more_are_freed(primitive, monkeypatch):
