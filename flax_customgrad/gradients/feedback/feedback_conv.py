@@ -35,7 +35,6 @@ from flax_customgrad.layers.conv.conv import Conv
 from flax_customgrad.layers.conv.conv_arguments import (
     check_conv_inputs,
     parameters_with_mask_applied,
-    with_one_batch_axis,
 )
 from flax_customgrad.layers.conv.convolution import convolution
 from flax_customgrad.layers.replaced_matmul import adopt
@@ -192,8 +191,4 @@ class FeedbackConv(Conv):
         if self.mask is not None:
             feedback *= self.mask
         config = self._config(images, out_sharding)
-
-        def run(x: jax.Array) -> jax.Array:
-            return apply_with_feedback(params, feedback, x, convolution, config)
-
-        return with_one_batch_axis(run, images, len(self.kernel_size))
+        return apply_with_feedback(params, feedback, images, convolution, config)

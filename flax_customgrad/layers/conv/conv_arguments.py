@@ -1,8 +1,7 @@
 """The arguments of convolution layers: one number per axis, padding, masks, and their errors."""
 
 import contextlib
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -95,23 +94,6 @@ def has_own_shapes(layer: Any, params: Parameters) -> bool:
         and params["kernel"].shape[-2:] == features
         and has_own_bias(layer, params, (layer.out_features,))
     )
-
-
-def with_one_batch_axis(
-    run: Callable[[jax.Array], jax.Array], inputs: jax.Array, rank: int
-) -> jax.Array:
-    """Applies a function of images with one batch axis to images with any number of them, or none.
-
-    Args:
-        run: from (batch, *size, features) to (batch, *out, features).
-        inputs: array of shape (..., *size, features).
-        rank: the number of axes of space.
-    """
-    lead = inputs.shape[: inputs.ndim - rank - 1]
-    if len(lead) == 1:
-        return run(inputs)
-    y = run(inputs.reshape(math.prod(lead), *inputs.shape[len(lead) :]))
-    return y.reshape(*lead, *y.shape[1:])
 
 
 def check_conv_inputs(layer: Any, inputs: jax.Array, features: int) -> None:

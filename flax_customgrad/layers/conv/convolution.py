@@ -13,7 +13,6 @@ that each of the three is one of the two maps of `geometry`. `choose_lowering` s
 them for a shape. On a CPU half precision is summed in float32 and rounded once.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +23,13 @@ from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.conv.choose_lowering import correlate, correlate_gradients
-from flax_customgrad.layers.conv.geometry import BoundaryPadding, Geometry, mirror_kernel
+from flax_customgrad.layers.conv.geometry import (
+    BoundaryPadding,
+    Geometry,
+    mirror_kernel,
+    with_batch_axes,
+    with_one_batch_axis,
+)
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.numerics.accumulation import total
 from flax_customgrad.numerics.products import MatmulConfig
@@ -45,17 +50,6 @@ class ConvConfig:
     boundary: BoundaryPadding | None
     transpose_kernel: bool
     matmul: MatmulConfig
-
-    def batch(self, images: jax.Array) -> tuple[int, ...]:
-        """The batch axes of images."""
-        return images.shape[: images.ndim - len(self.geometry.window) - 1]
-
-    def flat(self, images: jax.Array) -> jax.Array:
-        """Images with one batch axis instead of any number of them."""
-        batch = self.batch(images)
-        if len(batch) == 1:
-            return images
-        return images.reshape(math.prod(batch), *images.shape[len(batch) :])
 
 
 class Residuals(NamedTuple):
@@ -80,8 +74,9 @@ def convolution(params: Parameters, x: jax.Array, config: ConvConfig) -> jax.Arr
     Returns:
         Images of shape (*batch, *out, out_features), in the dtype of the computation.
     """
-    matmul, batch = config.matmul, config.batch(x)
-    x, kernel, bias = matmul.promote(config.flat(x), params["kernel"], params.get("bias"))
+    matmul = config.matmul
+    x, batch = with_one_batch_axis(x, len(config.geometry.window))
+    x, kernel, bias = matmul.promote(x, params["kernel"], params.get("bias"))
     y = correlate(
         _with_boundary(x, config),
         _oriented(kernel, config),
@@ -91,7 +86,7 @@ def convolution(params: Parameters, x: jax.Array, config: ConvConfig) -> jax.Arr
         matmul.out_sharding,
     )
     y = y if bias is None else y + lax.expand_dims(bias, range(y.ndim - 1))
-    return y if len(batch) == 1 else y.reshape(*batch, *y.shape[1:])
+    return with_batch_axes(y, batch)
 
 
 def _fwd(params: Parameters, x: jax.Array, config: ConvConfig) -> tuple[jax.Array, Residuals]:
@@ -100,8 +95,8 @@ def _fwd(params: Parameters, x: jax.Array, config: ConvConfig) -> tuple[jax.Arra
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None]:
     params, config, geometry = res.params, res.config, res.config.geometry
-    x, kernel = config.matmul.promote(config.flat(res.x), params["kernel"])
-    g = config.flat(g)
+    (x, _), (g, _) = (with_one_batch_axis(a, len(geometry.window)) for a in (res.x, g))
+    x, kernel = config.matmul.promote(x, params["kernel"])
     dims = chex.Dimensions(C=geometry.in_features, F=geometry.out_features)
     p = _with_boundary(x, config)  # `correlate` pads it with zeros and dilates it
     chex.assert_shape(

@@ -13,6 +13,7 @@ strides and input dilation change places, and so do the features. A transposed c
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -210,3 +211,21 @@ def mirror_kernel(kernel: jax.Array, groups: int) -> jax.Array:
     *window, c, f = kernel.shape
     kernel = lax.rev(kernel, range(len(window))).reshape(*window, c, groups, f // groups)
     return jnp.einsum("...cqf->...fqc", kernel).reshape(*window, f // groups, groups * c)
+
+
+def with_one_batch_axis(images: jax.Array, rank: int) -> tuple[jax.Array, tuple[int, ...]]:
+    """Images with one batch axis instead of any number of them, or none; and those that they had.
+
+    Args:
+        images: array of shape (*batch, *size, features).
+        rank: the number of axes of space.
+    """
+    batch = images.shape[: images.ndim - rank - 1]
+    if len(batch) == 1:
+        return images, batch
+    return images.reshape(math.prod(batch), *images.shape[len(batch) :]), batch
+
+
+def with_batch_axes(images: jax.Array, batch: tuple[int, ...]) -> jax.Array:
+    """Images with the batch axes that `with_one_batch_axis` made one of."""
+    return images if len(batch) == 1 else images.reshape(*batch, *images.shape[1:])

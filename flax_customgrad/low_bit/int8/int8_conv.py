@@ -39,10 +39,14 @@ from flax_customgrad.layers.conv.conv import Conv
 from flax_customgrad.layers.conv.conv_arguments import (
     check_conv_inputs,
     parameters_with_mask_applied,
-    with_one_batch_axis,
 )
 from flax_customgrad.layers.conv.convolution import ConvConfig, convolution
-from flax_customgrad.layers.conv.geometry import Geometry, mirror_kernel
+from flax_customgrad.layers.conv.geometry import (
+    Geometry,
+    mirror_kernel,
+    with_batch_axes,
+    with_one_batch_axis,
+)
 from flax_customgrad.layers.conv.lowerings.xla_convolution import xla_correlate
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.layers.replaced_matmul import checked
@@ -261,11 +265,9 @@ class Int8Conv(Conv, Int8Layer):
         check_conv_inputs(self, images, self.in_features)
         packed, key = self._packed, self._key()
         op = ConvolutionOp(self._config(images, out_sharding))
-
-        def run(x: jax.Array) -> jax.Array:
-            return int8_product(params, x, packed, key, op, self.rounding)
-
-        return with_one_batch_axis(run, images, len(self.kernel_size))
+        images, batch = with_one_batch_axis(images, len(self.kernel_size))
+        y = int8_product(params, images, packed, key, op, self.rounding)
+        return with_batch_axes(y, batch)
 
     def _parameters(self) -> Parameters:
         return parameters_with_mask_applied(self)
