@@ -86,11 +86,19 @@ from flax_customgrad.layers.activation.softmax import softmax
 from flax_customgrad.layers.conv.choose_lowering import use_lowering
 from flax_customgrad.layers.conv.conv import Conv
 from flax_customgrad.layers.conv.conv_transpose import ConvTranspose
+from flax_customgrad.layers.dropout.dropout import Dropout, dropout
 from flax_customgrad.layers.linear.einsum import Einsum
 from flax_customgrad.layers.linear.embed import Embed
 from flax_customgrad.layers.linear.linear import Linear
 from flax_customgrad.layers.linear.linear_general import LinearGeneral
 from flax_customgrad.layers.linear.lora import LoRA, LoRALinear
+from flax_customgrad.layers.losses.ctc_loss import ctc_loss
+from flax_customgrad.layers.losses.linear_cross_entropy import linear_cross_entropy
+from flax_customgrad.layers.losses.sigmoid_binary_cross_entropy import sigmoid_binary_cross_entropy
+from flax_customgrad.layers.losses.softmax_cross_entropy import (
+    softmax_cross_entropy,
+    softmax_cross_entropy_with_integer_labels,
+)
 from flax_customgrad.layers.normalization.batch_norm import BatchNorm
 from flax_customgrad.layers.normalization.group_norm import GroupNorm
 from flax_customgrad.layers.normalization.instance_norm import InstanceNorm
@@ -182,6 +190,7 @@ __all__ = [
     "DoReFaActivation",
     "DoReFaGradient",
     "DoReFaWeight",
+    "Dropout",
     "Einsum",
     "Embed",
     "FakeQuant",
@@ -264,7 +273,9 @@ __all__ = [
     "clip_ste",
     "codebook_perplexity",
     "convert",
+    "ctc_loss",
     "custom_vjp",
+    "dropout",
     "elu",
     "floor_ste",
     "geglu",
@@ -279,6 +290,7 @@ __all__ = [
     "hard_swish",
     "hard_tanh",
     "leaky_relu",
+    "linear_cross_entropy",
     "load_backward_state",
     "log_sigmoid",
     "log_softmax",
@@ -302,10 +314,13 @@ __all__ = [
     "round_ste",
     "selu",
     "sigmoid",
+    "sigmoid_binary_cross_entropy",
     "silu",
     "size_report",
     "soft_sign",
     "softmax",
+    "softmax_cross_entropy",
+    "softmax_cross_entropy_with_integer_labels",
     "softplus",
     "squareplus",
     "standardize",

@@ -19,7 +19,9 @@ from flax_customgrad.gradients.feedback import entries as feedback
 from flax_customgrad.gradients.shaping import entries as shaping
 from flax_customgrad.layers.activation import entries as activation
 from flax_customgrad.layers.conv import entries as conv
+from flax_customgrad.layers.dropout import entries as dropout
 from flax_customgrad.layers.linear import entries as linear
+from flax_customgrad.layers.losses import entries as losses
 from flax_customgrad.layers.normalization import entries as normalization
 from flax_customgrad.layers.pooling import entries as pooling
 from flax_customgrad.layers.weight_norms import entries as weight_norms
@@ -39,6 +41,8 @@ _FAMILIES = (
     normalization,
     weight_norms,
     activation,
+    dropout,
+    losses,
     rounding,
     categorical,
     codebook,
