@@ -16,9 +16,11 @@ from flax_customgrad.estimators.rounding import entries as rounding
 from flax_customgrad.estimators.sparse import entries as sparse
 from flax_customgrad.estimators.spiking import entries as spiking
 from flax_customgrad.gradients.feedback import entries as feedback
+from flax_customgrad.gradients.few_bit import entries as few_bit
 from flax_customgrad.gradients.shaping import entries as shaping
 from flax_customgrad.layers.activation import entries as activation
 from flax_customgrad.layers.conv import entries as conv
+from flax_customgrad.layers.invertible import entries as invertible
 from flax_customgrad.layers.linear import entries as linear
 from flax_customgrad.layers.normalization import entries as normalization
 from flax_customgrad.layers.pooling import entries as pooling
@@ -38,6 +40,7 @@ _FAMILIES = (
     pooling,
     normalization,
     weight_norms,
+    invertible,
     activation,
     rounding,
     categorical,
@@ -52,6 +55,7 @@ _FAMILIES = (
     spiking,
     shaping,
     feedback,
+    few_bit,
 )
 
 
