@@ -164,7 +164,7 @@ def dropout(
     Example:
         >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
         >>> fcg.dropout(jnp.ones(5), jax.random.key(1), 0.5).tolist()
-        [2.0, 0.0, 0.0, 2.0, 2.0]
+        [2.0, 0.0, 2.0, 2.0, 0.0]
     """
     check_word("dropout", "residual", residual, _RESIDUALS)
     x = jnp.asarray(as_array(x))
