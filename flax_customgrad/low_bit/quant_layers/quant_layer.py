@@ -142,7 +142,7 @@ class QuantLayer:
         Returns:
             Whether there is a quantizer for them that is enabled.
         """
-        if self.weight is None or not self.weight.enabled:
+        if self.weight is None or not self.weight.may_be_enabled:
             return False
         axes, weights, variable = stack_axes(self), self.to_quantize(), getattr(self, self._kernel)
         packed = {
@@ -189,7 +189,7 @@ class QuantLayer:
         quantized = [_quantized(self.weight, kernel), _quantized(self.activation, x)]
         _warn_of_zeros(self, quantized[1], x)
         values = [a.values if isinstance(a, Codes) else a for a in quantized]
-        kept = quantized if self.residuals == "quantized" else [kernel, x]
+        kept: list[Any] = quantized if self.residuals == "quantized" else [kernel, x]
         params = nnx.State({**params, self._kernel: values[0]})
         return self._shaped(
             quantized_product(params, values[1], *kept, LinearOp(op, statics, self._kernel))
@@ -206,7 +206,7 @@ def _of_nnx(cls: type) -> type:
 
 
 def _quantized(quantizer: Quantizer | None, a: jax.Array) -> Codes | jax.Array:
-    return a if quantizer is None or not quantizer.enabled else quantizer.quantize(a)
+    return a if quantizer is None else quantizer.quantize_if_enabled(a)
 
 
 def _warn_of_zeros(layer: Any, quantized: Codes | jax.Array, x: jax.Array) -> None:
