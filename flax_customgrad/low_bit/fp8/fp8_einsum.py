@@ -136,4 +136,4 @@ class Fp8Einsum(Einsum, Fp8Layer):
             matmul=MatmulConfig(self.dtype, preferred_element_type=self.preferred_element_type),
             margin=self.margin,
         )
-        return fp8_product(params, x, self._delayed_state, config)
+        return fp8_product(params, x, *self._state, config)

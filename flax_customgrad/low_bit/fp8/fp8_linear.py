@@ -140,4 +140,4 @@ class Fp8Linear(Linear, Fp8Layer):
             matmul=MatmulConfig(self.dtype, preferred_element_type=self.preferred_element_type),
             margin=self.margin,
         )
-        return fp8_product(params, x, self._delayed_state, config)
+        return fp8_product(params, x, *self._state, config)

@@ -45,8 +45,10 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import lax
 
 from flax_customgrad.layers.linear.linear import Linear
+from flax_customgrad.layers.packed_weights import PackableKernel
 from flax_customgrad.layers.replaced_matmul import adopt, operands, refuse_injected
-from flax_customgrad.layers.stacked import repeated, stack_axes
+from flax_customgrad.layers.stacked import Index, repeated, stack_axes
+from flax_customgrad.low_bit.microscaling.block_kernel import BlockKernel
 from flax_customgrad.low_bit.microscaling.scaled_blocks import (
     BlockFormat,
     ScaledBlocks,
@@ -107,7 +109,7 @@ class NVFP4(BlockFormat):
         return scaled.elements * (scales / _POWER) * scaled.factor
 
 
-class NVFP4Linear(Linear):
+class NVFP4Linear(Linear, PackableKernel):
     """`Linear` with NVFP4 operands in its product and in those of its backward.
 
     Takes what `flax.nnx.Linear` takes, but no `dot_general` or `promote_dtype` of the user's own,
@@ -236,16 +238,27 @@ class NVFP4Linear(Linear):
             TypeError: the inputs are no real floating array.
         """
         params, x = operands(self, inputs, "kernel", "bias")
-        config = BlockScaledConfig(
+        config = self._config
+        matmul = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        key = None if self.rngs is None or self.deterministic else self.rngs()
+        return scaled_linear(params, x, key, config, matmul)
+
+    @property
+    def _config(self) -> BlockScaledConfig:
+        return BlockScaledConfig(
             operands=NVFP4(),
             gradient=NVFP4(),
             squares=True,
             rotates=self.hadamard,
             residuals=self.residuals,
+            packed=self.is_packed,
         )
-        matmul = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
-        key = None if self.rngs is None or self.deterministic else self.rngs()
-        return scaled_linear(params, x, key, config, matmul)
+
+    def _pack_one(self, index: Index) -> BlockKernel:
+        config = self._config
+        return BlockKernel(
+            self.kernel[index], self.kernel, config.operands, config.kernel_axes(axis=0)
+        )
 
     def _set_rounding(
         self,
