@@ -1,9 +1,9 @@
 """`pack` and `unpack`: from a model that quantizes its weights to one that holds codes, and back.
 
 Each layer that quantizes or prunes its kernel in every call gets `PackedWeights` in its place, such
-as a `PackedKernel` or an `Int8Kernel`: integer codes, those of at most 4 bits several to a byte, and
-their scales. Everything else stays, so the outputs equal those of the model in eval mode to the bit,
-and `nnx.split`, `nnx.jit` and checkpoints go on working.
+as a `PackedKernel` or an `Int8Kernel`: codes, those of at most 4 bits several to a byte, and their
+scales. Everything else stays, so the outputs equal those of the model in eval mode to the bit, and
+`nnx.split`, `nnx.jit` and checkpoints go on working.
 """
 
 from typing import Any, TypeVar
@@ -60,7 +60,7 @@ def pack(model: M) -> M:
     if not changed:
         raise ValueError(
             "pack: no layer of the model has a quantizer for its weights, or is an Int8Linear, "
-            "Int8Conv, Fp8Linear, Fp8Einsum, MXLinear, NVFP4Linear or NMSparseLinear. Build one with "
+            "Int8Conv, Fp8Linear, Fp8Einsum, MXLinear, NVFP4Linear or NMSparseLinear. Build one as "
             "flax_customgrad.QuantLinear(..., weight=flax_customgrad.FakeQuant(8)), or turn layers "
             "into one with flax_customgrad.convert(model, rules=...)"
         )

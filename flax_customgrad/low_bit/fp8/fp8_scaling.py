@@ -46,6 +46,7 @@ from flax import nnx
 
 from flax_customgrad.contract.backward_state import BackwardState
 from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.scaling import quotient
 
 FORWARD_DTYPE = jnp.float8_e4m3fn
 """E4M3, of inputs and kernels."""
@@ -70,11 +71,12 @@ def encode_fp8(x: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
         Array of x's shape, in that dtype.
     """
     wide, largest = accumulator(x), largest_of(dtype)
-    scaled = x.astype(wide) / scale.astype(wide)
+    x = x.astype(wide)
+    # Rounded once in every program, so that a packed kernel has the codes that others compute.
     # What is finite saturates, also where x / scale is not.
-    saturated = jnp.clip(scaled, -largest, largest)
+    saturated = jnp.clip(quotient(x, scale.astype(wide)), -largest, largest)
     # XLA rounds float64 to half precision on its way to 8 bits.
-    return jnp.where(jnp.isfinite(x), saturated, scaled).astype(jnp.float32).astype(dtype)
+    return jnp.where(jnp.isfinite(x), saturated, x).astype(jnp.float32).astype(dtype)
 
 
 def largest_of(dtype: Any) -> float:

@@ -71,6 +71,7 @@ from flax_customgrad.low_bit.microscaling.small_floats import (
 from flax_customgrad.numerics.argument_checks import check_word
 from flax_customgrad.numerics.noise_stream import fork_stream
 from flax_customgrad.numerics.products import MatmulConfig
+from flax_customgrad.numerics.scaling import quotient
 
 _SMALLEST, _LARGEST = 2.0**-9, 448.0
 # Elements times scales are at most 448 6 = 21 2^7. Values are below 2^12, whose power is divided
@@ -96,10 +97,10 @@ class NVFP4(BlockFormat):
         a = jnp.where(largest == 0, 1, jnp.where(jnp.isfinite(largest), largest / power, jnp.nan))
         blocks = split_blocks(x / power, axes, self.size)
         b = jnp.max(jnp.abs(blocks), axes_in_blocks(axes), keepdims=True)
-        scales = jnp.maximum(round_to(E4M3, _LARGEST * b / a), _SMALLEST)
+        scales = jnp.maximum(round_to(E4M3, quotient(_LARGEST * b, a)), _SMALLEST)
         random = None if noise is None else split_blocks(noise, axes, self.size)
         most = _LARGEST * float(jnp.finfo(E2M1).max)
-        elements = round_to(E2M1, most * blocks / (a * scales), random)
+        elements = round_to(E2M1, quotient(most * blocks, a * scales), random)
         return ScaledBlocks(elements, encode_elements(E4M3, scales), _POWER / most * a * power)
 
     def values(self, scaled: ScaledBlocks) -> jax.Array:

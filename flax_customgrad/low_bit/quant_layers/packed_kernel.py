@@ -9,7 +9,12 @@ from flax import nnx
 from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.layers.packed_weights import Packed, PackedWeights
 from flax_customgrad.low_bit.quant_layers.latent_weights import Measured, latent_weights
-from flax_customgrad.low_bit.quantizers.codes import decode_packed, stored_width, unpacked_integers
+from flax_customgrad.low_bit.quantizers.codes import (
+    Codes,
+    decode_packed,
+    stored_width,
+    unpacked_integers,
+)
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.numerics.dtypes import in_dtype
 from flax_customgrad.numerics.packing import pack_bits, unpack_bits
@@ -54,6 +59,13 @@ class PackedKernel(PackedWeights):
         like = jax.ShapeDtypeStruct(self.shape, self.dtype)
         parameters = tuple(p[...] for p in self.parameters)
         return decode_packed(self.codes[...], parameters, self._scheme, self.bits, like)[key]
+
+    @property
+    def decoded(self) -> Codes:
+        """The values, and the codes and parameters that they come from."""
+        codes = self.codes[...]
+        codes = codes if self.bits >= 8 else unpack_bits(codes, self.bits, self.shape[-1])
+        return Codes(self[...], codes, tuple(p[...] for p in self.parameters), self._scheme)
 
     def latent(self) -> jax.Array:
         """Weights that the quantizer turns into these codes again."""

@@ -63,6 +63,10 @@ class LSQScheme(Scheme):
         """The integers times s."""
         return q * self.scale(parameters[0])
 
+    def step(self, *parameters: jax.Array) -> jax.Array | None:
+        """`s`."""
+        return self.scale(parameters[0])
+
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
         """`x` and the parameters."""
         return x, *parameters
