@@ -145,6 +145,7 @@ from flax_customgrad.low_bit.quantizers.tqt import TQT
 from flax_customgrad.low_bit.quantizers.ttq import TTQ
 from flax_customgrad.model.calibrate import calibrate
 from flax_customgrad.model.convert import Rule, Where, convert, revert
+from flax_customgrad.model.fold_batch_norm import fold_batch_norm
 from flax_customgrad.model.pack import pack, unpack
 from flax_customgrad.model.size import Size, SizeReport, size_report
 from flax_customgrad.registry import moved
@@ -274,6 +275,7 @@ __all__ = [
     "custom_vjp",
     "elu",
     "floor_ste",
+    "fold_batch_norm",
     "geglu",
     "gelu",
     "glu",

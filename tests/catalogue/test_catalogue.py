@@ -49,6 +49,7 @@ NO_LAYERS = {
     "codebook_perplexity",
     "convert",
     "custom_vjp",
+    "fold_batch_norm",
     "load_backward_state",
     "nearest_code",
     "pack",
