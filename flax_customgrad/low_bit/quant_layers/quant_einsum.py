@@ -122,10 +122,10 @@ class QuantEinsum(Einsum, QuantLayer):
         Raises:
             TypeError: the inputs are not floating.
             ValueError: there is no equation, it does not fit inputs and kernel, or it repeats a
-                label within an operand or broadcasts an axis of size 1.
+                label within an operand or broadcasts an axis of size 1; or a bias that was replaced
+                has another number of elements than the outputs of the kernel.
         """
         params, x = self._operands(inputs)
-        kernel = params["kernel"]
-        equation = self._regular_equation(einsum_str, x, kernel)
+        equation = self._regular_equation(einsum_str, x, params)
         how = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         return self._product(params, x, einsum, equation, how)
