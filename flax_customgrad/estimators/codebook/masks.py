@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from flax_customgrad.contract.promotion import promoting
 from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.sizes import at_least_one
 
 
 def where_mask(mask: jax.Array | None, vectors: jax.Array) -> jax.Array:
@@ -39,5 +40,5 @@ def count_vectors(z: jax.Array, mask: jax.Array | None) -> Any:
         mask: bool array of shape (...), which of them count; or None for all.
     """
     if mask is None:
-        return max(1, z.size // z.shape[-1])
+        return at_least_one(z.size // z.shape[-1])
     return jnp.maximum(1, jnp.sum(mask, dtype=accumulator(z)))

@@ -283,7 +283,7 @@ class VectorQuantizer(nnx.Module):
             indices = jnp.where(mask, indices, self.num_codes)
         if use_running_average is None:
             use_running_average = self.use_running_average
-        if self.learning == "ema" and not use_running_average and z.size:
+        if self.learning == "ema" and not use_running_average and 0 not in z.shape:
             self._update_codebook(lax.stop_gradient(z), indices, mask)
         return codes, indices
 

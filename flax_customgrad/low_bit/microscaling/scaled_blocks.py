@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flax_customgrad.low_bit.microscaling.small_floats import decode_elements, encode_elements
 from flax_customgrad.numerics.packing import is_packable, pack_bits, unpack_bits
 from flax_customgrad.numerics.sharding import explicit_sharding
+from flax_customgrad.numerics.sizes import is_known
 
 
 class ScaledBlocks(NamedTuple):
@@ -143,9 +144,11 @@ def _split(x: jax.Array, axis: int, size: int) -> jax.Array:
             x = jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
         spec.insert(axis + 1, None)
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
-    if missing := -x.shape[axis] % size:
+    blocks = -(-x.shape[axis] // size)
+    missing = blocks * size - x.shape[axis]
+    if not is_known(missing) or missing:
         x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
-    shape = (*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])
+    shape = (*x.shape[:axis], blocks, size, *x.shape[axis + 1 :])
     return lax.reshape(x, shape, out_sharding=sharding)
 
 
