@@ -44,6 +44,7 @@ from flax_customgrad.estimators.rounding.scaled_sign import MagnitudeAwareSign, 
 from flax_customgrad.estimators.rounding.sign import ApproxSign, SteSign, SwishSign
 from flax_customgrad.estimators.rounding.ternary_step import SteTern
 from flax_customgrad.estimators.sparse.n_m import n_m_sparsify
+from flax_customgrad.estimators.sparse.n_m_kernel import NMKernel
 from flax_customgrad.estimators.sparse.n_m_linear import NMSparseLinear
 from flax_customgrad.estimators.spiking.leaky import Leaky
 from flax_customgrad.estimators.spiking.lif import LIF
@@ -100,6 +101,7 @@ from flax_customgrad.layers.normalization.instance_norm import InstanceNorm
 from flax_customgrad.layers.normalization.layer_norm import LayerNorm
 from flax_customgrad.layers.normalization.rms_norm import RMSNorm
 from flax_customgrad.layers.normalization.standardize import standardize
+from flax_customgrad.layers.packed_weights import Packed
 from flax_customgrad.layers.pooling.avg_pool import avg_pool
 from flax_customgrad.layers.pooling.max_pool import max_pool, min_pool
 from flax_customgrad.layers.pooling.pool import pool
@@ -107,6 +109,7 @@ from flax_customgrad.layers.weight_norms.spectral_norm import SpectralNorm
 from flax_customgrad.layers.weight_norms.weight_norm import WeightNorm
 from flax_customgrad.layers.weight_norms.weight_standardization import WeightStandardization
 from flax_customgrad.low_bit.fp8.fp8_einsum import Fp8Einsum
+from flax_customgrad.low_bit.fp8.fp8_kernel import Fp8Kernel
 from flax_customgrad.low_bit.fp8.fp8_linear import Fp8Linear
 from flax_customgrad.low_bit.fp8.fp8_scaling import DelayedScaling, begin_step
 from flax_customgrad.low_bit.frozen.frozen_variable import Frozen
@@ -116,11 +119,12 @@ from flax_customgrad.low_bit.frozen.qlora_linear import QLoRALinear
 from flax_customgrad.low_bit.int8.int8_conv import Int8Conv
 from flax_customgrad.low_bit.int8.int8_kernel import Int8Kernel
 from flax_customgrad.low_bit.int8.int8_linear import Int8Linear
+from flax_customgrad.low_bit.microscaling.block_kernel import BlockKernel
 from flax_customgrad.low_bit.microscaling.mx_linear import MXLinear
 from flax_customgrad.low_bit.microscaling.nvfp4_linear import NVFP4Linear
 from flax_customgrad.low_bit.quant_layers.binary_layers import BinaryConv, BinaryLinear
 from flax_customgrad.low_bit.quant_layers.bit_linear import BitLinear
-from flax_customgrad.low_bit.quant_layers.packed_kernel import Packed, PackedKernel
+from flax_customgrad.low_bit.quant_layers.packed_kernel import PackedKernel
 from flax_customgrad.low_bit.quant_layers.quant_conv import QuantConv
 from flax_customgrad.low_bit.quant_layers.quant_conv_transpose import QuantConvTranspose
 from flax_customgrad.low_bit.quant_layers.quant_einsum import QuantEinsum
@@ -144,6 +148,7 @@ from flax_customgrad.low_bit.quantizers.tqt import TQT
 from flax_customgrad.low_bit.quantizers.ttq import TTQ
 from flax_customgrad.model.calibrate import calibrate
 from flax_customgrad.model.convert import Rule, Where, convert, revert
+from flax_customgrad.model.fold_batch_norm import fold_batch_norm
 from flax_customgrad.model.pack import pack, unpack
 from flax_customgrad.model.size import Size, SizeReport, size_report
 from flax_customgrad.registry import moved
@@ -174,6 +179,7 @@ __all__ = [
     "BinaryLinear",
     "BinaryWeight",
     "BitLinear",
+    "BlockKernel",
     "Codebook",
     "Codes",
     "Conv",
@@ -192,6 +198,7 @@ __all__ = [
     "FeedbackConv",
     "FeedbackLinear",
     "Fp8Einsum",
+    "Fp8Kernel",
     "Fp8Linear",
     "Frozen",
     "GeGLU",
@@ -217,6 +224,7 @@ __all__ = [
     "MXLinear",
     "MagnitudeAwareSign",
     "NF4Linear",
+    "NMKernel",
     "NMSparseLinear",
     "NVFP4Linear",
     "PReLU",
@@ -274,6 +282,7 @@ __all__ = [
     "few_bit_gelu",
     "few_bit_silu",
     "floor_ste",
+    "fold_batch_norm",
     "geglu",
     "gelu",
     "glu",
