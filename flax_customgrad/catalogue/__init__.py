@@ -22,6 +22,7 @@ from flax_customgrad.layers.conv import entries as conv
 from flax_customgrad.layers.linear import entries as linear
 from flax_customgrad.layers.normalization import entries as normalization
 from flax_customgrad.layers.pooling import entries as pooling
+from flax_customgrad.layers.recurrent import entries as recurrent
 from flax_customgrad.layers.weight_norms import entries as weight_norms
 from flax_customgrad.low_bit.fp8 import entries as fp8
 from flax_customgrad.low_bit.frozen import entries as frozen
@@ -39,6 +40,7 @@ _FAMILIES = (
     normalization,
     weight_norms,
     activation,
+    recurrent,
     rounding,
     categorical,
     codebook,
