@@ -15,6 +15,7 @@ sequences that are packed into one. Half precision is computed in float32 and ro
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import chex
@@ -74,7 +75,8 @@ def recur(a: jax.Array, b: jax.Array, h0: jax.Array, axis: int, reverse: bool) -
 
     def solved(a: jax.Array, b: jax.Array, h0: jax.Array) -> jax.Array:
         a, b, h0 = varying_alike((a, b, h0))
-        h = _solve(*_time_in_front(a, b, axis), in_dtype(h0, accumulator(dtype)), reverse)
+        wide = accumulator(dtype)
+        h = _solve(*_time_in_front(a, b, axis, wide), in_dtype(h0, wide), reverse)
         return in_dtype(jnp.moveaxis(h, 0, axis), dtype)
 
     return with_auto_axes(solved, _spec(a, b), a, b, h0)
@@ -104,7 +106,7 @@ recur.defvjp(_fwd, _bwd)
 
 def _cotangents(res: Residuals, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     a, h0, h, g = varying_alike((res.a, res.h0, res.h, g))
-    factors, g = _time_in_front(a, g, res.axis)
+    factors, g = _time_in_front(a, g, res.axis, accumulator(g))
     states, initial = jnp.moveaxis(in_dtype(h, g.dtype), res.axis, 0), in_dtype(h0, g.dtype)
     if res.reverse:
         after = jnp.concatenate([jnp.zeros_like(factors[:1]), factors[:-1]])
@@ -124,33 +126,41 @@ def _cotangents(res: Residuals, g: jax.Array) -> tuple[jax.Array, jax.Array, jax
 
 def _solve(a: jax.Array, b: jax.Array, h0: jax.Array, reverse: bool) -> jax.Array:
     """The states for a and b with time in front; a broadcasts against b."""
-
-    def by_step(a: jax.Array, b: jax.Array, h0: jax.Array) -> jax.Array:
-        def advance(h: jax.Array, ab: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            h = ab[0] * h + ab[1]
-            return h, h
-
-        return lax.scan(advance, h0, (a, b), reverse=reverse)[1]
-
-    def at_once(a: jax.Array, b: jax.Array, h0: jax.Array) -> jax.Array:
-        def composed(f: Any, g: Any) -> Any:
-            return f[0] * g[0], g[0] * f[1] + g[1]
-
-        first = -1 if reverse else 0
-        b = b.at[first].add(a[first] * h0)
-        return lax.associative_scan(composed, (a, b), reverse=reverse)[1]
-
-    return lax.platform_dependent(a, b, h0, cpu=by_step, default=at_once)
+    return lax.platform_dependent(
+        a, b, h0, cpu=partial(by_step, reverse=reverse), default=partial(at_once, reverse=reverse)
+    )
 
 
-def _time_in_front(a: jax.Array, b: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """A with all its steps, and b of the full shape, both float32 or wider with time in front."""
+def by_step(a: jax.Array, b: jax.Array, h0: jax.Array, *, reverse: bool) -> jax.Array:
+    """The states, one after the other."""
+
+    def advance(h: jax.Array, ab: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        h = ab[0] * h + ab[1]
+        return h, h
+
+    return lax.scan(advance, h0, (a, b), reverse=reverse)[1]
+
+
+def at_once(a: jax.Array, b: jax.Array, h0: jax.Array, *, reverse: bool) -> jax.Array:
+    """The states by an associative scan, in log2(T) levels."""
+
+    def composed(f: Any, g: Any) -> Any:
+        return f[0] * g[0], g[0] * f[1] + g[1]
+
+    first = -1 if reverse else 0
+    b = b.at[first].add(a[first] * h0)
+    return lax.associative_scan(composed, (a, b), reverse=reverse)[1]
+
+
+def _time_in_front(
+    a: jax.Array, b: jax.Array, axis: int, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The factors with all steps, and b of the full shape and in a dtype, with time in front."""
     shape = jnp.broadcast_shapes(a.shape, b.shape)
-    dtype = accumulator(a, b)
     steps = list(a.shape)
     steps[axis] = shape[axis]
-    a, b = jnp.broadcast_to(a, steps), jnp.broadcast_to(b, shape)
-    return jnp.moveaxis(in_dtype(a, dtype), axis, 0), jnp.moveaxis(in_dtype(b, dtype), axis, 0)
+    a, b = jnp.broadcast_to(in_dtype(a, accumulator(a)), steps), jnp.broadcast_to(b, shape)
+    return jnp.moveaxis(a, axis, 0), jnp.moveaxis(in_dtype(b, dtype), axis, 0)
 
 
 def _summed(ct: jax.Array, shape: tuple[int, ...], is_complex: bool) -> jax.Array:

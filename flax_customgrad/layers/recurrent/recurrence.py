@@ -113,7 +113,7 @@ def _bwd(res: Residuals, g: States) -> tuple[nnx.State, States, jax.Array, None,
     chex.assert_shape(g, (*batch, steps, None))
     chex.assert_shape(res.kept, (steps, *batch, None))
     specs = (
-        jax.tree.map(explicit_spec, res.params),
+        {name: explicit_spec(param) for name, param in res.params.items()},
         jax.tree.map(explicit_spec, res.carry),
         explicit_spec(res.x),
     )
