@@ -62,7 +62,7 @@ def assert_same(got, expected, tolerance=2e-6, exact=True):
     for a, b in zip(gradients, slopes, strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max()))
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(initial=1))
 
 
 @pytest.fixture
@@ -94,7 +94,8 @@ def test_one_step(name, ran):
     carry, x = carry_of(name, 2, 1), array(2, 1, 3)
     ours, theirs = (outcome(lambda m, c, x: m(c, x), m, carry, x) for m in cells(name))
     assert ran
-    assert_same(ours, theirs)
+    # The products of an LSTMCell are one here, summed in another order.
+    assert_same(ours, theirs, exact=name != "LSTMCell")
 
 
 def over_time(rnn, cell, **settings):
@@ -110,12 +111,9 @@ def over_time(rnn, cell, **settings):
 
 LENGTHS = jnp.asarray([3, 0, 1, 5, 2])
 SETTINGS = {
-    "outputs alone": {},
-    "carry, unroll": {"return_carry": True, "unroll": 3},
+    "unroll": {"unroll": 3},
     "reverse": {"return_carry": True, "reverse": True},
-    "keep_order": {"return_carry": True, "reverse": True, "keep_order": True},
-    "lengths": {"return_carry": True, "seq_lengths": LENGTHS},
-    "lengths, reverse": {"return_carry": True, "seq_lengths": LENGTHS, "reverse": True},
+    "lengths": {"return_carry": True, "seq_lengths": LENGTHS, "reverse": True},
     "lengths, keep_order, time_major": {
         "return_carry": True,
         "seq_lengths": LENGTHS,
@@ -129,44 +127,25 @@ SETTINGS = {
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_every_setting_of_a_call(settings, ran):
     settings = SETTINGS[settings]
-    carry, x = carry_of("LSTMCell", 5), array(5, 5, 3)
+    carry, x = carry_of("SimpleCell", 5), array(5, 5, 3)
     ours, theirs = (
         outcome(over_time(m.RNN, cell, **settings), cell, carry, x)
-        for m, cell in zip((fcg, nnx), cells("OptimizedLSTMCell"), strict=True)
-    )
-    assert len(ran) == 1
-    assert_same(ours, theirs, exact=False)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_each_cell_over_time(name, ran):
-    carry, x = carry_of(name, 5), array(5, 7, 3)
-    ours, theirs = (
-        outcome(over_time(m.RNN, cell, return_carry=True), cell, carry, x)
-        for m, cell in zip((fcg, nnx), cells(name), strict=True)
+        for m, cell in zip((fcg, nnx), cells("SimpleCell"), strict=True)
     )
     assert len(ran) == 1
     assert_same(ours, theirs, exact=False)
 
 
 @pytest.mark.parametrize(
-    ("shape", "time_major"),
-    [
-        ((7, 3), False),
-        ((2, 3, 7, 3), False),
-        ((7, 2, 3, 3), True),
-        ((0, 7, 3), False),
-        ((2, 1, 3), False),
-    ],
-    ids=str,
+    ("shape", "time_major"), [((7, 3), False), ((4, 2, 3, 3), True), ((0, 4, 3), False)], ids=str
 )
 def test_batches(shape, time_major, ran):
     batch = shape[1:-1] if time_major else shape[:-2]
-    carry, x = carry_of("GRUCell", *batch), array(*shape)
+    carry, x = carry_of("SimpleCell", *batch), array(*shape)
     settings = {"return_carry": True, "time_major": time_major, "reverse": True}
     ours, theirs = (
         outcome(over_time(m.RNN, cell, **settings), cell, carry, x)
-        for m, cell in zip((fcg, nnx), cells("GRUCell"), strict=True)
+        for m, cell in zip((fcg, nnx), cells("SimpleCell"), strict=True)
     )
     assert len(ran) == 1
     assert_same(ours, theirs, exact=False)
@@ -174,12 +153,11 @@ def test_batches(shape, time_major, ran):
 
 def test_lengths_of_several_batch_axes():
     """Each sequence has the carry that it has alone; nnx selects another, or fails."""
-    cell, x = fcg.GRUCell(3, 4, rngs=nnx.Rngs(0)), array(2, 3, 5, 3)
-    lengths = jnp.asarray([[1, 5, 2], [3, 4, 0]])
-    h, _ = fcg.RNN(cell, return_carry=True)(x, seq_lengths=lengths)
+    rnn = fcg.RNN(fcg.OptimizedLSTMCell(3, 4, rngs=nnx.Rngs(0)), return_carry=True)
+    x, lengths = array(2, 3, 5, 3), jnp.asarray([[1, 5, 2], [3, 4, 0]])
+    (_, h), y = rnn(x, seq_lengths=lengths)
     for i, j in np.ndindex(2, 3):
-        alone, _ = fcg.RNN(cell, return_carry=True)(x[i, j, : int(lengths[i, j]) or 5])
-        np.testing.assert_allclose(h[i, j], alone, rtol=0, atol=1e-6)
+        np.testing.assert_array_equal(h[i, j], y[i, j, int(lengths[i, j]) - 1])
 
 
 def test_no_steps():
@@ -190,23 +168,19 @@ def test_no_steps():
         assert y.shape == (2, 0, 4)
 
 
-@pytest.mark.parametrize("rngs", [True, nnx.Rngs(5)], ids=["its own", "of Rngs"])
-def test_the_carry_that_a_cell_initializes_is_that_of_nnx(rngs):
-    init = nnx.initializers.normal(1.0)
+def test_the_carry_that_a_cell_initializes_is_that_of_nnx():
+    """With a stream of the layer, again, and with one that is given; the streams advance alike."""
     with pytest.warns(UserWarning, match="carry_init"):
-        ours, theirs = cells("LSTMCell", carry_init=init)
+        pair = cells("SimpleCell", carry_init=nnx.initializers.normal(1.0))
     layers = [
-        m.RNN(cell, rngs=nnx.clone(rngs) if rngs is not True else rngs, return_carry=True)
-        for m, cell in zip((fcg, nnx), (ours, theirs), strict=True)
+        m.RNN(cell, rngs=nnx.Rngs(5), return_carry=True)
+        for m, cell in zip((fcg, nnx), pair, strict=True)
     ]
     x = array(2, 3, 3)
-    for given in ({}, {}, {"rngs": 3}):
-        a, b = (
-            layer(x, **{key: nnx.Rngs(seed) for key, seed in given.items()}) for layer in layers
-        )
-        jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=0, atol=1e-6), a, b)
-    a, b = map(nnx.state, layers)
-    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(a), nnx.to_pure_dict(b))
+    for given in ({}, {}, {"rngs": nnx.Rngs(3)}, {"rngs": nnx.Rngs(carry=4).carry}):
+        found = [layer(x, **nnx.clone(given)) for layer in layers]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), *found)
+    assert layers[0].rngs.count[...] == layers[1].rngs.count[...] == 2
 
 
 # What is left to nnx.
@@ -227,7 +201,11 @@ LEFT = {
     "an activation": ({"activation_fn": jnp.sin}, None, {}),
     "a promotion": ({"promote_dtype": halved}, None, {}),
     "a projection": ({}, doubled, {}),
-    "state_axes": ({}, None, {"state_axes": {nnx.Param: nnx.Carry, ...: nnx.Carry}}),
+    "state_axes": (
+        {},
+        None,
+        {"state_axes": nnx.StateAxes({nnx.Param: None, ...: nnx.Carry})},
+    ),
     "broadcast_rngs": ({}, None, {"broadcast_rngs": "carry"}),
 }
 
@@ -235,34 +213,35 @@ LEFT = {
 @pytest.mark.parametrize("case", LEFT)
 def test_what_is_left_to_nnx(case, ran):
     made, edit, settings = LEFT[case]
-    results = []
+    h, x = carry_of("GRUCell", 2), array(2, 3, 3)
+    outputs = []
     for m, cell in zip((fcg, nnx), cells("GRUCell", **made), strict=True):
         if edit is not None:
             edit(cell)
-        call = lambda cell, h, x, m=m: m.RNN(cell, rngs=False, **settings)(x, initial_carry=h)  # noqa: E731
-        results.append(outcome(call, cell, carry_of("GRUCell", 2) * 0 + 0.5, jnp.ones((2, 3, 3))))
-    if not settings:
-        assert not ran
-    assert_same(*results, exact=False)
+        outputs.append(m.RNN(cell, rngs=False, **settings)(x, initial_carry=h))
+    # nnx traces one step, which is an operation of its own where only RNN is left to nnx.
+    assert len(ran) == bool(settings)
+    np.testing.assert_allclose(*outputs, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["relu", "sigmoid", "tanh"])
-def test_the_activations_that_have_rules(name, ran):
-    carry, x = carry_of("SimpleCell", 5), array(5, 4, 3)
-    results = [
-        outcome(
-            over_time(m.RNN, None, return_carry=True),
-            m.SimpleCell(3, 4, residual=True, activation_fn=getattr(m, name), rngs=nnx.Rngs(0)),
-            carry,
-            x,
-        )
-        for m in (fcg, nnx)
-    ]
-    assert len(ran) == 1
-    assert_same(*results, exact=False)
+def test_the_activations_that_have_rules(ran):
+    carry, x = carry_of("SimpleCell", 5), array(5, 3)
+
+    def call(cells, carry, x):
+        return [cell(carry, x) for cell in cells]
+
+    results = []
+    for m in (fcg, nnx):
+        made = [
+            m.SimpleCell(3, 4, residual=True, activation_fn=getattr(m, name), rngs=nnx.Rngs(0))
+            for name in ("relu", "sigmoid", "tanh")
+        ]
+        results.append(outcome(call, nnx.List(made), carry, x))
+    assert len(ran) == 3
+    assert_same(*results)
 
 
-def test_a_subclass_of_a_cell_runs_its_own_call(ran):
+def test_a_subclass_of_a_cell_runs_its_own_call():
     class Twice(fcg.GRUCell):
         def __call__(self, carry, inputs):
             h, y = super().__call__(carry, inputs)
@@ -271,7 +250,6 @@ def test_a_subclass_of_a_cell_runs_its_own_call(ran):
     cell, x = Twice(3, 4, rngs=nnx.Rngs(0)), array(2, 3, 3)
     h, y = fcg.RNN(cell, return_carry=True)(x)
     np.testing.assert_array_equal(y[:, -1], 2 * h)
-    assert not any(len(call) > 1 for call in map(str, ran))
 
 
 @pytest.mark.smoke
@@ -306,49 +284,44 @@ def test_errors_are_those_of_nnx():
 
 
 def test_convert_changes_the_layers_and_the_cells(ran):
-    rnns = [nnx.RNN(nnx.OptimizedLSTMCell(3, 4, rngs=nnx.Rngs(i)), rngs=False) for i in range(2)]
+    rnns = [nnx.RNN(nnx.GRUCell(3, 4, rngs=nnx.Rngs(i)), rngs=False) for i in range(2)]
     model = nnx.Bidirectional(*rnns, rngs=False)
-    carry, x = tuple(carry_of("LSTMCell", 5) for _ in range(2)), array(5, 4, 3)
+    carry, x = tuple(carry_of("GRUCell", 3) for _ in range(2)), array(3, 4, 3)
 
     def call(m, carry, x):
-        return m(x, initial_carry=carry, return_carry=True, seq_lengths=jnp.arange(1, 6))
+        return m(x, initial_carry=carry, return_carry=True, seq_lengths=jnp.asarray([4, 1, 2]))
 
     expected = outcome(call, model, carry, x)
     fcg.convert(model)
     assert type(model) is fcg.Bidirectional
     assert type(model.forward_rnn) is fcg.RNN
-    assert type(model.backward_rnn.cell) is fcg.OptimizedLSTMCell
+    assert type(model.backward_rnn.cell) is fcg.GRUCell
     assert type(model.backward_rnn.cell.dense_h) is fcg.Linear
     assert_same(outcome(call, model, carry, x), expected, exact=False)
     assert len(ran) == 2
-    assert type(fcg.revert(model).forward_rnn.cell) is nnx.OptimizedLSTMCell
+    assert type(fcg.revert(model).forward_rnn.cell) is nnx.GRUCell
 
 
-MODES = {
-    "graph and updates": {"graph": True, "graph_updates": True},
-    "graph": {"graph": True, "graph_updates": False},
-    "tree": {"graph": False, "graph_updates": False},
-}
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_stack_of_cells_in_a_compiled_step(mode):
-    """Made under nnx.vmap, run under nnx.vmap inside nnx.jit, in every mode of NNX."""
-    mode, x, h = MODES[mode], array(2, 5, 4, 3), carry_of("GRUCell", 2, 5)
+@pytest.mark.parametrize("graph", [True, False], ids=["graph", "tree"])
+def test_a_stack_of_cells_in_a_compiled_step(graph):
+    """Made under nnx.vmap, run under nnx.vmap inside nnx.jit, in both modes of NNX."""
+    mode, x, h = {"graph": graph, "graph_updates": graph}, array(2, 3, 4, 3), array(2, 3, 4)
+    init = {"recurrent_kernel_init": nnx.initializers.normal(0.5)}  # orthogonal compiles for long
 
     @nnx.vmap(in_axes=0, out_axes=0)
     def make(key):
-        return fcg.GRUCell(3, 4, rngs=nnx.Rngs(key))
+        return fcg.SimpleCell(3, 4, **init, rngs=nnx.Rngs(key))
 
     stack = make(jax.random.split(jax.random.key(0), 2))
 
-    def one(rnn):
-        return lambda cell, h, x: rnn(cell, rngs=False, return_carry=True)(x, initial_carry=h)
-
     def loss(stack, h, x, rnn=fcg.RNN):
-        return weighed(nnx.vmap(one(rnn), in_axes=(0, 0, 0), **mode)(stack, h, x))
+        def one(cell, h, x):
+            return rnn(cell, rngs=False, return_carry=True)(x, initial_carry=h)
+
+        return weighed(nnx.vmap(one, in_axes=(0, 0, 0), **mode)(stack, h, x))
 
     got = nnx.jit(nnx.grad(loss, **mode), **mode)(stack, h, x)
-    expected = nnx.grad(lambda m, h, x: loss(m, h, x, nnx.RNN))(fcg.revert(nnx.clone(stack)), h, x)
+    theirs = fcg.revert(nnx.clone(stack))
+    expected = nnx.jit(nnx.grad(lambda *args: loss(*args, nnx.RNN)))(theirs, h, x)
     for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)

@@ -85,23 +85,22 @@ def temp(m, name):
     return compiled.compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["OptimizedLSTMCell", "GRUCell"])
 def test_a_compiled_gradient_needs_no_more_memory(name):
     assert temp(fcg, name) < temp(nnx, name)
 
 
-STEPS = 2048
+STEPS = 1024
 
 
-@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
-def test_sums_over_time_in_bfloat16(param_dtype):
+def test_sums_over_time_in_bfloat16():
     """The kernels are 0, so that all gates are the same in every step, and the sums are known.
 
     The cotangent of each output reaches the bias through z and n, and the state of the step before
     through z = 1/2, which halves it: h stays 0, z is 1/2, n is 0. So db_n = sum_t l_t / 2 with
     l_t = g_t + l_{t+1} / 2, and dW_n is that times x.
     """
-    made = {"dtype": jnp.bfloat16, "param_dtype": param_dtype, "rngs": nnx.Rngs(0)}
+    made = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}
     zeros = dict.fromkeys(("kernel_init", "recurrent_kernel_init"), nnx.initializers.zeros)
     rng = np.random.default_rng(0)
     x, g = (jnp.asarray(np.abs(rng.standard_normal((1, STEPS, n))), jnp.bfloat16) for n in (3, 4))
@@ -112,7 +111,7 @@ def test_sums_over_time_in_bfloat16(param_dtype):
     errors = {}
     for m in (fcg, nnx):
         cell = m.GRUCell(3, 4, **made, **zeros)
-        h = jnp.zeros((1, 4), param_dtype)
+        h = jnp.zeros((1, 4), jnp.bfloat16)
 
         def loss(cell, x, g, m=m, h=h):
             y = m.RNN(cell, rngs=False)(x, initial_carry=h)
@@ -123,7 +122,7 @@ def test_sums_over_time_in_bfloat16(param_dtype):
             np.linalg.norm(np.asarray(d[...], np.float64)[..., -4:] - e) / np.linalg.norm(e)
             for d, e in ((dense.bias, db), (dense.kernel, dW))
         ]
-    assert max(errors[fcg]) < (2e-4 if param_dtype == jnp.float32 else 3e-3)
+    assert max(errors[fcg]) < 3e-3
     assert max(errors[nnx]) > 1e-2  # or this test shows nothing
 
 
@@ -160,26 +159,32 @@ def test_configurations_of_jax(configuration):
 def test_dtypes():
     """Of the computation, the parameters, the carry and the inputs; results are those of nnx."""
     half, single = jnp.bfloat16, jnp.float32
-    for name in ("OptimizedLSTMCell", "GRUCell"):
-        for dtype, param, of_h, of_x in (
+    init = dict.fromkeys(("kernel_init", "recurrent_kernel_init"), nnx.initializers.normal(0.5))
+    cases = [
+        (name, *dtypes)
+        for name in ("OptimizedLSTMCell", "GRUCell")
+        for dtypes in (
             (half, single, single, single),
             (None, single, single, half),
             (half, single, half, half),
             (None, half, single, single),
-            (jnp.float16, single, single, half),
-        ):
-            init = {
-                k: nnx.initializers.normal(0.5) for k in ("kernel_init", "recurrent_kernel_init")
-            }
-            found = []
+            (None, half, half, single),
+        )
+    ]
+
+    @jax.jit
+    def results(h, x):
+        found = []
+        for name, dtype, param_dtype, of_h, of_x in cases:
+            made = {"dtype": dtype, "param_dtype": param_dtype, **init}
             for m in (fcg, nnx):
-                cell = getattr(m, name)(
-                    3, 4, dtype=dtype, param_dtype=param, **init, rngs=nnx.Rngs(0)
-                )
-                carry = carries(name, jnp.linspace(-1, 1, 8).reshape(2, 4).astype(of_h))
-                x = jnp.linspace(-1, 2, 6).reshape(2, 3).astype(of_x)
-                found.append(jax.jit(lambda cell=cell, carry=carry, x=x: cell(carry, x))())
-            for a, b in zip(*map(jax.tree.leaves, found), strict=True):
-                assert a.dtype == b.dtype
-                a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-                np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-2)
+                cell = getattr(m, name)(3, 4, **made, rngs=nnx.Rngs(0))
+                found.append(cell(carries(name, h.astype(of_h)), x.astype(of_x)))
+        return found
+
+    found = results(jnp.linspace(-1, 1, 8).reshape(2, 4), jnp.linspace(-1, 2, 6).reshape(2, 3))
+    for case, ours, theirs in zip(cases, found[::2], found[1::2], strict=True):
+        for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+            assert a.dtype == b.dtype, case
+            a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+            np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-2, err_msg=str(case))
