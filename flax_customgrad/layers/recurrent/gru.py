@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_customgrad.layers.activation.pointwise import Pointwise
+from flax_customgrad.layers.recurrent.cell_step import States, Step, activation
 from flax_customgrad.layers.recurrent.recurrent_cell import RecurrentCell
-from flax_customgrad.layers.recurrent.step import States, Step, activation
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_customgrad.layers.activation.pointwise import Pointwise
+from flax_customgrad.layers.recurrent.cell_step import States, Step, activation
 from flax_customgrad.layers.recurrent.recurrent_cell import Projections, RecurrentCell
-from flax_customgrad.layers.recurrent.step import States, Step, activation
 
 Carry = tuple[jax.Array, jax.Array]
 """The memory c and the output h."""

@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters
-from flax_customgrad.layers.recurrent.step import States, Step
+from flax_customgrad.layers.recurrent.cell_step import States, Step
 from flax_customgrad.numerics.accumulation import accumulator, total
 from flax_customgrad.numerics.dtypes import in_dtype
 from flax_customgrad.numerics.products import MatmulConfig, input_gradient, parameter_gradient

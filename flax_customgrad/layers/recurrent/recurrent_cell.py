@@ -15,8 +15,8 @@ from flax_customgrad.layers.drop_in import (
     parameters,
 )
 from flax_customgrad.layers.linear.linear import Linear
+from flax_customgrad.layers.recurrent.cell_step import States, Step
 from flax_customgrad.layers.recurrent.recurrence import RecurrenceConfig, recurrence
-from flax_customgrad.layers.recurrent.step import States, Step
 from flax_customgrad.numerics.dtypes import as_array, is_supported_float, takes_custom_backward
 from flax_customgrad.numerics.products import MatmulConfig
 
@@ -41,7 +41,7 @@ class RecurrentCell:
     promote_dtype: Any
 
     def _step(self) -> Step | None:
-        """The cell's step; None for an activation that has no rules in `step`."""
+        """The cell's step; None for an activation that has no rules in `cell_step`."""
         raise NotImplementedError
 
     def _projections(self) -> Mapping[str, Projections]:
