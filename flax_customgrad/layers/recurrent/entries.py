@@ -64,17 +64,29 @@ _WORKLOADS = {
 }
 
 
-def _around(call: Any, *inputs: Any, features: tuple[int, int] = (3, 4)) -> Example:
-    """An RNN around a SimpleCell; a Bidirectional has two of them."""
+def _cells_of(cls: Any, features: tuple[int, int]) -> list[Any]:
+    """Two SimpleCells, of the library that a class is of."""
+    cell = SimpleCell if cls in (RNN, Bidirectional) else nnx.SimpleCell
+    return [cell(*features, **RANDOM_BIAS, rngs=nnx.Rngs(i)) for i in range(2)]
+
+
+def _around_one(call: Any, *inputs: Any, features: tuple[int, int] = (3, 4)) -> Example:
+    """An RNN."""
 
     def make(cls: Any) -> tuple[Any, ...]:
-        rnn, cell = (RNN, SimpleCell) if cls in (RNN, Bidirectional) else (nnx.RNN, nnx.SimpleCell)
-        cells = [cell(*features, **RANDOM_BIAS, rngs=nnx.Rngs(i)) for i in range(2)]
-        if issubclass(cls, nnx.Bidirectional):
-            cells = [rnn(cell, rngs=False) for cell in cells]
-        else:
-            cells = cells[:1]
-        return (call, cls(*cells, rngs=False), *(x() for x in inputs))
+        cell, _ = _cells_of(cls, features)
+        return (call, cls(cell, rngs=False), *(x() for x in inputs))
+
+    return make
+
+
+def _around_two(call: Any, *inputs: Any, features: tuple[int, int] = (3, 4)) -> Example:
+    """A Bidirectional."""
+
+    def make(cls: Any) -> tuple[Any, ...]:
+        rnn = RNN if cls is Bidirectional else nnx.RNN
+        ahead, back = (rnn(cell, rngs=False) for cell in _cells_of(cls, features))
+        return (call, cls(ahead, back, rngs=False), *(x() for x in inputs))
 
     return make
 
@@ -87,11 +99,13 @@ def _both_ways(layer: Any, h: jax.Array, x: jax.Array) -> Any:
     return layer(x, initial_carry=(h, h[::-1]), return_carry=True)
 
 
-def _outputs(layer: Any, x: jax.Array) -> Any:
-    if isinstance(layer, nnx.Bidirectional):
-        h = _zeros(layer.forward_rnn.cell, x)
-        return layer(x, initial_carry=(h, h))
-    return layer(x, initial_carry=_zeros(layer.cell, x))
+def _outputs(rnn: Any, x: jax.Array) -> Any:
+    return rnn(x, initial_carry=_zeros(rnn.cell, x))
+
+
+def _outputs_of_both(layer: Any, x: jax.Array) -> Any:
+    h = _zeros(layer.forward_rnn.cell, x)
+    return layer(x, initial_carry=(h, h))
 
 
 def _complex(recurrence: Any) -> Any:
@@ -109,11 +123,8 @@ def _complex_example(function: Any) -> tuple[Any, ...]:
     return _complex(function), normal(2, 6), normal(8, 2, 6), normal(8, 6)
 
 
-_LSTM = {
-    "keeps": "x, c, h and the gates",
-    "gain": "one product for the gradient of each kernel; float32 sums over time",
-    "source": "https://doi.org/10.1162/neco.1997.9.8.1735",
-}
+_GAIN = "one product for the gradient of each kernel; float32 sums over time"
+_LSTM_KEEPS, _LSTM_SOURCE = "x, c, h and the gates", "https://doi.org/10.1162/neco.1997.9.8.1735"
 
 ENTRIES = (
     Entry(
@@ -122,7 +133,9 @@ ENTRIES = (
         OptimizedLSTMCell,
         nnx.OptimizedLSTMCell,
         "exact",
-        **_LSTM,
+        keeps=_LSTM_KEEPS,
+        gain=_GAIN,
+        source=_LSTM_SOURCE,
         examples=_ONE_LSTM_STEP,
         workloads=_WORKLOADS,
     ),
@@ -132,7 +145,9 @@ ENTRIES = (
         LSTMCell,
         nnx.LSTMCell,
         "exact",
-        **_LSTM,
+        keeps=_LSTM_KEEPS,
+        gain=_GAIN,
+        source=_LSTM_SOURCE,
         examples=_ONE_LSTM_STEP,
         workloads=_WORKLOADS,
     ),
@@ -143,7 +158,7 @@ ENTRIES = (
         nnx.GRUCell,
         "exact",
         keeps="x, h, the gates, and h U of the new state",
-        gain="one product for the gradient of each kernel; float32 sums over time",
+        gain=_GAIN,
         source="arXiv:1406.1078",
         examples=_ONE_STEP,
         workloads=_WORKLOADS,
@@ -155,7 +170,7 @@ ENTRIES = (
         nnx.SimpleCell,
         "exact",
         keeps="x and h",
-        gain="one product for the gradient of each kernel; float32 sums over time",
+        gain=_GAIN,
         source="https://doi.org/10.1207/s15516709cog1402_1",
         examples={
             "one step, residual": made(
@@ -172,10 +187,10 @@ ENTRIES = (
         "exact",
         keeps="what its cell keeps",
         gain="runs a cell of this library as one operation over time",
-        examples={"two steps, reversed": _around(_reversed, _state, lambda: normal(8, 2, 3))},
+        examples={"two steps, reversed": _around_one(_reversed, _state, lambda: normal(8, 2, 3))},
         operations={recurrence: "two steps, reversed"},
         workloads={
-            "16x256x256": _around(_outputs, lambda: normal(16, 256, 256), features=(256, 256)),
+            "16x256x256": _around_one(_outputs, lambda: normal(16, 256, 256), features=(256, 256)),
         },
     ),
     Entry(
@@ -186,9 +201,11 @@ ENTRIES = (
         "exact",
         keeps="what its two layers keep",
         gain="runs two RNN of this library",
-        examples={"one step": _around(_both_ways, _state, lambda: normal(8, 1, 3))},
+        examples={"one step": _around_two(_both_ways, _state, lambda: normal(8, 1, 3))},
         workloads={
-            "16x128x256": _around(_outputs, lambda: normal(16, 128, 256), features=(256, 256)),
+            "16x128x256": _around_two(
+                _outputs_of_both, lambda: normal(16, 128, 256), features=(256, 256)
+            ),
         },
     ),
     Entry(

@@ -174,11 +174,11 @@ def _cotangents(
     def retreat(d: States, xs: tuple[States, States, States]) -> tuple[States, jax.Array]:
         g, states, kept = jax.tree.map(lambda a: in_dtype(a, wide), xs)
         d = tuple(a + b for a, b in zip(d, g, strict=True))
-        da, (*d, dh) = step.backward(kept, states, d)
+        da, (*others, dh) = step.backward(kept, states, d)
         du = in_dtype(step.of_hidden(da, kept), U.dtype)
         over_u = (((du.ndim - 1,), (1,)), ((), ()))
         dh = dh + lax.dot_general(du, U, over_u, precision, preferred_element_type=wide)
-        return (*d, dh), in_dtype(da, W.dtype)
+        return (*others, dh), in_dtype(da, W.dtype)
 
     zeros = tuple(jnp.zeros_like(s, wide) for s in res.carry)
     dcarry, da = over_time(retreat, zeros, (g, before, res.kept), config.unroll, reverse=True)

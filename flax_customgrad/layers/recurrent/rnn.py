@@ -124,7 +124,8 @@ class RNN(nnx.RNN):
             return flip_sequences(a, seq_lengths, num_batch_dims=x.ndim - 2, time_major=time_major)
 
         steps = jnp.moveaxis(flipped(x) if reverse else x, axis, -2)
-        found = self.cell._over_time(carry, steps, self.unroll)
+        cell: Any = self.cell
+        found = cell._over_time(carry, steps, self.unroll)
         if found is None:
             return None
         carries, y = found
