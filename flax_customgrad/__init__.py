@@ -105,6 +105,14 @@ from flax_customgrad.layers.packed_weights import Packed
 from flax_customgrad.layers.pooling.avg_pool import avg_pool
 from flax_customgrad.layers.pooling.max_pool import max_pool, min_pool
 from flax_customgrad.layers.pooling.pool import pool
+from flax_customgrad.layers.recurrent.bidirectional import Bidirectional
+from flax_customgrad.layers.recurrent.gru import GRUCell
+from flax_customgrad.layers.recurrent.linear_recurrence import linear_recurrence
+from flax_customgrad.layers.recurrent.lru import LRU
+from flax_customgrad.layers.recurrent.lstm import LSTMCell, OptimizedLSTMCell
+from flax_customgrad.layers.recurrent.min_gru import MinGRU
+from flax_customgrad.layers.recurrent.rnn import RNN
+from flax_customgrad.layers.recurrent.simple import SimpleCell
 from flax_customgrad.layers.weight_norms.spectral_norm import SpectralNorm
 from flax_customgrad.layers.weight_norms.weight_norm import WeightNorm
 from flax_customgrad.layers.weight_norms.weight_standardization import WeightStandardization
@@ -164,8 +172,10 @@ __all__ = [
     "FSQ",
     "LFQ",
     "LIF",
+    "LRU",
     "LSQ",
     "PACT",
+    "RNN",
     "TQT",
     "TTQ",
     "TWN",
@@ -174,6 +184,7 @@ __all__ = [
     "BackwardState",
     "BackwardStateError",
     "BatchNorm",
+    "Bidirectional",
     "BinaryActivation",
     "BinaryConv",
     "BinaryLinear",
@@ -201,6 +212,7 @@ __all__ = [
     "Fp8Kernel",
     "Fp8Linear",
     "Frozen",
+    "GRUCell",
     "GeGLU",
     "GradientClip",
     "GradientQuant",
@@ -215,6 +227,7 @@ __all__ = [
     "Int8Linear",
     "InvertibleBatchNormAct",
     "LSQPlus",
+    "LSTMCell",
     "LayerNorm",
     "Leaky",
     "Linear",
@@ -223,10 +236,12 @@ __all__ = [
     "LoRALinear",
     "MXLinear",
     "MagnitudeAwareSign",
+    "MinGRU",
     "NF4Linear",
     "NMKernel",
     "NMSparseLinear",
     "NVFP4Linear",
+    "OptimizedLSTMCell",
     "PReLU",
     "Packed",
     "PackedKernel",
@@ -249,6 +264,7 @@ __all__ = [
     "Rule",
     "Scheme",
     "SimVQ",
+    "SimpleCell",
     "Size",
     "SizeReport",
     "SpectralNorm",
@@ -295,6 +311,7 @@ __all__ = [
     "hard_swish",
     "hard_tanh",
     "leaky_relu",
+    "linear_recurrence",
     "load_backward_state",
     "log_sigmoid",
     "log_softmax",

@@ -25,6 +25,7 @@ from flax_customgrad.layers.invertible import entries as invertible
 from flax_customgrad.layers.linear import entries as linear
 from flax_customgrad.layers.normalization import entries as normalization
 from flax_customgrad.layers.pooling import entries as pooling
+from flax_customgrad.layers.recurrent import entries as recurrent
 from flax_customgrad.layers.weight_norms import entries as weight_norms
 from flax_customgrad.low_bit.fp8 import entries as fp8
 from flax_customgrad.low_bit.frozen import entries as frozen
@@ -43,6 +44,7 @@ _FAMILIES = (
     weight_norms,
     invertible,
     activation,
+    recurrent,
     rounding,
     categorical,
     codebook,
