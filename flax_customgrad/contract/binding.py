@@ -223,9 +223,7 @@ class _Operation(_Primitive):
         along, point = (
             (self._transpose, kept) if self.rules.is_surrogate else (self._derivative, primals)
         )
-        # What is kept has no derivative here. JAX is told so, because before 0.12 it cannot
-        # transpose a scan, such as that of fwd, without a cotangent of all that the scan stacked.
-        args = jax.lax.stop_gradient(kept), point, tuple(map(hijax.instantiate_zeros, tangents))
+        args = kept, point, tuple(map(hijax.instantiate_zeros, tangents))
         tangent = _Tangent(
             along,
             lambda kept, g: self._cotangents(kept, g, nonzeros),
