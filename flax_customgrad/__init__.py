@@ -140,8 +140,11 @@ from flax_customgrad.low_bit.quantizers.ternary_weights import TWN, AbsMean
 from flax_customgrad.low_bit.quantizers.tqt import TQT
 from flax_customgrad.low_bit.quantizers.ttq import TTQ
 from flax_customgrad.model.calibrate import calibrate
-from flax_customgrad.model.convert import Rule, Where, convert, revert
+from flax_customgrad.model.conversion import Conversion, ConversionRow, conversion
+from flax_customgrad.model.convert import convert, revert
+from flax_customgrad.model.functions import functions
 from flax_customgrad.model.pack import pack, unpack
+from flax_customgrad.model.rules import Rule, Where
 from flax_customgrad.model.size import Size, SizeReport, size_report
 from flax_customgrad.registry import moved
 from flax_customgrad.registry.public import publish
@@ -175,6 +178,8 @@ __all__ = [
     "Codes",
     "Conv",
     "ConvTranspose",
+    "Conversion",
+    "ConversionRow",
     "CotangentError",
     "CustomVJP",
     "DelayedScaling",
@@ -263,10 +268,12 @@ __all__ = [
     "celu",
     "clip_ste",
     "codebook_perplexity",
+    "conversion",
     "convert",
     "custom_vjp",
     "elu",
     "floor_ste",
+    "functions",
     "geglu",
     "gelu",
     "glu",

@@ -14,7 +14,7 @@ from flax import nnx
 
 import flax_customgrad as fcg
 from flax_customgrad import catalogue, surrogate, testing
-from flax_customgrad.model.convert import layers
+from flax_customgrad.model.tree import layers
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}

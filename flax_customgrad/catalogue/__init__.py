@@ -5,6 +5,7 @@ small ones on which its gradient is checked, and workloads on which it is timed.
 family are in its folder, in `entries.py`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
@@ -80,6 +81,20 @@ def drop_ins() -> dict[type[nnx.Module], Any]:
     return {e.reference: e.module for e in entries() if e.is_drop_in and not e.is_function}  # type: ignore[misc]
 
 
-__all__ = ["Curve", "Entry", "Example", "drop_ins", "entries", "expected", "find"]
+def drop_in_functions() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Maps each function of flax.nnx or jax.nn to the function of this library that replaces it."""
+    return {e.reference: e.module for e in entries() if e.is_function and e.reference is not None}
+
+
+__all__ = [
+    "Curve",
+    "Entry",
+    "Example",
+    "drop_in_functions",
+    "drop_ins",
+    "entries",
+    "expected",
+    "find",
+]
 
 publish(globals(), __all__)

@@ -5,6 +5,7 @@ installed versions and that the library reaches it, so that a rename upstream fa
 turns a gradient off without a word.
 """
 
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -70,6 +71,30 @@ def is_outside_of_traces() -> bool:
     return trace_state() == _TOP
 
 
+def is_from_outside_of_trace(model: Any) -> bool:
+    """Whether the caller is inside a transformation, and the model was not made there.
+
+    It was made at another level of tracing; or a transformation of nnx has made a copy of it for
+    the function that it calls, and expects that back as it was.
+
+    Args:
+        model: a tree of Modules.
+    """
+    if is_outside_of_traces():
+        return False
+    nodes = [n for _, n in nnx.iter_graph(model, graph=True) if isinstance(n, nnx.Pytree)]
+    if not all(node._pytree__state.trace_state.is_valid() for node in nodes):
+        return True
+    frame, known = inspect.currentframe(), set(map(id, nodes))
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("flax.nnx.transforms"):
+            arguments = [frame.f_locals.get(name) for name in ("args", "kwargs", "primals")]
+            if any(id(node) in known for _, node in nnx.iter_graph(arguments, graph=True)):
+                return True
+        frame = frame.f_back
+    return False
+
+
 def has_shared_nodes(graphdef: nnx.GraphDef) -> bool:
     """Whether a Module that was split holds something at two paths."""
     return any(isinstance(node, nnx.graph.NodeRef) for node in graphdef.nodes)  # type: ignore
@@ -104,6 +129,18 @@ def set_class(layer: nnx.Module, cls: type[nnx.Module]) -> None:
     """
     # Not `layer.__class__ = cls`: nnx would note `__class__` down as an attribute of the layer.
     object.__setattr__(layer, "__class__", cls)
+
+
+def set_attribute(module: nnx.Pytree, name: str, value: Any) -> None:
+    """Puts another value of the same kind, static or data, in the place of one that a Module holds.
+
+    Args:
+        module: the Module.
+        name: the name of the attribute.
+        value: the other value.
+    """
+    # Not `setattr`: nnx would decide anew what is data, of a tuple of layers that it was not.
+    object.__setattr__(module, name, value)
 
 
 def check_einsum_equation(layer: nnx.Einsum, equation: str) -> None:

@@ -14,7 +14,7 @@ import flax_customgrad
 from flax_customgrad.command.digits import data
 from flax_customgrad.command.digits.network import Network
 from flax_customgrad.command.digits.training_run import TrainingRun
-from flax_customgrad.model.convert import layers
+from flax_customgrad.model.tree import layers
 from flax_customgrad.testing.difference import relative_error
 
 GRADIENT_TOLERANCE = 1e-4
