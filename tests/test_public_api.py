@@ -24,7 +24,7 @@ PUBLIC = {
     for module in MODULES
     for name in module.__all__
     if not isinstance(getattr(module, name), types.ModuleType)
-} | {"flax_customgrad.model.convert.layers": layers}
+} | {"flax_customgrad.model.tree.layers": layers}
 CLASSES = {name: value for name, value in PUBLIC.items() if inspect.isclass(value)}
 ALIASES = {"flax_customgrad.swish": "silu", "flax_customgrad.hard_swish": "hard_silu"}
 

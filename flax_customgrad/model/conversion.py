@@ -94,14 +94,17 @@ def conversion(
         >>> model = nnx.Sequential(
         ...     nnx.Linear(8, 32, rngs=nnx.Rngs(0)), nnx.gelu, lambda x: nnx.softmax(x))
         >>> print(fcg.conversion(fcg.convert(model), jnp.ones((4, 8))))
-        path         in flax.nnx   result
-        layers/0     nnx.Linear    is fcg.Linear
-        layers/1     nnx.gelu      is fcg.gelu
-        layers/2     <lambda>      stays: no function of flax.nnx or jax.nn with a drop-in
-        in <lambda>  nnx.softmax   is fcg.softmax inside fcg.functions()
+        path         in flax.nnx  result
+        layers/0     nnx.Linear   is fcg.Linear
+        layers/1     nnx.gelu     is fcg.gelu
+        layers/2     <lambda>     stays: no function of flax.nnx or jax.nn with a drop-in
+        in <lambda>  nnx.softmax  is fcg.softmax inside fcg.functions()
         Layers: 1 converted. Functions: 1 converted, 1 stays. Called by name: 1.
-        Kept for the backward: 1,024 bytes as it is; 3,072 flax.nnx; 1,024 converted; 1,024
-        converted, inside fcg.functions().
+        Kept for the backward, in bytes:
+          as it is                           1,056
+          flax.nnx                           3,112
+          converted                          1,056
+          converted, inside fcg.functions()  1,024
     """
     rows = [*_layer_rows(model), *_function_rows(model)]
     kept = {}
@@ -145,7 +148,8 @@ def _fate(rules: Sequence[Rule], layer: nnx.Module) -> tuple[str, str, bool, lis
     cls = type(layer)
     for rule in rules:
         if cls in (rule.layer, rule.to):
-            return (*map(_class_name, (rule.layer, rule.to)), cls is rule.to, _left_to_nnx(layer))
+            names = _class_name(rule.layer), _class_name(rule.to)
+            return *names, cls is rule.to, _left_to_nnx(layer)
     if not is_subclass(rules, layer):
         if cls.__module__.startswith("flax_customgrad"):
             return _class_name(cls), _class_name(cls), True, []
@@ -170,11 +174,19 @@ def _left_to_nnx(layer: Any) -> list[str]:
     return []
 
 
+_WITH_WEIGHTS = (
+    nnx.Linear,
+    nnx.LinearGeneral,
+    nnx.Einsum,
+    nnx.Conv,
+    nnx.ConvTranspose,
+    nnx.Embed,
+)
+
+
 def _stack_axes(layer: Any) -> tuple[int, ...]:
     """The axes along which a layer is stacked, where its arguments tell; () where it is not."""
-    if isinstance(
-        layer, nnx.Linear | nnx.LinearGeneral | nnx.Einsum | nnx.Conv | nnx.ConvTranspose | nnx.Embed
-    ):
+    if isinstance(layer, _WITH_WEIGHTS):
         return stack_axes(layer)
     scale = getattr(layer, "scale", None)
     return tuple(scale.shape[:-1]) if hasattr(layer, "num_features") and scale is not None else ()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flax_customgrad.model.conversion import Conversion, ConversionRow
 
-_WIDTH, _PATH, _NAME = 100, 38, 28
+_WIDTH = 100
 _HEADING = ("path", "in flax.nnx", "result")
 
 
@@ -17,8 +17,8 @@ def table(report: "Conversion") -> str:
     Args:
         report: the report.
     """
-    rows = [_HEADING, *(cells for row in report.rows for cells in [_cells(row)])]
-    path, name = (min(max(len(row[k]) for row in rows), most) for k, most in enumerate((_PATH, _NAME)))
+    rows = [_HEADING, *map(_cells, report.rows)]
+    path, name = (min(max(len(row[k]) for row in rows), most) for k, most in ((0, 38), (1, 28)))
     lines = [
         f"{a:<{path}}  {b:<{name}}  {c}".rstrip()
         for row in rows
@@ -68,6 +68,7 @@ def _totals(report: "Conversion") -> str:
 def _kept(report: "Conversion") -> list[str]:
     if not report.kept_bytes:
         return []
-    (first, nbytes), *others = report.kept_bytes.items()
-    said = "; ".join(f"{nbytes:,} {form}" for form, nbytes in others)
-    return textwrap.wrap(f"Kept for the backward: {nbytes:,} bytes {first}; {said}.", _WIDTH)
+    counts = {form: f"{nbytes:,}" for form, nbytes in report.kept_bytes.items()}
+    form, count = max(map(len, counts)), max(map(len, counts.values()))
+    lines = [f"  {name:<{form}}  {nbytes:>{count}}" for name, nbytes in counts.items()]
+    return ["Kept for the backward, in bytes:", *lines]

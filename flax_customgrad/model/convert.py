@@ -272,7 +272,6 @@ def _replace_references(model: Any, replaced: Mapping[int, Any]) -> Any:
 
 def _list_layers(found: Sequence[tuple[tuple[str, ...], nnx.Module]]) -> str:
     shown = [
-        f"{paths[0] or '(the model)'}: {qualified_name(type(layer))}"
-        for paths, layer in found[:40]
+        f"{paths[0] or '(the model)'}: {qualified_name(type(layer))}" for paths, layer in found[:40]
     ]
     return ", ".join(shown) + (f" and {len(found) - 40} more" if len(found) > 40 else "")

@@ -172,7 +172,9 @@ def _functions_in(value: Any) -> Iterator[tuple[tuple[Any, ...], Callable[..., A
         inside = children(value)
     else:
         function = original_of(value)
-        if callable(function) and not isinstance(function, type | nnx.Pytree | nnx.Variable):
+        owner = getattr(function, "__self__", None)
+        no_functions = type | nnx.Pytree | nnx.Variable
+        if callable(function) and not any(isinstance(a, no_functions) for a in (function, owner)):
             yield (), function
         return
     for key, item in inside:
