@@ -93,18 +93,17 @@ def conversion(
         >>> from flax import nnx
         >>> model = nnx.Sequential(
         ...     nnx.Linear(8, 32, rngs=nnx.Rngs(0)), nnx.gelu, lambda x: nnx.softmax(x))
-        >>> print(fcg.conversion(fcg.convert(model), jnp.ones((4, 8))))
-        path         in flax.nnx  result
-        layers/0     nnx.Linear   is fcg.Linear
-        layers/1     nnx.gelu     is fcg.gelu
-        layers/2     <lambda>     stays: no function of flax.nnx or jax.nn with a drop-in
-        in <lambda>  nnx.softmax  is fcg.softmax inside fcg.functions()
-        Layers: 1 converted. Functions: 1 converted, 1 stays. Called by name: 1.
-        Kept for the backward, in bytes:
-          as it is                           1,056
-          flax.nnx                           3,112
-          converted                          1,056
-          converted, inside fcg.functions()  1,024
+        >>> print(fcg.conversion(model))
+        path      in flax.nnx  result
+        layers/0  nnx.Linear   would become fcg.Linear
+        layers/1  nnx.gelu     would become fcg.gelu
+        layers/2  <lambda>     stays: no function of flax.nnx or jax.nn with a drop-in
+        Nothing is converted. Layers: 1 to convert. Functions: 1 to convert, 1 stays.
+        >>> report = fcg.conversion(model, jnp.ones((4, 8)))
+        >>> report.rows[-1].name
+        'nnx.softmax'
+        >>> report.kept_bytes["converted"] < report.kept_bytes["flax.nnx"]
+        True
     """
     rows = [*_layer_rows(model), *_function_rows(model)]
     kept = {}
@@ -161,8 +160,8 @@ def _fate(rules: Sequence[Rule], layer: nnx.Module) -> tuple[str, str, bool, lis
     if base is by_base[base].to:
         return cls.__qualname__, _class_name(base), True, [about]
     lost = lost_methods(cls, by_base[base].to)  # type: ignore[arg-type]
-    advice = f"with {', '.join(lost)} of its own" if lost else "convert(model, subclasses=True)"
-    return cls.__qualname__, "", False, [f"{about}; {advice}"]
+    about += f", with {', '.join(lost)} of its own" if lost else "; write subclasses=True"
+    return cls.__qualname__, "", False, [about]
 
 
 def _left_to_nnx(layer: Any) -> list[str]:

@@ -65,11 +65,11 @@ def functions() -> Iterator[None]:
         >>> from flax import nnx
         >>> def block(x):
         ...     return nnx.gelu(2 * x)
-        >>> fcg.residual_bytes(block, jnp.ones(1024))
-        20492
+        >>> before = fcg.residual_bytes(block, jnp.ones(1024))
         >>> with fcg.functions():
-        ...     fcg.residual_bytes(block, jnp.ones(1024))
-        4100
+        ...     after = fcg.residual_bytes(block, jnp.ones(1024))
+        >>> before > 3 * after
+        True
     """
     with _dispatching(), _context("ours"):
         yield

@@ -100,8 +100,8 @@ def test_every_layer_and_held_function_has_a_row_before_and_after():
     assert {path: fates(before)[path] for path in expected} == expected
     assert rows["layers/0"].paths == ("layers/0", "shared")
     assert rows["layers/1"].remark == "computes as flax.nnx, for it was given its own dot_general"
-    assert rows["layers/2"].remark == "a subclass of nnx.Linear; with __call__ of its own"
-    assert "convert(model, subclasses=True)" in rows["layers/3"].remark
+    assert rows["layers/2"].remark == "a subclass of nnx.Linear, with __call__ of its own"
+    assert rows["layers/3"].remark == "a subclass of nnx.Linear; write subclasses=True"
     assert rows["layers/5"].remark == "no layer of flax.nnx"
     assert "own" not in rows  # a method is no function that is held
     assert list(rows).index("layers/6") < list(rows).index("layers/6/key")
