@@ -137,9 +137,8 @@ def _is_layer(module: nnx.Module) -> bool:
 
 
 def _is_of_nn(cls: type) -> bool:
-    return cls.__module__.startswith("flax.nnx.nn.") or (
-        cls.__module__.startswith("flax_customgrad") and issubclass(cls, nnx.Module)
-    )
+    is_ours = cls.__module__.startswith("flax_customgrad") and issubclass(cls, nnx.Module)
+    return cls.__module__.startswith("flax.nnx.nn.") or (is_ours and not is_of_user(cls))
 
 
 def _fate(rules: Sequence[Rule], layer: nnx.Module) -> tuple[str, str, bool, list[str]]:

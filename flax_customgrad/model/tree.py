@@ -160,8 +160,10 @@ def _arguments_of(cls: type) -> frozenset[str]:
 
 
 def is_of_user(cls: type) -> bool:
-    """Whether a class is neither of flax nor of this library."""
-    return cls.__module__.partition(".")[0] not in ("flax", "flax_customgrad", "builtins")
+    """Whether a class is neither of flax nor of this library, whose command line is a user too."""
+    package = cls.__module__.partition(".")[0]
+    is_of_command = cls.__module__.startswith("flax_customgrad.command.")
+    return is_of_command or package not in ("flax", "flax_customgrad", "builtins")
 
 
 def _functions_in(value: Any) -> Iterator[tuple[tuple[Any, ...], Callable[..., Any]]]:

@@ -1,0 +1,14 @@
+"""The task `text`: a decoder that predicts the next byte of Python source."""
+
+import jax
+
+from flax_customgrad.command.side_by_side.task import Task
+from flax_customgrad.command.text import data
+from flax_customgrad.command.text.network import Decoder
+
+
+def _logits(network: Decoder, batch: data.Text, training: bool) -> jax.Array:
+    return network(batch.tokens)
+
+
+TASK = Task("text", "Python source, byte by byte", data.load, Decoder, _logits, batch=16)

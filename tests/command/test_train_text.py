@@ -1,0 +1,75 @@
+"""`train --task text`: a decoder on real text, plain and converted."""
+
+import contextlib
+import io
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import flax_customgrad as fcg
+from flax_customgrad.__main__ import main
+from flax_customgrad.command.side_by_side import comparison
+from flax_customgrad.command.side_by_side.task import batches
+from flax_customgrad.command.side_by_side.training_run import TrainingRun
+from flax_customgrad.command.text import data, network, task
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Two rounds of timing, on few excerpts, with a decoder of one narrow block."""
+    load = data.load
+
+    def load_few(seed):
+        train, test = load(seed)
+        return jax.tree.map(lambda a: a[:64], train), jax.tree.map(lambda a: a[:8], test)
+
+    monkeypatch.setattr(comparison, "_ROUNDS", 2)
+    monkeypatch.setattr(task, "TASK", task.TASK._replace(load=load_few, batch=4))
+    for name, size in {"_WIDTH": 8, "_HIDDEN": 16, "_HEADS": 2, "_BLOCKS": 1}.items():
+        monkeypatch.setattr(network, name, size)
+
+
+def test_the_whole_job(tmp_path):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(
+            ["train", "--task", "text", "--steps", "3", "--out", str(tmp_path / "figure.png")]
+        )
+    assert (status, err.getvalue()) == (0, "")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    table = out.getvalue()[out.getvalue().index("text, 3 steps, seed 0") :]
+    assert max(map(len, table.splitlines())) <= 80
+    for path in ("embed", "blocks/0/norm_1", "blocks/0/attn/query", "blocks/0/mlp/gate", "head"):
+        (row,) = re.findall(rf"^ *{path} .*$", table, re.M)
+        assert row.rstrip().endswith("converted")
+    assert not re.search(r"^ *blocks/0/mlp ", table, re.M)
+
+
+def test_both_runs_have_the_same_losses_and_the_converted_one_keeps_less():
+    train, _ = task.TASK.load(0)
+    plain = TrainingRun(task.TASK, network.Decoder(nnx.Rngs(0)))
+    converted = TrainingRun(task.TASK, fcg.convert(network.Decoder(nnx.Rngs(0))), fcg.functions())
+    for batch in batches(train, 3, seed=0, size=4):
+        for run in (plain, converted):
+            run.step(batch)
+    np.testing.assert_allclose(converted.losses, plain.losses, rtol=1e-5)
+    assert plain.losses[0] > plain.losses[-1]
+    without = TrainingRun(task.TASK, fcg.convert(network.Decoder(nnx.Rngs(0))))
+    kept = [run.residual_bytes(batch) for run in (converted, without, plain)]
+    assert kept == sorted(set(kept))
+
+
+def test_the_text_is_split_into_excerpts_and_the_bytes_that_follow():
+    train, test = data.load(1)
+    assert train.tokens.shape[1:] == test.labels.shape[1:] == (data.LENGTH,)
+    assert len(train.tokens) > 8 * len(test.tokens) > 1000
+    for text in (train, test):
+        np.testing.assert_array_equal(text.tokens[:, 1:], text.labels[:, :-1])
+    both = np.concatenate([train.tokens, test.tokens])
+    again = np.concatenate([part.tokens for part in data.load(2)])
+    assert not np.array_equal(again, both)
+    np.testing.assert_array_equal(*(np.sort(a.view("S256").ravel()) for a in (again, both)))
+    assert b"def " in train.tokens.astype(np.uint8).tobytes()
