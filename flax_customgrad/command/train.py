@@ -1,4 +1,4 @@
-"""Trains a network on handwritten digits or on text, plain and converted, and compares the two."""
+"""Trains a network on digits or on text, plain and converted, and compares the two."""
 
 import argparse
 import importlib

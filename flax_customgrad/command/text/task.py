@@ -1,6 +1,7 @@
 """The task `text`: a decoder that predicts the next byte of Python source."""
 
 import jax
+import jax.numpy as jnp
 
 from flax_customgrad.command.side_by_side.task import Task
 from flax_customgrad.command.text import data
@@ -8,7 +9,7 @@ from flax_customgrad.command.text.network import Decoder
 
 
 def _logits(network: Decoder, batch: data.Text, training: bool) -> jax.Array:
-    return network(batch.tokens)
+    return network(jnp.asarray(batch.tokens))
 
 
 TASK = Task("text", "Python source, byte by byte", data.load, Decoder, _logits, batch=16)
