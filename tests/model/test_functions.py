@@ -83,6 +83,17 @@ def test_fallbacks_for_integers_and_complex_numbers():
         assert nnx.max_pool(jnp.ones((1, 2, 2, 1), int), (2, 2)).shape == (1, 1, 1, 1)
 
 
+def test_a_function_of_ours_may_call_the_name_that_it_stands_for(monkeypatch):
+    def ours(x):
+        return 2 * nnx.gelu(x)
+
+    monkeypatch.setattr(catalogue, "drop_in_functions", lambda: {nnx.gelu: ours})
+    monkeypatch.setattr(sys.modules["flax_customgrad.model.functions"], "_dispatchers", {})
+    expected = 2 * nnx.gelu(X)
+    with fcg.functions():
+        np.testing.assert_array_equal(jax.nn.gelu(X), expected)
+
+
 def test_names_of_jax_numpy_and_imported_names_stay():
     tanh = jnp.tanh
     with fcg.functions():
@@ -234,13 +245,12 @@ class ConvNet(nnx.Module):
     """Its activations and poolings are called by name."""
 
     def __init__(self, rngs):
-        self.convs = nnx.List([nnx.Conv(n, 4, (3, 3), use_bias=False, rngs=rngs) for n in (1, 4)])
-        self.norms = nnx.List([nnx.BatchNorm(4, rngs=rngs) for _ in range(2)])
+        self.conv = nnx.Conv(1, 4, (3, 3), use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
         self.head = nnx.Linear(4, 3, rngs=rngs)
 
     def __call__(self, x):
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = nnx.max_pool(nnx.relu(norm(conv(x))), (2, 2), strides=(2, 2))
+        x = nnx.max_pool(nnx.relu(self.norm(self.conv(x))), (2, 2), strides=(2, 2))
         return nnx.log_softmax(self.head(nnx.silu(x.mean((1, 2)))))
 
 
