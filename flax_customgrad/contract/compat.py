@@ -131,18 +131,6 @@ def set_class(layer: nnx.Module, cls: type[nnx.Module]) -> None:
     object.__setattr__(layer, "__class__", cls)
 
 
-def set_attribute(module: nnx.Pytree, name: str, value: Any) -> None:
-    """Puts another value of the same kind, static or data, in the place of one that a Module holds.
-
-    Args:
-        module: the Module.
-        name: the name of the attribute.
-        value: the other value.
-    """
-    # Not `setattr`: nnx would decide anew what is data, of a tuple of layers that it was not.
-    object.__setattr__(module, name, value)
-
-
 def check_einsum_equation(layer: nnx.Einsum, equation: str) -> None:
     """Refuses an equation without an arrow or without two operands, in the words of nnx.
 

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from flax import nnx
 
-from flax_customgrad.contract.compat import set_attribute
 from flax_customgrad.model.functions import original_of
 
 Paths = tuple[str, ...]
@@ -91,7 +90,7 @@ class HeldFunction:
         if isinstance(self.holder, list | dict):
             self.holder[name] = new
         else:
-            set_attribute(self.holder, str(name), new)
+            setattr(self.holder, str(name), new)
 
 
 def held_functions(model: Any) -> list[HeldFunction]:
