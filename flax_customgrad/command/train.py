@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     from flax_customgrad.command.side_by_side import comparison, figure, progress, table
 
-    task = importlib.import_module(f"flax_customgrad.command.{args.task}.task").TASK
+    task = importlib.import_module(f"flax_customgrad.command.{args.task}.{args.task}_task").TASK
 
     console = Console(highlight=False)
     show = progress.silent() if args.quiet else progress.on_console(console, args.steps)

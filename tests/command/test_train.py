@@ -17,7 +17,7 @@ from rich.console import Console
 import flax_customgrad as fcg
 from flax_customgrad import catalogue
 from flax_customgrad.__main__ import main
-from flax_customgrad.command.digits import data, task
+from flax_customgrad.command.digits import data, digits_task
 from flax_customgrad.command.digits.network import Network
 from flax_customgrad.command.side_by_side import comparison, figure, progress
 from flax_customgrad.command.side_by_side.comparison import LayerPair, RunComparison, RunResult
@@ -96,7 +96,7 @@ def test_a_wrong_gradient_is_found(tmp_path, monkeypatch):
 
     drop_ins = {nnx.Linear: fcg.Linear, nnx.LinearGeneral: fcg.LinearGeneral}
     monkeypatch.setattr(catalogue, "drop_ins", lambda: drop_ins)
-    monkeypatch.setattr(task, "TASK", task.TASK._replace(network=Small))
+    monkeypatch.setattr(digits_task, "TASK", digits_task.TASK._replace(network=Small))
     monkeypatch.setattr(comparison, "_ROUNDS", 3)
     monkeypatch.setattr(fcg, "convert", convert)
     monkeypatch.setenv("COLUMNS", "120")
@@ -119,7 +119,13 @@ def _comparison(**changes):
     layer = LayerPair("dense", nnx.Linear, fcg.Linear)
     return dataclasses.replace(
         RunComparison(
-            task.TASK, 2, 0, [layer], {"dense/kernel": 3e-7, "dense/bias": 0.0}, outcome, outcome
+            digits_task.TASK,
+            2,
+            0,
+            [layer],
+            {"dense/kernel": 3e-7, "dense/bias": 0.0},
+            outcome,
+            outcome,
         ),
         **changes,
     )

@@ -13,22 +13,22 @@ import flax_customgrad as fcg
 from flax_customgrad.__main__ import main
 from flax_customgrad.command.side_by_side import comparison
 from flax_customgrad.command.side_by_side.training_run import TrainingRun
-from flax_customgrad.command.text import data, network, task
+from flax_customgrad.command.text import decoder, excerpts, text_task
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Two rounds of timing, on few excerpts, with a decoder of one narrow block."""
-    load = data.load
+    load = excerpts.load
 
     def load_few(seed):
         train, test = load(seed)
         return jax.tree.map(lambda a: a[:64], train), jax.tree.map(lambda a: a[:8], test)
 
     monkeypatch.setattr(comparison, "_ROUNDS", 2)
-    monkeypatch.setattr(task, "TASK", task.TASK._replace(load=load_few, batch=4))
+    monkeypatch.setattr(text_task, "TASK", text_task.TASK._replace(load=load_few, batch=4))
     for name, size in {"_WIDTH": 8, "_HIDDEN": 16, "_HEADS": 2, "_BLOCKS": 1}.items():
-        monkeypatch.setattr(network, name, size)
+        monkeypatch.setattr(decoder, name, size)
 
 
 def test_the_whole_job(tmp_path, monkeypatch):
@@ -61,24 +61,24 @@ def test_the_whole_job(tmp_path, monkeypatch):
 
 
 def test_what_is_called_by_name_is_ours_in_the_converted_run():
-    batch, _ = task.TASK.load(0)
+    batch, _ = text_task.TASK.load(0)
     kept = [
-        TrainingRun(task.TASK, fcg.convert(network.Decoder(nnx.Rngs(0))), context).residual_bytes(
-            batch
-        )
+        TrainingRun(
+            text_task.TASK, fcg.convert(decoder.Decoder(nnx.Rngs(0))), context
+        ).residual_bytes(batch)
         for context in (fcg.functions(), lambda f: f)
     ]
     assert kept == sorted(set(kept))
 
 
 def test_the_text_is_split_into_excerpts_and_the_bytes_that_follow():
-    train, test = data.load(1)
-    assert train.tokens.shape[1:] == test.labels.shape[1:] == (data.LENGTH,)
+    train, test = excerpts.load(1)
+    assert train.tokens.shape[1:] == test.labels.shape[1:] == (excerpts.LENGTH,)
     assert len(train.tokens) > 8 * len(test.tokens) > 1000
     for text in (train, test):
         np.testing.assert_array_equal(text.tokens[:, 1:], text.labels[:, :-1])
     both = np.concatenate([train.tokens, test.tokens])
-    again = np.concatenate([part.tokens for part in data.load(2)])
+    again = np.concatenate([part.tokens for part in excerpts.load(2)])
     assert not np.array_equal(again, both)
     np.testing.assert_array_equal(*(np.sort(a.view("S256").ravel()) for a in (again, both)))
     assert b"def " in train.tokens.astype(np.uint8).tobytes()

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad.command.text import data
+from flax_customgrad.command.text import excerpts
 
 _BYTES, _WIDTH, _HIDDEN, _HEADS, _BLOCKS = 256, 64, 128, 4, 2
 
@@ -44,7 +44,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs):
         self.embed = nnx.Embed(_BYTES, _WIDTH, rngs=rngs)
-        self.position = nnx.Embed(data.LENGTH, _WIDTH, rngs=rngs)
+        self.position = nnx.Embed(excerpts.LENGTH, _WIDTH, rngs=rngs)
         self.blocks = nnx.List([Block(rngs) for _ in range(_BLOCKS)])
         self.norm = nnx.RMSNorm(_WIDTH, rngs=rngs)
         self.head = nnx.Linear(_WIDTH, _BYTES, rngs=rngs)
