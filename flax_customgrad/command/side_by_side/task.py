@@ -9,14 +9,12 @@ from flax import nnx
 
 
 class Examples(Protocol):
-    """A tuple of arrays along whose first axis the examples are.
-
-    Attributes:
-        labels: the classes of each example, int32 of shape (n, ...).
-    """
+    """A tuple of arrays along whose first axis the examples are."""
 
     @property
-    def labels(self) -> np.ndarray: ...  # noqa: D102
+    def labels(self) -> np.ndarray:
+        """The classes of each example, int32 of shape (n, ...)."""
+        ...
 
 
 E = TypeVar("E", bound=Examples)
