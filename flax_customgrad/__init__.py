@@ -155,9 +155,12 @@ from flax_customgrad.low_bit.quantizers.ternary_weights import TWN, AbsMean
 from flax_customgrad.low_bit.quantizers.tqt import TQT
 from flax_customgrad.low_bit.quantizers.ttq import TTQ
 from flax_customgrad.model.calibrate import calibrate
-from flax_customgrad.model.convert import Rule, Where, convert, revert
+from flax_customgrad.model.conversion import Conversion, ConversionRow, conversion
+from flax_customgrad.model.convert import convert, revert
 from flax_customgrad.model.fold_batch_norm import fold_batch_norm
+from flax_customgrad.model.functions import functions
 from flax_customgrad.model.pack import pack, unpack
+from flax_customgrad.model.rules import Rule, Where
 from flax_customgrad.model.size import Size, SizeReport, size_report
 from flax_customgrad.registry import moved
 from flax_customgrad.registry.public import publish
@@ -195,6 +198,8 @@ __all__ = [
     "Codes",
     "Conv",
     "ConvTranspose",
+    "Conversion",
+    "ConversionRow",
     "CotangentError",
     "CustomVJP",
     "DelayedScaling",
@@ -292,6 +297,7 @@ __all__ = [
     "celu",
     "clip_ste",
     "codebook_perplexity",
+    "conversion",
     "convert",
     "custom_vjp",
     "elu",
@@ -299,6 +305,7 @@ __all__ = [
     "few_bit_silu",
     "floor_ste",
     "fold_batch_norm",
+    "functions",
     "geglu",
     "gelu",
     "glu",

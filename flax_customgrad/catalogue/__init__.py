@@ -6,6 +6,7 @@ family are in its folder, in `entries.py`.
 """
 
 import difflib
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
@@ -95,6 +96,20 @@ def drop_ins() -> dict[type[nnx.Module], Any]:
     return {e.reference: e.module for e in entries() if e.is_drop_in and not e.is_function}  # type: ignore[misc]
 
 
-__all__ = ["Curve", "Entry", "Example", "drop_ins", "entries", "expected", "find"]
+def drop_in_functions() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Maps each function of flax.nnx or jax.nn to the function of this library that replaces it."""
+    return {e.reference: e.module for e in entries() if e.is_function and e.reference is not None}
+
+
+__all__ = [
+    "Curve",
+    "Entry",
+    "Example",
+    "drop_in_functions",
+    "drop_ins",
+    "entries",
+    "expected",
+    "find",
+]
 
 publish(globals(), __all__)

@@ -15,8 +15,8 @@ from flax import nnx
 from flax_customgrad.contract.compat import is_outside_of_traces
 from flax_customgrad.low_bit.quantizers.fake_quant import FakeQuant
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
-from flax_customgrad.model.convert import layers, set_mode
 from flax_customgrad.model.observer import Observer
+from flax_customgrad.model.tree import layers, set_mode
 
 M = TypeVar("M")
 

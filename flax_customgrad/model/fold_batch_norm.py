@@ -18,7 +18,7 @@ from flax_customgrad.layers.conv.conv import Conv
 from flax_customgrad.layers.conv.conv_transpose import ConvTranspose
 from flax_customgrad.layers.linear.linear import Linear
 from flax_customgrad.layers.stacked import stack_axes
-from flax_customgrad.model.convert import layers, set_mode
+from flax_customgrad.model.tree import layers, set_mode
 from flax_customgrad.numerics.accumulation import accumulator
 
 M = TypeVar("M")

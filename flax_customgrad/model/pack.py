@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from flax_customgrad.layers.packed_weights import Packable, PackedWeights
-from flax_customgrad.model.convert import layers, set_mode
+from flax_customgrad.model.tree import layers, set_mode
 
 M = TypeVar("M")
 
