@@ -83,6 +83,8 @@ from flax_customgrad.layers.activation.smooth import (
     swish,
 )
 from flax_customgrad.layers.activation.softmax import softmax
+from flax_customgrad.layers.attention.dot_product_attention import dot_product_attention
+from flax_customgrad.layers.attention.multi_head_attention import MultiHeadAttention
 from flax_customgrad.layers.conv.choose_lowering import use_lowering
 from flax_customgrad.layers.conv.conv import Conv
 from flax_customgrad.layers.conv.conv_transpose import ConvTranspose
@@ -212,6 +214,7 @@ __all__ = [
     "LoRALinear",
     "MXLinear",
     "MagnitudeAwareSign",
+    "MultiHeadAttention",
     "NF4Linear",
     "NMSparseLinear",
     "NVFP4Linear",
@@ -265,6 +268,7 @@ __all__ = [
     "codebook_perplexity",
     "convert",
     "custom_vjp",
+    "dot_product_attention",
     "elu",
     "floor_ste",
     "geglu",

@@ -18,6 +18,7 @@ from flax_customgrad.estimators.spiking import entries as spiking
 from flax_customgrad.gradients.feedback import entries as feedback
 from flax_customgrad.gradients.shaping import entries as shaping
 from flax_customgrad.layers.activation import entries as activation
+from flax_customgrad.layers.attention import entries as attention
 from flax_customgrad.layers.conv import entries as conv
 from flax_customgrad.layers.linear import entries as linear
 from flax_customgrad.layers.normalization import entries as normalization
@@ -39,6 +40,7 @@ _FAMILIES = (
     normalization,
     weight_norms,
     activation,
+    attention,
     rounding,
     categorical,
     codebook,
