@@ -29,8 +29,9 @@ def expected(entry: Entry, example: tuple[Any, ...]) -> dict[str, Any]:
     if entry.reference is None:
         return {}
     if entry.is_function:
-        taken = inspect.signature(entry.reference).parameters
-        return {"reference": partial(entry.reference, **keywords)} if set(keywords) <= set(taken) else {}
+        if not keywords.keys() <= inspect.signature(entry.reference).parameters.keys():
+            return {}
+        return {"reference": partial(entry.reference, **keywords)}
     call = _call if isinstance(first, nnx.Module) else first
     return {"reference": lambda layer, *inputs: call(_to_nnx(entry, layer), *inputs)}
 

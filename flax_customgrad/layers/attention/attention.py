@@ -16,7 +16,8 @@ by the exponential of the difference. The backward computes scores, weights and 
 again, tile by tile. Scores, weights and all sums are in float32 or wider; in half precision the
 factors of a product are rounded to it.
 
-A query that sees no key, because of masks or of a bias of minus infinity, has output and gradient 0.
+A query that sees no key, because of masks or of a bias of minus infinity, has output 0 and
+gradient 0.
 
 Source: arXiv:1706.03762, arXiv:1805.02867 (the running maximum), arXiv:2205.14135 (tiles)
 """
@@ -32,7 +33,6 @@ from jax.sharding import PartitionSpec
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.attention.heads import (
-    Heads,
     Segments,
     add,
     add_tile,
@@ -110,13 +110,12 @@ def _fwd(
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
-    *kept, config = res
-    q, k, v, bias = kept[:4]
+    q, k, v, bias, *_, o, lse, config = res
     *batch, T, N, D = q.shape
     S, K, E = v.shape[-3:]
     chex.assert_shape([q, k, v], [(*batch, T, N, D), (*batch, S, K, D), (*batch, S, K, E)])
-    chex.assert_shape([res.o, g, res.lse], [(*batch, T, N, E)] * 2 + [(*batch, K, N // K, T)])
-    dq, dk, dv, dbias = _backward(config, *kept, g)
+    chex.assert_shape([o, g, lse], [(*batch, T, N, E)] * 2 + [(*batch, K, N // K, T)])
+    dq, dk, dv, dbias = _backward(config, *res[:-1], g)
     chex.assert_trees_all_equal_shapes((dq, dk, dv, dbias), (q, k, v, bias))
     return dq, dk, dv, dbias, None, None, None, None
 
@@ -165,38 +164,37 @@ def _backward(config: AttentionConfig, *args: Any) -> tuple[Any, ...]:
 
 
 def _cotangents(config: AttentionConfig, *args: Any) -> tuple[Any, ...]:
-    *args, o, lse, g = args
-    scores = Scores(config, *args)
+    *arguments, o, lse, g = args
+    q, k, v, bias, *_ = arguments
+    scores = Scores(config, *arguments)
     heads, n_rows, wide = scores.heads, scores.tiling.n_rows, scores.dtype
     delta = jnp.sum(o.astype(wide) * g.astype(wide), -1, keepdims=True)
-    g, delta = (resize(split_heads(a, heads.k.shape[-3]), n_rows, -2) for a in (g, delta))
+    g, delta = (resize(split_heads(a, k.shape[-2]), n_rows, -2) for a in (g, delta))
     # What fills up the last tile of queries has no weights.
     lse = resize(lse[..., None], n_rows, -2, fill=jnp.finfo(wide).max)
 
-    def step(carry: Heads, tile: Tile) -> Heads:
+    def step(carry: Any, tile: Tile) -> Any:
+        dq, dk, dv, dbias = carry
         part = heads.tile(tile)
-        g_part, delta_part, lse_part = (take(a, tile.row, tile.n_rows) for a in (g, delta, lse))
-        p = jnp.exp(scores.of(part, tile) - lse_part)
+        g_here, delta_here, lse_here = (take(a, tile.row, tile.n_rows) for a in (g, delta, lse))
+        p = jnp.exp(scores.of(part, tile) - lse_here)
         zp = scores.dropped(p, tile)
-        dp = scores.dropped(scores.product("...kgte,...kse->...kgts", g_part, part.v), tile)
-        ds = p * (dp - delta_part)
-        dq = scores.scale * scores.product("...kgts,...ksd->...kgtd", ds, part.k)
-        dk = scores.scale * scores.product("...kgts,...kgtd->...ksd", ds, part.q)
-        dv = scores.product("...kgts,...kgte->...kse", zp, g_part)
-        return carry._replace(
-            q=add(carry.q, dq, tile.row),
-            k=add(carry.k, dk, tile.key),
-            v=add(carry.v, dv, tile.key),
-            bias=part.bias
-            if part.bias is None
-            else add_tile(carry.bias, sum_to_shape(ds, part.bias.shape), tile),
+        dp = scores.dropped(scores.product("...kgte,...kse->...kgts", g_here, part.v), tile)
+        ds = p * (dp - delta_here)
+        if part.bias is not None:
+            dbias = add_tile(dbias, sum_to_shape(ds, part.bias.shape), tile)
+        return (
+            add(dq, scores.product("...kgts,...ksd->...kgtd", ds, part.k), tile.row),
+            add(dk, scores.product("...kgts,...kgtd->...ksd", ds, part.q), tile.key),
+            add(dv, scores.product("...kgts,...kgte->...kse", zp, g_here), tile.key),
+            dbias,
         )
 
-    zeros = Heads(*(a if a is None else jnp.zeros(a.shape, wide) for a in heads[:4]), None, None)
-    grads = scores.walk(step, zeros, g).resized(args[0].shape[-3], args[1].shape[-3])
-    dbias = grads.bias if grads.bias is None else grads.bias.reshape(args[3].shape)
-    dk, dv = (jnp.moveaxis(a, -3, -2) for a in (grads.k, grads.v))
-    return tuple(
-        d if d is None else d.astype(a.dtype)
-        for d, a in zip((join_heads(grads.q), dk, dv, dbias), args, strict=False)
-    )
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, wide), tuple(heads[:4]))
+    dq, dk, dv, dbias = scores.walk(step, zeros, g)
+    dq = scores.scale * join_heads(resize(dq, q.shape[-3], -2))
+    dk, dv = (jnp.moveaxis(resize(a, k.shape[-3], -2), -3, -2) for a in (dk, dv))
+    dk = scores.scale * dk
+    if dbias is not None:
+        dbias = resize(resize(dbias, q.shape[-3], -2), k.shape[-3], -1).reshape(bias.shape)
+    return jax.tree.map(lambda d, a: d.astype(a.dtype), (dq, dk, dv, dbias), (q, k, v, bias))

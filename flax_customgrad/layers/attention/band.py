@@ -57,10 +57,14 @@ class Band:
         return self.left is None and self.right is None
 
     def keys(self, start: int, stop: int, n_keys: int) -> tuple[int, int]:
-        """The range of keys that some of the queries from `start` to `stop` see; may be empty."""
+        """The range of keys that some of the queries from `start` to `stop` see.
+
+        Returns:
+            The first key, and the one behind the last; no more than the first where there is none.
+        """
         first = 0 if self.left is None else max(start - self.left, 0)
         last = n_keys if self.right is None else min(stop + self.right, n_keys)
-        return first, max(last, first)
+        return first, last
 
     def sees(self, queries: Any, keys: Any) -> jax.Array | bool:
         """Whether a query sees a key; True where there are no bounds.

@@ -66,8 +66,8 @@ def dot_product_attention(
             keys), or None. Minus infinity masks.
         mask: array that broadcasts to that shape: which keys a query sees, or None.
         broadcast_dropout: whether heads and examples share the draws of dropout.
-        dropout_rng: the key of the draws, or None. With keys of JAX's default kind, `threefry`, they
-            are those of nnx; with others they are where the sequence is short.
+        dropout_rng: the key of the draws, or None. With a key of JAX's default kind, `threefry`,
+            they are those of nnx; with another where the sequence is one tile.
         dropout_rate: the part of the weights that is dropped, in [0, 1).
         deterministic: whether nothing is dropped.
         dtype: dtype of the computation; None for that which the arrays promote to.
@@ -139,14 +139,15 @@ def _segments(q: jax.Array, k: jax.Array, of_queries: Any, of_keys: Any) -> Segm
             f"dot_product_attention: {q.shape[-3]} queries and {k.shape[-3]} keys: give both "
             "segment_ids, of the queries, and key_segment_ids"
         )
-    pair = tuple(jnp.asarray(ids) for ids in (of_queries, of_queries if of_keys is None else of_keys))
+    of_keys = of_queries if of_keys is None else of_keys
+    pair = jnp.asarray(of_queries), jnp.asarray(of_keys)
     for name, ids, array in zip(("segment_ids", "key_segment_ids"), pair, (q, k), strict=True):
         if not broadcasts(ids.shape, array.shape[:-2]) or jnp.issubdtype(ids.dtype, jnp.inexact):
             raise ValueError(
                 f"dot_product_attention: {name} has shape {ids.shape} and dtype {ids.dtype}; write "
                 f"integers of shape {array.shape[:-2]}, or what broadcasts to it"
             )
-    return pair  # type: ignore[return-value]
+    return pair
 
 
 def _dropout(rate: Any, is_shared: bool, deterministic: bool, key: Any) -> Dropout | None:

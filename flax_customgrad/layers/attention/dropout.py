@@ -71,7 +71,7 @@ class Dropout:
 
         It is made of the upper bits of an integer: 23 of 32, or 52 of 64 where numbers are float64.
         """
-        if not jax.config.jax_enable_x64:
+        if not jax.enable_x64.value:
             return ((high ^ low) >> 9) < jnp.uint32(math.ceil(np.float32(self.keep_prob) * 2**23))
         bound = math.ceil(self.keep_prob * 2**52)
         above, below = jnp.uint32(bound >> 20), jnp.uint32(bound & (2**20 - 1))
@@ -81,8 +81,8 @@ class Dropout:
 def _hashes_places(key: jax.Array) -> bool:
     """Whether JAX draws an element of an array by hashing its place."""
     is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    kind = jax.random.key_impl(key) if is_typed else jax.config.jax_default_prng_impl
-    return bool(jax.config.jax_threefry_partitionable) and str(kind) == "threefry2x32"
+    kind = jax.random.key_impl(key) if is_typed else jax.default_prng_impl.value
+    return bool(jax.threefry_partitionable.value) and str(kind) == "threefry2x32"
 
 
 def _place(row: jax.Array, n: int, column: jax.Array) -> tuple[jax.Array, jax.Array]:

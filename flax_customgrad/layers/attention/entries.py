@@ -1,8 +1,4 @@
-"""The catalogue's entries of the attention family.
-
-Memory, where it is given, is that of the gradient of eight layers in a `lax.scan`, for 2 examples of
-1024 by 512 float32 in 8 heads, causal: with nnx -> with this library.
-"""
+"""The catalogue's entries of the attention family."""
 
 from functools import partial
 from typing import Any
@@ -111,8 +107,8 @@ ENTRIES = (
         nnx.MultiHeadAttention,
         "exact",
         keeps="its inputs; q, k, v, the output of the heads, and a number per query and head",
-        gain="no array of all weights, forward or backward; float32 sums in the gradients of the "
-        "projections",
+        gain="no array of all weights: eight causal layers of 2x1024x512 in a scan, 1489 MB -> 225 "
+        "MB; float32 sums in the gradients of the projections",
         source="arXiv:1706.03762",
         examples={
             "causal, grouped heads, normalized": made(

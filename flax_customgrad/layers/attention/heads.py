@@ -70,9 +70,7 @@ class Heads(NamedTuple):
             take(self.q, tile.row, tile.n_rows),
             take(self.k, tile.key, tile.n_keys),
             take(self.v, tile.key, tile.n_keys),
-            *jax.tree.map(
-                lambda a: take_tile(a, tile), (self.bias, self.mask, self.segments)
-            ),
+            *jax.tree.map(lambda a: take_tile(a, tile), (self.bias, self.mask, self.segments)),
         )
 
 

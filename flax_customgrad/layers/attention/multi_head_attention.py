@@ -57,7 +57,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         precision: PrecisionLike = None,
         kernel_init: Initializer = default_kernel_init,
         out_kernel_init: Initializer | None = None,
-        bias_init: Initializer = nnx.initializers.zeros_init(),
+        bias_init: Initializer = nnx.initializers.zeros,
         out_bias_init: Initializer | None = None,
         use_bias: bool = True,
         attention_fn: Callable[..., jax.Array] = of_nnx,

@@ -1,11 +1,12 @@
 """The scores of attention a tile at a time, the same in the forward and in the backward.
 
-    s = scale q k + bias,  scale = 1 / sqrt(D);  -inf where a query does not see a key
+A score is `scale q k + bias`, with `scale` 1 / sqrt(D), and minus infinity where a query does not
+see a key.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import jax
@@ -33,7 +34,7 @@ class AttentionConfig:
         tile_size: queries and keys of a tile, None to choose.
     """
 
-    band: Band = Band()
+    band: Band = field(default_factory=Band)
     dropout: Dropout | None = None
     precision: Any = None
     tile_size: tuple[int, int] | None = None

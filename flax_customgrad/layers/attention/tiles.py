@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax import lax
 
 from flax_customgrad.layers.attention.band import Band
@@ -70,7 +70,8 @@ class Tiling:
         starts = []
         for row in range(0, n_rows, rows):
             first, last = band.keys(row, min(row + rows, n_rows), n_keys)
-            starts += [(row, key) for key in range(first // keys * keys, last, keys)]
+            if last > first:
+                starts += [(row, key) for key in range(first // keys * keys, last, keys)]
         return cls(tuple(starts), (rows, keys), _up_to(n_rows, rows), _up_to(n_keys, keys))
 
     def walk(self, step: Callable[[Carry, Tile], Carry], carry: Carry) -> Carry:
@@ -91,7 +92,7 @@ class Tiling:
         def body(carry: Carry, start: jax.Array) -> tuple[Carry, None]:
             return step(carry, Tile(start[0], start[1], *self.size)), None
 
-        return lax.scan(body, carry, np.array(self.starts, np.int32))[0]
+        return lax.scan(body, carry, jnp.array(self.starts, jnp.int32))[0]
 
 
 def parse_tile_size(size: Any) -> tuple[int, int] | None:
