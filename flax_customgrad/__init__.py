@@ -51,6 +51,7 @@ from flax_customgrad.gradients.feedback.direct_feedback import DirectFeedback
 from flax_customgrad.gradients.feedback.feedback_conv import FeedbackConv
 from flax_customgrad.gradients.feedback.feedback_linear import FeedbackLinear
 from flax_customgrad.gradients.feedback.feedback_variable import Feedback
+from flax_customgrad.gradients.few_bit.few_bit import few_bit_gelu, few_bit_silu
 from flax_customgrad.gradients.shaping.clip import GradientClip, gradient_clip
 from flax_customgrad.gradients.shaping.reversal import GradientReversal, gradient_reversal
 from flax_customgrad.gradients.shaping.scale import GradientScale, gradient_scale
@@ -88,6 +89,8 @@ from flax_customgrad.layers.attention.multi_head_attention import MultiHeadAtten
 from flax_customgrad.layers.conv.choose_lowering import use_lowering
 from flax_customgrad.layers.conv.conv import Conv
 from flax_customgrad.layers.conv.conv_transpose import ConvTranspose
+from flax_customgrad.layers.invertible.invertible_batch_norm_act import InvertibleBatchNormAct
+from flax_customgrad.layers.invertible.reversible import Reversible
 from flax_customgrad.layers.linear.einsum import Einsum
 from flax_customgrad.layers.linear.embed import Embed
 from flax_customgrad.layers.linear.linear import Linear
@@ -205,6 +208,7 @@ __all__ = [
     "Int8Conv",
     "Int8Kernel",
     "Int8Linear",
+    "InvertibleBatchNormAct",
     "LSQPlus",
     "LayerNorm",
     "Leaky",
@@ -236,6 +240,7 @@ __all__ = [
     "ReinMax",
     "Residual",
     "ResidualVQ",
+    "Reversible",
     "Rule",
     "Scheme",
     "SimVQ",
@@ -270,6 +275,8 @@ __all__ = [
     "custom_vjp",
     "dot_product_attention",
     "elu",
+    "few_bit_gelu",
+    "few_bit_silu",
     "floor_ste",
     "geglu",
     "gelu",

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 for success, 1 if a command found a fault, 2 for bad arguments or a
-        missing package.
+        missing package, 130 for Ctrl-C.
     """
     parser = _Parser(
         prog="flax-customgrad",
@@ -59,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     if importlib.util.find_spec("rich") is None:
         return common.print_error(args.command, "rich is not installed: pip install rich")
-    return args.run(args)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        return common.print_error(args.command, "interrupted", common.INTERRUPTED)
 
 
 if __name__ == "__main__":

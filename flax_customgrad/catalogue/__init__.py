@@ -5,6 +5,7 @@ small ones on which its gradient is checked, and workloads on which it is timed.
 family are in its folder, in `entries.py`.
 """
 
+import difflib
 from typing import Any
 
 from flax import nnx
@@ -16,10 +17,12 @@ from flax_customgrad.estimators.rounding import entries as rounding
 from flax_customgrad.estimators.sparse import entries as sparse
 from flax_customgrad.estimators.spiking import entries as spiking
 from flax_customgrad.gradients.feedback import entries as feedback
+from flax_customgrad.gradients.few_bit import entries as few_bit
 from flax_customgrad.gradients.shaping import entries as shaping
 from flax_customgrad.layers.activation import entries as activation
 from flax_customgrad.layers.attention import entries as attention
 from flax_customgrad.layers.conv import entries as conv
+from flax_customgrad.layers.invertible import entries as invertible
 from flax_customgrad.layers.linear import entries as linear
 from flax_customgrad.layers.normalization import entries as normalization
 from flax_customgrad.layers.pooling import entries as pooling
@@ -39,6 +42,7 @@ _FAMILIES = (
     pooling,
     normalization,
     weight_norms,
+    invertible,
     activation,
     attention,
     rounding,
@@ -54,6 +58,7 @@ _FAMILIES = (
     spiking,
     shaping,
     feedback,
+    few_bit,
 )
 
 
@@ -66,15 +71,23 @@ def find(name: str) -> Entry:
     """The entry of a layer.
 
     Args:
-        name: the public name of the layer.
+        name: the public name of the layer; in any case, where that leaves no doubt.
 
     Raises:
-        KeyError: no layer has that name; the error lists the names.
+        KeyError: no layer has that name, or several but for case; the error suggests names.
     """
-    for entry in entries():
-        if entry.name == name:
-            return entry
-    raise KeyError(f"no layer {name!r}; there are {', '.join(e.name for e in entries())}")
+    by_name = {entry.name: entry for entry in entries()}
+    if name in by_name:
+        return by_name[name]
+    alike = [known for known in by_name if known.lower() == name.lower()]
+    if len(alike) == 1:
+        return by_name[alike[0]]
+    lower = {known.lower(): known for known in by_name}
+    close = alike or [lower[k] for k in difflib.get_close_matches(name.lower(), lower)]
+    hint = f": did you mean {' or '.join(close)}?" if close else ""
+    raise KeyError(
+        f"no layer {name!r}{hint or '; `python -m flax_customgrad list` shows the names'}"
+    )
 
 
 def drop_ins() -> dict[type[nnx.Module], Any]:

@@ -6,11 +6,13 @@ Each example of a catalogue entry goes through `check_vjp`, and gets a line as s
 import argparse
 import os
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
 
 from flax_customgrad import catalogue
+from flax_customgrad.command.common import INTERRUPTED
 from flax_customgrad.testing import CHECKS, Report, check_vjp
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Checks the examples and prints a line for each.
 
     Returns:
-        The exit status: 1 if any comparison failed, else 0.
+        The exit status: 1 if any comparison failed, 130 if it was interrupted, else 0.
     """
     from rich.console import Console
     from rich.padding import Padding
@@ -55,12 +57,18 @@ def run(args: argparse.Namespace) -> int:
     }
     heading = f"{'':7}compared  skipped  error/allowed    time  example"
     console.print(heading, style="dim", soft_wrap=True)
-    reports, start = [], time.perf_counter()
+    reports: list[Report] = []
+    start = time.perf_counter()
     for label, (entry, example) in examples.items():
         began = time.perf_counter()
-        with console.status(f"checking {label}"):
-            expected = catalogue.expected(entry, example)
-            report = check_vjp(*example, **expected, checks=args.only, raises=False)
+        left = _estimate(began - start, len(reports), len(examples))
+        try:
+            with console.status(f"checking {len(reports) + 1} of {len(examples)}{left}: {label}"):
+                expected = catalogue.expected(entry, example)
+                report = check_vjp(*example, **expected, checks=args.only, raises=False)
+        except KeyboardInterrupt:
+            console.print(f"interrupted; {_summary(reports, len(examples), start)}")
+            return INTERRUPTED
         report.name = label
         reports.append(report)
         console.print(_line(report, time.perf_counter() - began), soft_wrap=True)
@@ -69,12 +77,26 @@ def run(args: argparse.Namespace) -> int:
                 console.print(Padding(Text(f"{row.status}: {row}"), (0, 0, 0, 7), expand=False))
         if args.details:
             console.print(report)
+    console.print(_summary(reports, len(examples), start))
+    return 1 if any(report.failures for report in reports) else 0
+
+
+def _summary(reports: Sequence[Report], n: int, start: float) -> str:
+    """The line below all others; n is how many examples there are."""
+    done = f"{len(reports)} of {n}" if len(reports) < n else f"{n}"
     failed = sum(len(report.failures) for report in reports)
-    console.print(
-        f"{len(examples)} examples: {sum(map(_compared, reports))} comparisons, {failed} failed, "
+    return (
+        f"{done} examples: {sum(map(_compared, reports))} comparisons, {failed} failed, "
         f"{sum(map(_skipped, reports))} skipped, in {time.perf_counter() - start:.0f} s"
     )
-    return 1 if failed else 0
+
+
+def _estimate(seconds: float, done: int, n: int) -> str:
+    """How long the rest takes if it is like what is done; nothing before there is anything."""
+    if not done:
+        return ""
+    rest = seconds / done * (n - done)
+    return f", about {rest / 60:.0f} min left" if rest >= 90 else f", about {rest:.0f} s left"
 
 
 def _line(report: Report, seconds: float) -> "Text":

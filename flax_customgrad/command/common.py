@@ -5,6 +5,9 @@ import importlib
 import sys
 import time
 
+INTERRUPTED = 130
+"""The exit status of a command that was stopped by Ctrl-C, as shells have it."""
+
 _EXTRA = ("sklearn", "matplotlib", "optax")
 
 

@@ -120,8 +120,11 @@ def test_names_are_unique_and_found():
     names = [entry.name for entry in ENTRIES]
     assert len(set(names)) == len(names)
     assert catalogue.find("Linear").module is fcg.Linear
-    with pytest.raises(KeyError, match=r"no layer 'Lienar'; there are Linear, LinearGeneral"):
+    with pytest.raises(KeyError, match=r"no layer 'Lienar': did you mean Linear or"):
         catalogue.find("Lienar")
+    assert catalogue.find("layernorm").module is fcg.LayerNorm
+    with pytest.raises(KeyError, match="did you mean geglu or GeGLU"):
+        catalogue.find("GEGLU")
 
 
 @pytest.mark.smoke

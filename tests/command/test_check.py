@@ -92,10 +92,31 @@ def test_a_wrong_gradient_fails(capsys, monkeypatch):
     assert re.search(r" [1-9]\d* comparisons, 1 failed", out)
 
 
+def test_it_can_be_interrupted(capsys, monkeypatch):
+    def interrupted(layer, x):
+        raise KeyboardInterrupt
+
+    _catalogue(monkeypatch, "Linear", one=_linear, two=lambda cls: (interrupted, *_linear(cls)))
+    assert main(["check", "Linear", "--only", "autodiff"]) == 130
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1].startswith("interrupted; 1 of 2 examples: ")
+    assert err == ""
+
+
+def test_any_command_is_interrupted_in_one_line(capsys, monkeypatch):
+    def entries():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(catalogue, "entries", entries)
+    assert main(["list"]) == 130
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "flax-customgrad list: interrupted\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["Linaer"], "no layer 'Linaer'; there are "),
+        (["Linaer"], "no layer 'Linaer': did you mean Linear"),
         (["--only", "autodiff,vmpa"], "no check 'vmpa'; there are autodiff, "),
         (["--only", ""], "no check ''"),
         (["--all"], "unrecognized arguments: --all"),

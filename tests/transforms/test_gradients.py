@@ -58,6 +58,9 @@ CANNOT = {
     ("BatchNorm", "modes", "nnx.vmap, graph and updates"),
     ("BatchNorm", "modes", "nnx.vmap, graph"),
     ("BatchNorm", "modes", "nnx.vmap, tree"),
+    ("InvertibleBatchNormAct", "modes", "nnx.vmap, graph and updates"),
+    ("InvertibleBatchNormAct", "modes", "nnx.vmap, graph"),
+    ("InvertibleBatchNormAct", "modes", "nnx.vmap, tree"),
     # In these modes nnx.grad takes the whole Module, and codes are integers: split it first.
     *(
         (name, "modes", f"nnx.{transform}, {mode}")

@@ -31,7 +31,7 @@ from jax import lax
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, given, parameters
 from flax_customgrad.layers.normalization.axes import NormAxes
-from flax_customgrad.layers.normalization.normalize import Norm, NormResidual
+from flax_customgrad.layers.normalization.normalize import Norm, NormResidual, Statistics
 from flax_customgrad.numerics.dtypes import as_array
 
 
@@ -216,17 +216,27 @@ class BatchNorm(nnx.BatchNorm, Norm):
             arguments = given(use_running_average=asked, mask=mask)
             return super().__call__(inputs, **arguments)
         axes = NormAxes.per_feature(x.ndim, self.axis)
-        stored = parameters(self, "mean", "var")
         if use_running_average:
-            params = nnx.State({**self._scale_and_bias(), **stored})
-            dtype = dtypes.canonicalize_dtype(x, *params.values(), dtype=self.dtype)
-            return normalize_by(params, x, axes, float(self.epsilon), dtype)
+            return self._normalize_by_running_statistics(x, axes)
+        y, found = self._normalize(x, mask, axes, self.mean[...], self.var[...])
+        self._update_running_statistics(found, is_all=mask is None and x.size > 0)
+        return y
 
-        y, found = self._normalize(x, mask, axes, *stored.values())
+    def _normalize_by_running_statistics(self, x: jax.Array, axes: NormAxes) -> jax.Array:
+        params = nnx.State({**self._scale_and_bias(), **parameters(self, "mean", "var")})
+        dtype = dtypes.canonicalize_dtype(x, *params.values(), dtype=self.dtype)
+        return normalize_by(params, x, axes, float(self.epsilon), dtype)
+
+    def _update_running_statistics(self, found: Statistics, is_all: bool) -> None:
+        """Mixes in those of a batch, unless it has no element that counts.
+
+        Args:
+            found: the statistics of the batch.
+            is_all: whether the batch has elements, which all count.
+        """
         for variable, new in ((self.mean, found.mean), (self.var, found.variance)):
             old = variable[...]
             mixed = self.momentum * old + (1 - self.momentum) * new.reshape(old.shape)
-            if mask is not None or x.size == 0:
+            if not is_all:
                 mixed = jnp.where(found.n.reshape(-1) > 0, mixed, old)
             variable[...] = lax.stop_gradient(mixed.astype(old.dtype))
-        return y

@@ -115,12 +115,20 @@ def normalize(
     Returns:
         The output, of x's shape in `config.dtype`, and the statistics.
     """
-    return _normalized(params, x, mask, config)[0]
+    return normalized(params, x, mask, config)[0]
 
 
-def _normalized(
+def normalized(
     params: Parameters, x: jax.Array, mask: jax.Array | None, config: NormConfig
 ) -> tuple[tuple[jax.Array, Statistics], Moments]:
+    """What `normalize` returns, and what its backward needs beside x or y.
+
+    Args:
+        params: those of `normalize`.
+        x: input of any shape, float.
+        mask: that of `normalize`.
+        config: axes, dtype and the rest.
+    """
     axes, wide = config.axes, _widened(x, config)
     found = moments(wide, mask, axes, config.devices, config.epsilon, config.centered)
     y = _x_hat(wide, found, config)
@@ -135,7 +143,7 @@ def _normalized(
 def _fwd(
     params: Parameters, x: jax.Array, mask: jax.Array | None, config: NormConfig
 ) -> tuple[tuple[jax.Array, Statistics], Residuals]:
-    out, found = _normalized(params, x, mask, config)
+    out, found = normalized(params, x, mask, config)
     if config.residual == "input":
         return out, Residuals(params, x, mask, found, config)
     if "scale" in params:
@@ -143,9 +151,10 @@ def _fwd(
     return out, Residuals(params, out[0], mask, found, config)
 
 
-def _bwd(
+def normalize_bwd(
     res: Residuals, cotangents: tuple[jax.Array, Statistics]
 ) -> tuple[nnx.State, jax.Array, None, None]:
+    """The backward of `normalize`: the cotangents of its parameters and of x."""
     params, found, config, axes = res.params, res.moments, res.config, res.config.axes
     g, (dmean, dvariance, _) = cotangents
     g = g.astype(config.sum_dtype)
@@ -184,7 +193,7 @@ def _bwd(
     return nnx.State(grads), dx, None, None
 
 
-normalize.defvjp(_fwd, _bwd)
+normalize.defvjp(_fwd, normalize_bwd)
 
 
 def _widened(x: jax.Array, config: NormConfig) -> jax.Array:
@@ -202,13 +211,14 @@ def _x_hat(x: jax.Array, found: Moments, config: NormConfig) -> jax.Array:
 
 def _x_hat_again(res: Residuals, found: Moments) -> jax.Array:
     """The normalized input, from what was kept."""
-    x_or_y = _widened(res.x_or_y, res.config)
-    if res.config.residual == "input":
-        return _x_hat(x_or_y, found, res.config)
+    params, config = res.params, res.config
+    if config.residual == "input":
+        return _x_hat(_widened(res.x_or_y, config), found, config)
+    x_hat = res.x_or_y.astype(config.sum_dtype)
     for name, undo in (("bias", jnp.subtract), ("scale", jnp.divide)):
-        if name in res.params:
-            x_or_y = undo(x_or_y, res.config.axes.along(res.params[name], x_or_y.shape))
-    return x_or_y
+        if name in params:
+            x_hat = undo(x_hat, config.axes.along(params[name], x_hat.shape))
+    return x_hat
 
 
 def reject_zeros(scale: Any) -> None:
@@ -287,9 +297,20 @@ class Norm:
             *promoted_with: further arrays that the dtype of the output is promoted with.
             centered: whether the mean is taken out.
         """
-        params = self._scale_and_bias()
         if self.residual == "output":
             self._check_scale()
+        return normalize(*self._operands(x, mask, axes, *promoted_with, centered=centered))
+
+    def _operands(
+        self,
+        x: jax.Array,
+        mask: Any,
+        axes: NormAxes,
+        *promoted_with: jax.Array,
+        centered: bool = True,
+    ) -> tuple[Parameters, jax.Array, jax.Array | None, NormConfig]:
+        """The arguments of `normalize`, from those of `_normalize`."""
+        params = self._scale_and_bias()
         name, groups = self.axis_name, self.axis_index_groups
         config = NormConfig(
             axes,
@@ -305,7 +326,7 @@ class Norm:
         if mask is not None:
             mask = jnp.asarray(mask, bool)
             mask = jnp.expand_dims(mask, range(x.ndim - mask.ndim))
-        return normalize(params, x, mask, config)
+        return params, x, mask, config
 
     def _check_scale(self) -> None:
         """Refuses a scale of 0 while it can be seen; a traced one is checked when it runs."""
