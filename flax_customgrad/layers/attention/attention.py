@@ -2,19 +2,20 @@
 
     forward   s = scale q k + bias,  scale = 1 / sqrt(D)     -inf where a query does not see a key
               m = max s,  l = sum exp(s - m)                 over the keys of a query
-              p = exp(s - m) / l = exp(s - lse),  lse = m + log l
+              p = exp(s - m) / l
               o = sum z p v                  z is 1; with dropout 0, or 1 / the part that is kept
     backward  dv    = sum z p g              over the queries
               dp    = z (g v)
               ds    = p (dp - delta),  delta = sum p dp = g o
               dq    = scale sum ds k,  dk = scale sum ds q,  dbias = ds
-    kept      q, k, v, what masks them, o, and lse, a number per query
+    kept      q, k, v, what masks them, o, and two numbers per query and head, m and l
 
 Scores exist a tile at a time (`tiles`, `scores`). The forward meets the tiles of a query one after
 the other: where one of them has a larger maximum, m becomes it, and what was summed so far shrinks
 by the exponential of the difference. The backward computes scores, weights and the draws of dropout
-again, tile by tile. Scores, weights and all sums are in float32 or wider; in half precision the
-factors of a product are rounded to it.
+again, tile by tile. It could do with one number, m + log l; but where scores are in the hundreds
+that has lost digits of log l, and weights would be off by 1e-5. Scores, weights and all sums are in
+float32 or wider; in half precision the factors of a product are rounded to it.
 
 A query that sees no key, because of masks or of a bias of minus infinity, has output 0 and
 gradient 0.
@@ -50,7 +51,7 @@ from flax_customgrad.numerics.sharding import explicit_spec, with_auto_axes
 
 
 class Residuals(NamedTuple):
-    """What the backward of `attention` keeps: its arguments and output, and a number per query."""
+    """What the backward of `attention` keeps: its arguments, its output, and m and l."""
 
     q: jax.Array
     k: jax.Array
@@ -60,7 +61,8 @@ class Residuals(NamedTuple):
     segments: Segments
     key: jax.Array | None
     o: jax.Array
-    lse: jax.Array
+    m: jax.Array
+    l: jax.Array
     config: AttentionConfig
 
 
@@ -105,16 +107,17 @@ def _fwd(
     key: jax.Array | None,
     config: AttentionConfig,
 ) -> tuple[jax.Array, Residuals]:
-    o, lse = _forward(config, q, k, v, bias, mask, segments, key)
-    return o, Residuals(q, k, v, bias, mask, segments, key, o, lse, config)
+    o, m, l = _forward(config, q, k, v, bias, mask, segments, key)
+    return o, Residuals(q, k, v, bias, mask, segments, key, o, m, l, config)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
-    q, k, v, bias, *_, o, lse, config = res
+    q, k, v, bias, *_, o, m, l, config = res
     *batch, T, N, D = q.shape
     S, K, E = v.shape[-3:]
     chex.assert_shape([q, k, v], [(*batch, T, N, D), (*batch, S, K, D), (*batch, S, K, E)])
-    chex.assert_shape([o, g, lse], [(*batch, T, N, E)] * 2 + [(*batch, K, N // K, T)])
+    chex.assert_shape([o, g], (*batch, T, N, E))
+    chex.assert_shape([m, l], (*batch, K, N // K, T))
     dq, dk, dv, dbias = _backward(config, *res[:-1], g)
     chex.assert_trees_all_equal_shapes((dq, dk, dv, dbias), (q, k, v, bias))
     return dq, dk, dv, dbias, None, None, None, None
@@ -124,14 +127,15 @@ attention.defvjp(_fwd, _bwd)
 
 
 @inline_jit()
-def _forward(config: AttentionConfig, *args: Any) -> tuple[jax.Array, jax.Array]:
-    """The output, and lse of shape (..., K, G, T), of the arguments of `attention`."""
+def _forward(config: AttentionConfig, *args: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The output, and m and l of shape (..., K, G, T), of the arguments of `attention`."""
     *batch, place, _, _ = explicit_spec(args[0])
-    specs = PartitionSpec(*batch, place, None, None), PartitionSpec(*batch, None, None, place)
+    of_rows = PartitionSpec(*batch, None, None, place)
+    specs = PartitionSpec(*batch, place, None, None), of_rows, of_rows
     return with_auto_axes(functools.partial(_attend, config), specs, *args)
 
 
-def _attend(config: AttentionConfig, *args: Any) -> tuple[jax.Array, jax.Array]:
+def _attend(config: AttentionConfig, *args: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     scores = Scores(config, *args)
     heads, lowest = scores.heads, jnp.finfo(scores.dtype).min
 
@@ -150,43 +154,45 @@ def _attend(config: AttentionConfig, *args: Any) -> tuple[jax.Array, jax.Array]:
     m = jnp.full((*rows, 1), lowest, scores.dtype)
     l, o = jnp.zeros_like(m), jnp.zeros((*rows, heads.v.shape[-1]), scores.dtype)
     m, l, o = (resize(a, args[0].shape[-3], -2) for a in scores.walk(step, (m, l, o)))
-    sees = l > 0
-    l = jnp.where(sees, l, 1)
-    lse = jnp.where(sees, m + jnp.log(l), -lowest)
-    return join_heads(o / l).astype(args[0].dtype), lse[..., 0]
+    l = jnp.where(l > 0, l, 1)
+    return join_heads(o / l).astype(args[0].dtype), m[..., 0], l[..., 0]
 
 
 @inline_jit()
 def _backward(config: AttentionConfig, *args: Any) -> tuple[Any, ...]:
-    """The cotangents of q, k, v and bias; behind the arguments of `attention` come o, lse and g."""
+    """The cotangents of q, k, v and bias; behind the arguments come o, m, l and g."""
     specs = tuple(None if a is None else explicit_spec(a) for a in args[:4])
     return with_auto_axes(functools.partial(_cotangents, config), specs, *args)
 
 
 def _cotangents(config: AttentionConfig, *args: Any) -> tuple[Any, ...]:
-    *arguments, o, lse, g = args
+    *arguments, o, m, l, g = args
     q, k, v, bias, *_ = arguments
     scores = Scores(config, *arguments)
     heads, n_rows, wide = scores.heads, scores.tiling.n_rows, scores.dtype
     delta = jnp.sum(o.astype(wide) * g.astype(wide), -1, keepdims=True)
-    g, delta = (resize(split_heads(a, k.shape[-2]), n_rows, -2) for a in (g, delta))
+    g, delta = (split_heads(a, k.shape[-2]) for a in (g, delta))
     # What fills up the last tile of queries has no weights.
-    lse = resize(lse[..., None], n_rows, -2, fill=jnp.finfo(wide).max)
+    fills = (0, 0, jnp.finfo(wide).max, 1)
+    by_row = tuple(
+        resize(a, n_rows, -2, fill)
+        for a, fill in zip((g, delta, m[..., None], l[..., None]), fills, strict=True)
+    )
 
     def step(carry: Any, tile: Tile) -> Any:
         dq, dk, dv, dbias = carry
         part = heads.tile(tile)
-        g_here, delta_here, lse_here = (take(a, tile.row, tile.n_rows) for a in (g, delta, lse))
-        p = jnp.exp(scores.of(part, tile) - lse_here)
+        g, delta, m, l = (take(a, tile.row, tile.n_rows) for a in by_row)
+        p = jnp.exp(scores.of(part, tile) - m) / l
         zp = scores.dropped(p, tile)
-        dp = scores.dropped(scores.product("...kgte,...kse->...kgts", g_here, part.v), tile)
-        ds = p * (dp - delta_here)
+        dp = scores.dropped(scores.product("...kgte,...kse->...kgts", g, part.v), tile)
+        ds = p * (dp - delta)
         if part.bias is not None:
             dbias = add_tile(dbias, sum_to_shape(ds, part.bias.shape), tile)
         return (
             add(dq, scores.product("...kgts,...ksd->...kgtd", ds, part.k), tile.row),
             add(dk, scores.product("...kgts,...kgtd->...ksd", ds, part.q), tile.key),
-            add(dv, scores.product("...kgts,...kgte->...kse", zp, g_here), tile.key),
+            add(dv, scores.product("...kgts,...kgte->...kse", zp, g), tile.key),
             dbias,
         )
 

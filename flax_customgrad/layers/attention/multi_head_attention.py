@@ -134,4 +134,5 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
 
     @attention_fn.setter
     def attention_fn(self, function: Callable[..., jax.Array]) -> None:
+        """Sets what attends."""
         vars(self)["attention_fn"] = function

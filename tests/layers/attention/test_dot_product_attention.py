@@ -287,3 +287,15 @@ def test_errors():
     # What does not fit together has the errors of nnx.
     refused("must match", q, k[:1], v)
     refused("multiple of", q, k[:, :, :3], v[:, :, :3])
+
+
+def test_large_scores_cost_no_digits_of_a_gradient():
+    """A softmax that is all but one weight has an exact gradient, also of scores in the thousands."""
+    q, k, v = heads(2)
+    q, k = 60 * q, 60 * k
+    _, _, _, dv = value_and_gradients(fcg.dot_product_attention, q, k, v)
+    with jax.enable_x64(True):
+        wide = (jnp.asarray(np.asarray(a), jnp.float64) for a in (q, k, v))
+        _, _, _, expected = value_and_gradients(fcg.dot_product_attention, *wide)
+    error = np.abs(dv - np.asarray(expected)).max() / np.abs(expected).max()
+    assert error < 1e-5
