@@ -85,6 +85,8 @@ from flax_customgrad.layers.activation.smooth import (
     swish,
 )
 from flax_customgrad.layers.activation.softmax import softmax
+from flax_customgrad.layers.attention.dot_product_attention import dot_product_attention
+from flax_customgrad.layers.attention.multi_head_attention import MultiHeadAttention
 from flax_customgrad.layers.conv.choose_lowering import use_lowering
 from flax_customgrad.layers.conv.conv import Conv
 from flax_customgrad.layers.conv.conv_transpose import ConvTranspose
@@ -242,6 +244,7 @@ __all__ = [
     "MXLinear",
     "MagnitudeAwareSign",
     "MinGRU",
+    "MultiHeadAttention",
     "NF4Linear",
     "NMKernel",
     "NMSparseLinear",
@@ -300,6 +303,7 @@ __all__ = [
     "conversion",
     "convert",
     "custom_vjp",
+    "dot_product_attention",
     "elu",
     "few_bit_gelu",
     "few_bit_silu",

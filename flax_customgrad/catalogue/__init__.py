@@ -21,6 +21,7 @@ from flax_customgrad.gradients.feedback import entries as feedback
 from flax_customgrad.gradients.few_bit import entries as few_bit
 from flax_customgrad.gradients.shaping import entries as shaping
 from flax_customgrad.layers.activation import entries as activation
+from flax_customgrad.layers.attention import entries as attention
 from flax_customgrad.layers.conv import entries as conv
 from flax_customgrad.layers.invertible import entries as invertible
 from flax_customgrad.layers.linear import entries as linear
@@ -46,6 +47,7 @@ _FAMILIES = (
     invertible,
     activation,
     recurrent,
+    attention,
     rounding,
     categorical,
     codebook,

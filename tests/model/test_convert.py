@@ -77,7 +77,7 @@ def test_every_layer_that_has_a_drop_in_becomes_it_in_place(model):
     got, grads = loss_and_grad(model)
     np.testing.assert_allclose(got, expected, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.smoke
