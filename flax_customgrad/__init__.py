@@ -90,6 +90,7 @@ from flax_customgrad.layers.attention.multi_head_attention import MultiHeadAtten
 from flax_customgrad.layers.conv.choose_lowering import use_lowering
 from flax_customgrad.layers.conv.conv import Conv
 from flax_customgrad.layers.conv.conv_transpose import ConvTranspose
+from flax_customgrad.layers.dropout.dropout import Dropout, dropout
 from flax_customgrad.layers.invertible.invertible_batch_norm_act import InvertibleBatchNormAct
 from flax_customgrad.layers.invertible.reversible import Reversible
 from flax_customgrad.layers.linear.einsum import Einsum
@@ -97,6 +98,13 @@ from flax_customgrad.layers.linear.embed import Embed
 from flax_customgrad.layers.linear.linear import Linear
 from flax_customgrad.layers.linear.linear_general import LinearGeneral
 from flax_customgrad.layers.linear.lora import LoRA, LoRALinear
+from flax_customgrad.layers.losses.ctc_loss import ctc_loss
+from flax_customgrad.layers.losses.linear_cross_entropy import linear_cross_entropy
+from flax_customgrad.layers.losses.sigmoid_binary_cross_entropy import sigmoid_binary_cross_entropy
+from flax_customgrad.layers.losses.softmax_cross_entropy import (
+    softmax_cross_entropy,
+    softmax_cross_entropy_with_integer_labels,
+)
 from flax_customgrad.layers.normalization.batch_norm import BatchNorm
 from flax_customgrad.layers.normalization.group_norm import GroupNorm
 from flax_customgrad.layers.normalization.instance_norm import InstanceNorm
@@ -209,6 +217,7 @@ __all__ = [
     "DoReFaActivation",
     "DoReFaGradient",
     "DoReFaWeight",
+    "Dropout",
     "Einsum",
     "Embed",
     "FakeQuant",
@@ -302,8 +311,10 @@ __all__ = [
     "codebook_perplexity",
     "conversion",
     "convert",
+    "ctc_loss",
     "custom_vjp",
     "dot_product_attention",
+    "dropout",
     "elu",
     "few_bit_gelu",
     "few_bit_silu",
@@ -322,6 +333,7 @@ __all__ = [
     "hard_swish",
     "hard_tanh",
     "leaky_relu",
+    "linear_cross_entropy",
     "linear_recurrence",
     "load_backward_state",
     "log_sigmoid",
@@ -346,10 +358,13 @@ __all__ = [
     "round_ste",
     "selu",
     "sigmoid",
+    "sigmoid_binary_cross_entropy",
     "silu",
     "size_report",
     "soft_sign",
     "softmax",
+    "softmax_cross_entropy",
+    "softmax_cross_entropy_with_integer_labels",
     "softplus",
     "squareplus",
     "standardize",

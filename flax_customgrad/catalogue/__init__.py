@@ -23,8 +23,10 @@ from flax_customgrad.gradients.shaping import entries as shaping
 from flax_customgrad.layers.activation import entries as activation
 from flax_customgrad.layers.attention import entries as attention
 from flax_customgrad.layers.conv import entries as conv
+from flax_customgrad.layers.dropout import entries as dropout
 from flax_customgrad.layers.invertible import entries as invertible
 from flax_customgrad.layers.linear import entries as linear
+from flax_customgrad.layers.losses import entries as losses
 from flax_customgrad.layers.normalization import entries as normalization
 from flax_customgrad.layers.pooling import entries as pooling
 from flax_customgrad.layers.recurrent import entries as recurrent
@@ -48,6 +50,8 @@ _FAMILIES = (
     activation,
     recurrent,
     attention,
+    dropout,
+    losses,
     rounding,
     categorical,
     codebook,
