@@ -26,6 +26,7 @@ _TITLES = {
     "conv": "Convolution",
     "weight_norms": "Normalization of weights",
     "activation": "Activations",
+    "recurrent": "Recurrent layers",
     "rounding": "Straight-through estimators",
     "categorical": "Categorical choices",
     "codebook": "Codebooks",

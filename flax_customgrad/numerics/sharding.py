@@ -63,7 +63,18 @@ def explicit_spec(array: jax.Array) -> PartitionSpec:
 
 def varying_like(a: jax.Array, like: jax.Array) -> jax.Array:
     """Makes an array vary over the devices of a `shard_map` wherever another does."""
-    missing = varying_axes(like) - varying_axes(a)
+    return _varying_over(a, varying_axes(like))
+
+
+def varying_alike(tree: Any) -> Any:
+    """Makes every array of a tree vary over the devices of a `shard_map` that any of them does."""
+    leaves = jax.tree.leaves(tree)
+    names = frozenset().union(*map(varying_axes, leaves))
+    return jax.tree.map(lambda a: _varying_over(a, names), tree) if names else tree
+
+
+def _varying_over(a: jax.Array, names: frozenset[Any]) -> jax.Array:
+    missing = names - varying_axes(a)
     return lax.pcast(a, tuple(sorted(missing)), to="varying") if missing else a
 
 
