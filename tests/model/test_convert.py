@@ -404,6 +404,7 @@ class Holder(nnx.Module):
         self.attention = nnx.MultiHeadAttention(2, 4, 4, decode=False, rngs=rngs)
         self.cell = Cell(rngs=rngs)
         self.lstm = nnx.LSTMCell(4, 4, rngs=rngs)
+        self.lstm.act = nnx.relu
         self.kind = nnx.Linear
 
 
@@ -439,6 +440,7 @@ def test_functions_that_layers_hold_are_converted_and_reverted():
     assert model.attention.attention_fn is attention
     assert (model.cell.gate_fn, model.cell.activation_fn) == (gate, nnx.tanh)
     assert (model.lstm.gate_fn, model.lstm.activation_fn) == (gate, nnx.tanh)
+    assert model.lstm.act is nnx.relu
     assert (model.config.act, model.own, model.kind) == (nnx.gelu, jnp.sin, nnx.Linear)
     assert model.by_class is nnx.gelu
     assert model.mixed[0] is linear
