@@ -1,1 +1,1 @@
-"""Dropout, whose backward keeps a bit an element, or the key alone."""
+"""Dropout, whose backward keeps a mask, its bits, or the key alone."""

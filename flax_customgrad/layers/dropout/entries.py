@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_customgrad.layers.dropout.dropout import Dropout, drop, dropout
-from flax_customgrad.registry.entry import Entry
+from flax_customgrad.registry.entry import Entry, Example
 from flax_customgrad.registry.examples import applied, made, normal, on_a_copy
 
 _GAIN = (
@@ -28,10 +28,14 @@ def _key() -> jax.Array:
     return jax.random.key(2)
 
 
-def _keeping_the_key(cls: Any) -> tuple[Any, ...]:
+def _keeping(residual: str) -> Example:
     """An example with an argument that the layer of nnx does not have."""
-    kwargs: dict[str, Any] = {"residual": "key"} if cls is Dropout else {}
-    return on_a_copy, cls(0.1, **kwargs, rngs=nnx.Rngs(0)), _many()
+
+    def make(cls: Any) -> tuple[Any, ...]:
+        kwargs: dict[str, Any] = {"residual": residual} if cls is Dropout else {}
+        return on_a_copy, cls(0.1, **kwargs, rngs=nnx.Rngs(0)), _many()
+
+    return make
 
 
 ENTRIES = (
@@ -41,7 +45,7 @@ ENTRIES = (
         Dropout,
         nnx.Dropout,
         "exact",
-        keeps='the mask in bits, or as its `residual` says "mask" or "key"',
+        keeps="the mask, or as its `residual` says bits or the key",
         gain=_GAIN,
         source=_SOURCE,
         examples={"alone": made(0.3, inputs=(_few,), call=on_a_copy)},
@@ -50,7 +54,8 @@ ENTRIES = (
             "4096x1024, bf16": made(
                 0.1, inputs=(lambda: normal(4096, 1024, dtype=jnp.bfloat16),), call=on_a_copy
             ),
-            "4096x1024, key": _keeping_the_key,
+            "4096x1024, bits": _keeping("bits"),
+            "4096x1024, key": _keeping("key"),
         },
     ),
     Entry(
@@ -59,14 +64,16 @@ ENTRIES = (
         dropout,
         None,
         "exact",
-        keeps='the mask in bits, or as its `residual` says "mask" or "key"',
+        keeps="the mask, or as its `residual` says bits or the key",
         gain=f"{_GAIN}; a rate that may be traced",
         source=_SOURCE,
         examples={
-            "shared along an axis": applied(_few, _key, 0.3, broadcast_dims=(-2,)),
+            "bits, shared along an axis": applied(
+                _few, _key, 0.3, broadcast_dims=(-2,), residual="bits"
+            ),
             "key": applied(_few, _key, 0.3, residual="key"),
         },
         workloads={"4096x1024": applied(_many, _key, 0.1)},
-        operations={drop: "shared along an axis"},
+        operations={drop: "bits, shared along an axis"},
     ),
 )

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_customgrad.layers.losses.chunked_cross_entropy import summed_cross_entropy
-from flax_customgrad.layers.losses.ctc_loss import ctc, ctc_loss
+from flax_customgrad.layers.losses.ctc import ctc
+from flax_customgrad.layers.losses.ctc_loss import ctc_loss
 from flax_customgrad.layers.losses.integer_labels import cross_entropy_of_labels
 from flax_customgrad.layers.losses.linear_cross_entropy import linear_cross_entropy
 from flax_customgrad.layers.losses.sigmoid_binary_cross_entropy import sigmoid_binary_cross_entropy

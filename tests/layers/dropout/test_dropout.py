@@ -10,7 +10,7 @@ import flax_customgrad as fcg
 from flax_customgrad.contract.residual_storage import inspecting_residuals
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3, 11)), jnp.float32)
-RESIDUALS = ("bits", "mask", "key")
+RESIDUALS = ("mask", "bits", "key")
 
 
 @nnx.jit
@@ -123,7 +123,7 @@ def test_a_traced_rate_compiles_once_and_has_no_gradient():
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match="residual='nothing' is none of 'bits', 'mask', 'key'"):
+    with pytest.raises(ValueError, match="residual='nothing' is none of 'mask', 'bits', 'key'"):
         fcg.Dropout(0.5, residual="nothing")
     with pytest.raises(ValueError, match=r"rate=1.5 must be from 0 to 1"):
         fcg.dropout(X, jax.random.key(0), 1.5)
@@ -158,10 +158,11 @@ def temporaries(f):
     return compiled.memory_analysis().temp_size_in_bytes / x.nbytes
 
 
-def test_eight_layers_take_less_than_those_of_nnx():
+def test_eight_layers_take_no_more_than_those_of_nnx():
     theirs = temporaries(lambda x, key: nnx.Dropout(0.1)(x, rngs=key))
-    bits, key = (
+    mask, bits, key = (
         temporaries(lambda x, key, r=r: fcg.Dropout(0.1, residual=r)(x, rngs=key))
-        for r in ("bits", "key")
+        for r in RESIDUALS
     )
-    assert key < bits < theirs - 0.6
+    assert mask < theirs + 0.1
+    assert key < bits < theirs - 1.5
