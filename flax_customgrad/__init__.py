@@ -44,6 +44,7 @@ from flax_customgrad.estimators.rounding.scaled_sign import MagnitudeAwareSign, 
 from flax_customgrad.estimators.rounding.sign import ApproxSign, SteSign, SwishSign
 from flax_customgrad.estimators.rounding.ternary_step import SteTern
 from flax_customgrad.estimators.sparse.n_m import n_m_sparsify
+from flax_customgrad.estimators.sparse.n_m_kernel import NMKernel
 from flax_customgrad.estimators.sparse.n_m_linear import NMSparseLinear
 from flax_customgrad.estimators.spiking.leaky import Leaky
 from flax_customgrad.estimators.spiking.lif import LIF
@@ -84,9 +85,12 @@ from flax_customgrad.layers.activation.smooth import (
     swish,
 )
 from flax_customgrad.layers.activation.softmax import softmax
+from flax_customgrad.layers.attention.dot_product_attention import dot_product_attention
+from flax_customgrad.layers.attention.multi_head_attention import MultiHeadAttention
 from flax_customgrad.layers.conv.choose_lowering import use_lowering
 from flax_customgrad.layers.conv.conv import Conv
 from flax_customgrad.layers.conv.conv_transpose import ConvTranspose
+from flax_customgrad.layers.dropout.dropout import Dropout, dropout
 from flax_customgrad.layers.invertible.invertible_batch_norm_act import InvertibleBatchNormAct
 from flax_customgrad.layers.invertible.reversible import Reversible
 from flax_customgrad.layers.linear.einsum import Einsum
@@ -94,12 +98,20 @@ from flax_customgrad.layers.linear.embed import Embed
 from flax_customgrad.layers.linear.linear import Linear
 from flax_customgrad.layers.linear.linear_general import LinearGeneral
 from flax_customgrad.layers.linear.lora import LoRA, LoRALinear
+from flax_customgrad.layers.losses.ctc_loss import ctc_loss
+from flax_customgrad.layers.losses.linear_cross_entropy import linear_cross_entropy
+from flax_customgrad.layers.losses.sigmoid_binary_cross_entropy import sigmoid_binary_cross_entropy
+from flax_customgrad.layers.losses.softmax_cross_entropy import (
+    softmax_cross_entropy,
+    softmax_cross_entropy_with_integer_labels,
+)
 from flax_customgrad.layers.normalization.batch_norm import BatchNorm
 from flax_customgrad.layers.normalization.group_norm import GroupNorm
 from flax_customgrad.layers.normalization.instance_norm import InstanceNorm
 from flax_customgrad.layers.normalization.layer_norm import LayerNorm
 from flax_customgrad.layers.normalization.rms_norm import RMSNorm
 from flax_customgrad.layers.normalization.standardize import standardize
+from flax_customgrad.layers.packed_weights import Packed
 from flax_customgrad.layers.pooling.avg_pool import avg_pool
 from flax_customgrad.layers.pooling.max_pool import max_pool, min_pool
 from flax_customgrad.layers.pooling.pool import pool
@@ -115,6 +127,7 @@ from flax_customgrad.layers.weight_norms.spectral_norm import SpectralNorm
 from flax_customgrad.layers.weight_norms.weight_norm import WeightNorm
 from flax_customgrad.layers.weight_norms.weight_standardization import WeightStandardization
 from flax_customgrad.low_bit.fp8.fp8_einsum import Fp8Einsum
+from flax_customgrad.low_bit.fp8.fp8_kernel import Fp8Kernel
 from flax_customgrad.low_bit.fp8.fp8_linear import Fp8Linear
 from flax_customgrad.low_bit.fp8.fp8_scaling import DelayedScaling, begin_step
 from flax_customgrad.low_bit.frozen.frozen_variable import Frozen
@@ -124,11 +137,12 @@ from flax_customgrad.low_bit.frozen.qlora_linear import QLoRALinear
 from flax_customgrad.low_bit.int8.int8_conv import Int8Conv
 from flax_customgrad.low_bit.int8.int8_kernel import Int8Kernel
 from flax_customgrad.low_bit.int8.int8_linear import Int8Linear
+from flax_customgrad.low_bit.microscaling.block_kernel import BlockKernel
 from flax_customgrad.low_bit.microscaling.mx_linear import MXLinear
 from flax_customgrad.low_bit.microscaling.nvfp4_linear import NVFP4Linear
 from flax_customgrad.low_bit.quant_layers.binary_layers import BinaryConv, BinaryLinear
 from flax_customgrad.low_bit.quant_layers.bit_linear import BitLinear
-from flax_customgrad.low_bit.quant_layers.packed_kernel import Packed, PackedKernel
+from flax_customgrad.low_bit.quant_layers.packed_kernel import PackedKernel
 from flax_customgrad.low_bit.quant_layers.quant_conv import QuantConv
 from flax_customgrad.low_bit.quant_layers.quant_conv_transpose import QuantConvTranspose
 from flax_customgrad.low_bit.quant_layers.quant_einsum import QuantEinsum
@@ -151,8 +165,12 @@ from flax_customgrad.low_bit.quantizers.ternary_weights import TWN, AbsMean
 from flax_customgrad.low_bit.quantizers.tqt import TQT
 from flax_customgrad.low_bit.quantizers.ttq import TTQ
 from flax_customgrad.model.calibrate import calibrate
-from flax_customgrad.model.convert import Rule, Where, convert, revert
+from flax_customgrad.model.conversion import Conversion, ConversionRow, conversion
+from flax_customgrad.model.convert import convert, revert
+from flax_customgrad.model.fold_batch_norm import fold_batch_norm
+from flax_customgrad.model.functions import functions
 from flax_customgrad.model.pack import pack, unpack
+from flax_customgrad.model.rules import Rule, Where
 from flax_customgrad.model.size import Size, SizeReport, size_report
 from flax_customgrad.registry import moved
 from flax_customgrad.registry.public import publish
@@ -185,10 +203,13 @@ __all__ = [
     "BinaryLinear",
     "BinaryWeight",
     "BitLinear",
+    "BlockKernel",
     "Codebook",
     "Codes",
     "Conv",
     "ConvTranspose",
+    "Conversion",
+    "ConversionRow",
     "CotangentError",
     "CustomVJP",
     "DelayedScaling",
@@ -196,6 +217,7 @@ __all__ = [
     "DoReFaActivation",
     "DoReFaGradient",
     "DoReFaWeight",
+    "Dropout",
     "Einsum",
     "Embed",
     "FakeQuant",
@@ -203,6 +225,7 @@ __all__ = [
     "FeedbackConv",
     "FeedbackLinear",
     "Fp8Einsum",
+    "Fp8Kernel",
     "Fp8Linear",
     "Frozen",
     "GRUCell",
@@ -230,7 +253,9 @@ __all__ = [
     "MXLinear",
     "MagnitudeAwareSign",
     "MinGRU",
+    "MultiHeadAttention",
     "NF4Linear",
+    "NMKernel",
     "NMSparseLinear",
     "NVFP4Linear",
     "OptimizedLSTMCell",
@@ -284,12 +309,18 @@ __all__ = [
     "celu",
     "clip_ste",
     "codebook_perplexity",
+    "conversion",
     "convert",
+    "ctc_loss",
     "custom_vjp",
+    "dot_product_attention",
+    "dropout",
     "elu",
     "few_bit_gelu",
     "few_bit_silu",
     "floor_ste",
+    "fold_batch_norm",
+    "functions",
     "geglu",
     "gelu",
     "glu",
@@ -302,6 +333,7 @@ __all__ = [
     "hard_swish",
     "hard_tanh",
     "leaky_relu",
+    "linear_cross_entropy",
     "linear_recurrence",
     "load_backward_state",
     "log_sigmoid",
@@ -326,10 +358,13 @@ __all__ = [
     "round_ste",
     "selu",
     "sigmoid",
+    "sigmoid_binary_cross_entropy",
     "silu",
     "size_report",
     "soft_sign",
     "softmax",
+    "softmax_cross_entropy",
+    "softmax_cross_entropy_with_integer_labels",
     "softplus",
     "squareplus",
     "standardize",

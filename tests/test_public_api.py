@@ -14,7 +14,7 @@ from flax import nnx
 
 import flax_customgrad as fcg
 from flax_customgrad import catalogue, surrogate, testing
-from flax_customgrad.model.convert import layers
+from flax_customgrad.model.tree import layers
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
@@ -24,7 +24,7 @@ PUBLIC = {
     for module in MODULES
     for name in module.__all__
     if not isinstance(getattr(module, name), types.ModuleType)
-} | {"flax_customgrad.model.convert.layers": layers}
+} | {"flax_customgrad.model.tree.layers": layers}
 CLASSES = {name: value for name, value in PUBLIC.items() if inspect.isclass(value)}
 ALIASES = {"flax_customgrad.swish": "silu", "flax_customgrad.hard_swish": "hard_silu"}
 

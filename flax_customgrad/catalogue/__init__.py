@@ -6,6 +6,7 @@ family are in its folder, in `entries.py`.
 """
 
 import difflib
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
@@ -20,9 +21,12 @@ from flax_customgrad.gradients.feedback import entries as feedback
 from flax_customgrad.gradients.few_bit import entries as few_bit
 from flax_customgrad.gradients.shaping import entries as shaping
 from flax_customgrad.layers.activation import entries as activation
+from flax_customgrad.layers.attention import entries as attention
 from flax_customgrad.layers.conv import entries as conv
+from flax_customgrad.layers.dropout import entries as dropout
 from flax_customgrad.layers.invertible import entries as invertible
 from flax_customgrad.layers.linear import entries as linear
+from flax_customgrad.layers.losses import entries as losses
 from flax_customgrad.layers.normalization import entries as normalization
 from flax_customgrad.layers.pooling import entries as pooling
 from flax_customgrad.layers.recurrent import entries as recurrent
@@ -45,6 +49,9 @@ _FAMILIES = (
     invertible,
     activation,
     recurrent,
+    attention,
+    dropout,
+    losses,
     rounding,
     categorical,
     codebook,
@@ -95,6 +102,20 @@ def drop_ins() -> dict[type[nnx.Module], Any]:
     return {e.reference: e.module for e in entries() if e.is_drop_in and not e.is_function}  # type: ignore[misc]
 
 
-__all__ = ["Curve", "Entry", "Example", "drop_ins", "entries", "expected", "find"]
+def drop_in_functions() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Maps each function of flax.nnx or jax.nn to the function of this library that replaces it."""
+    return {e.reference: e.module for e in entries() if e.is_function and e.reference is not None}
+
+
+__all__ = [
+    "Curve",
+    "Entry",
+    "Example",
+    "drop_in_functions",
+    "drop_ins",
+    "entries",
+    "expected",
+    "find",
+]
 
 publish(globals(), __all__)

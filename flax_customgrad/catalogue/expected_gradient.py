@@ -1,5 +1,6 @@
 """The expected gradient of an example: that of a formula, or of the layer of nnx itself."""
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,8 @@ def expected(entry: Entry, example: tuple[Any, ...]) -> dict[str, Any]:
 
     Returns:
         The formula of a surrogate; for a drop-in the layer or function of nnx itself, so that a
-        wrong value is found too; nothing for any other, which JAX differentiates itself.
+        wrong value is found too; nothing for any other, which JAX differentiates itself, nor for a
+        function with arguments that nnx's does not have.
     """
     first = example[0]
     keywords = first.keywords if isinstance(first, partial) else {}
@@ -27,6 +29,8 @@ def expected(entry: Entry, example: tuple[Any, ...]) -> dict[str, Any]:
     if entry.reference is None:
         return {}
     if entry.is_function:
+        if not keywords.keys() <= inspect.signature(entry.reference).parameters.keys():
+            return {}
         return {"reference": partial(entry.reference, **keywords)}
     call = _call if isinstance(first, nnx.Module) else first
     return {"reference": lambda layer, *inputs: call(_to_nnx(entry, layer), *inputs)}

@@ -1,6 +1,7 @@
-"""Trains a network on handwritten digits, plain and converted, and compares the two."""
+"""Trains a network on digits or on text, plain and converted, and compares the two."""
 
 import argparse
+import importlib
 import os
 from pathlib import Path
 
@@ -9,6 +10,13 @@ from flax_customgrad.command import common
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `train` to a parser."""
+    parser.add_argument(
+        "--task",
+        choices=("digits", "text"),
+        default="digits",
+        help="a convolutional network on images, or a decoder on the source of Python's standard "
+        "library, byte by byte (default: %(default)s)",
+    )
     parser.add_argument(
         "--steps",
         type=common.positive_integer,
@@ -41,11 +49,13 @@ def run(args: argparse.Namespace) -> int:
         return common.print_error("train", missing)
     from rich.console import Console
 
-    from flax_customgrad.command.digits import comparison, figure, progress, table
+    from flax_customgrad.command.side_by_side import comparison, figure, progress, table
+
+    task = importlib.import_module(f"flax_customgrad.command.{args.task}.{args.task}_task").TASK
 
     console = Console(highlight=False)
     show = progress.silent() if args.quiet else progress.on_console(console, args.steps)
-    result = comparison.compare(args.steps, args.seed, show)
+    result = comparison.compare(task, args.steps, args.seed, show)
     figure.save(result, args.out)
     console.print(table.make(result, args.out))
     disagreements = result.disagreements()

@@ -105,6 +105,11 @@ class BackwardState:
         return self._type.dtype
 
     @property
+    def has_value(self) -> bool:
+        """Whether it has a value: it was made outside of transformations, or was given one."""
+        return self._ref is not None
+
+    @property
     def ref(self) -> jax.Ref:
         """The `jax.Ref` that holds its value.
 

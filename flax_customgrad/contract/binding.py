@@ -219,13 +219,11 @@ class _Operation(_Primitive):
 
     def linearized(self, residuals: Any, *tangents: Any) -> Any:
         kept, primals = residuals
-        nonzeros = tuple(not isinstance(tangent, hijax.Zero) for tangent in tangents)
+        nonzeros = tuple(not _is_zero(tangent) for tangent in tangents)
         along, point = (
             (self._transpose, kept) if self.rules.is_surrogate else (self._derivative, primals)
         )
-        # What is kept has no derivative here. JAX is told so, because before 0.12 it cannot
-        # transpose a scan, such as that of fwd, without a cotangent of all that the scan stacked.
-        args = jax.lax.stop_gradient(kept), point, tuple(map(hijax.instantiate_zeros, tangents))
+        args = kept, point, tuple(map(hijax.instantiate_zeros, tangents))
         tangent = _Tangent(
             along,
             lambda kept, g: self._cotangents(kept, g, nonzeros),
@@ -287,6 +285,11 @@ class _Operation(_Primitive):
         return structure.unflatten(_replaced(g, of_g, found))
 
 
+_NEEDS_COTANGENTS = jax.__version_info__ < (0, 12)
+"""Whether what was kept needs a cotangent though a tangent does not depend on it: before 0.12 JAX
+cannot transpose a scan, such as that of a fwd, if what it stacked has none."""
+
+
 class _Tangent(_Primitive):
     """The derivative of an operation along tangents, in which it is linear.
 
@@ -326,6 +329,7 @@ class _Tangent(_Primitive):
 
     def vjp_bwd_retval(self, residuals: Any, cotangent: Any, /) -> tuple[Any, ...]:
         nothing = jax.tree.map(lambda aval: hijax.Zero(aval.to_ct_aval()), self.in_avals[0])
+        nothing = _instantiated(nothing) if _NEEDS_COTANGENTS else nothing
         return nothing, *residuals(_instantiated(cotangent))
 
     def batch(self, axis_data: Any, args: Any, dims: Any) -> tuple[Any, Any]:
@@ -429,6 +433,8 @@ def _replaced(values: list[Any], places: list[int], by: Any) -> list[Any]:
 
 def _instantiated(tree: Any) -> Any:
     """Cotangents or tangents with arrays in place of symbolic zeros."""
-    return jax.tree.map(
-        hijax.instantiate_zeros, tree, is_leaf=lambda leaf: isinstance(leaf, hijax.Zero)
-    )
+    return jax.tree.map(hijax.instantiate_zeros, tree, is_leaf=_is_zero)
+
+
+def _is_zero(leaf: Any) -> bool:
+    return isinstance(leaf, hijax.Zero)

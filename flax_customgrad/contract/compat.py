@@ -5,6 +5,7 @@ installed versions and that the library reaches it, so that a rename upstream fa
 turns a gradient off without a word.
 """
 
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -68,6 +69,30 @@ NO_AXIS_NAME: Any = core.no_axis_name
 def is_outside_of_traces() -> bool:
     """Whether the caller runs eagerly, inside no transformation of JAX."""
     return trace_state() == _TOP
+
+
+def is_from_outside_of_trace(model: Any) -> bool:
+    """Whether the caller is inside a transformation, and the model was not made there.
+
+    It was made at another level of tracing; or a transformation of nnx has made a copy of it for
+    the function that it calls, and expects that back as it was.
+
+    Args:
+        model: a tree of Modules.
+    """
+    if is_outside_of_traces():
+        return False
+    nodes = [n for _, n in nnx.iter_graph(model, graph=True) if isinstance(n, nnx.Pytree)]
+    if not all(node._pytree__state.trace_state.is_valid() for node in nodes):
+        return True
+    frame, known = inspect.currentframe(), set(map(id, nodes))
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("flax.nnx.transforms"):
+            arguments = [frame.f_locals.get(name) for name in ("args", "kwargs", "primals")]
+            if any(id(node) in known for _, node in nnx.iter_graph(arguments, graph=True)):
+                return True
+        frame = frame.f_back
+    return False
 
 
 def has_shared_nodes(graphdef: nnx.GraphDef) -> bool:

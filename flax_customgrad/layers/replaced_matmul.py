@@ -129,8 +129,20 @@ def refuse_injected(name: str, layer: Any) -> None:
     Raises:
         ValueError: an operation was injected into the layer.
     """
-    for attribute, defaults in _INJECTABLE.items():
-        if getattr(layer, attribute, None) not in (None, *defaults):
-            raise ValueError(
-                f"{name} computes its product itself and cannot call `{attribute}`: leave it out"
-            )
+    for attribute in injected_operations(layer):
+        raise ValueError(
+            f"{name} computes its product itself and cannot call `{attribute}`: leave it out"
+        )
+
+
+def injected_operations(layer: Any) -> list[str]:
+    """The attributes of a layer that hold an operation of the user's own.
+
+    Args:
+        layer: the layer.
+    """
+    return [
+        attribute
+        for attribute, defaults in _INJECTABLE.items()
+        if getattr(layer, attribute, None) not in (None, *defaults)
+    ]

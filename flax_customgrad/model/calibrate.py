@@ -15,8 +15,8 @@ from flax import nnx
 from flax_customgrad.contract.compat import is_outside_of_traces
 from flax_customgrad.low_bit.quantizers.fake_quant import FakeQuant
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
-from flax_customgrad.model.convert import layers, set_mode
 from flax_customgrad.model.observer import Observer
+from flax_customgrad.model.tree import layers, set_mode
 
 M = TypeVar("M")
 
@@ -31,7 +31,8 @@ def calibrate(model: M, batches: Iterable[Any], call: Callable[[M, Any], Any] | 
     was recorded before is forgotten.
 
     A quantizer with dynamic=True stays dynamic, as do those whose ranges belong to examples, tokens
-    or blocks. A weight quantizer takes its range from the weights when the layer is built.
+    or blocks. A weight quantizer takes its range from the weights when the layer is built; that of
+    a bias is set from the bias as it is then.
 
     Args:
         model: a Module with quantizers. Its quantizers are changed in place, and nothing else is.

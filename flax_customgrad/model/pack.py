@@ -1,17 +1,17 @@
 """`pack` and `unpack`: from a model that quantizes its weights to one that holds codes, and back.
 
-Each layer that quantizes its kernel in every call gets a `PackedKernel` or `Int8Kernel` in its
-place: integer codes, those of at most 4 bits several to a byte, and their scales. Everything else
-stays, so the outputs equal those of the model in eval mode to the bit, and `nnx.split`, `nnx.jit`
-and checkpoints go on working.
+Each layer that quantizes or prunes its kernel in every call gets `PackedWeights` in its place, such
+as a `PackedKernel` or an `Int8Kernel`: codes, those of at most 4 bits several to a byte, and their
+scales. Everything else stays, so the outputs equal those of the model in eval mode to the bit, and
+`nnx.split`, `nnx.jit` and checkpoints go on working.
 """
 
 from typing import Any, TypeVar
 
 from flax import nnx
 
-from flax_customgrad.low_bit.quant_layers.packed_kernel import Packable, PackedWeights
-from flax_customgrad.model.convert import layers, set_mode
+from flax_customgrad.layers.packed_weights import Packable, PackedWeights
+from flax_customgrad.model.tree import layers, set_mode
 
 M = TypeVar("M")
 
@@ -19,16 +19,20 @@ M = TypeVar("M")
 def pack(model: M) -> M:
     """Turns a quantized model into one for inference, which holds codes instead of weights.
 
+    Of an `Fp8Linear` with delayed scaling the scales of the step to come are kept. An
+    `NMSparseLinear` keeps the weights that it uses, and a bit for each that says which they are.
+
     Args:
-        model: a Module, or a tree of Modules, with layers such as `QuantLinear` and `Int8Linear`.
-            It is not changed.
+        model: a Module, or a tree of Modules, with layers such as `QuantLinear`, `Int8Linear`,
+            `Fp8Linear`, `MXLinear` and `NMSparseLinear`. It is not changed.
 
     Returns:
         A copy in eval mode whose quantized weights are packed. Its outputs are the same, its packed
         weights have no gradient, and `nnx.state` holds their codes and scales.
 
     Raises:
-        ValueError: no layer of the model quantizes its weights.
+        ValueError: no layer of the model quantizes or prunes its weights, or those of an
+            `NMSparseLinear` have NaN, for which there is no place.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -55,8 +59,8 @@ def pack(model: M) -> M:
                     weights.share(first)
     if not changed:
         raise ValueError(
-            "pack: no layer of the model has a quantizer for its weights, or is an Int8Linear or "
-            "Int8Conv. Build one with "
+            "pack: no layer of the model has a quantizer for its weights, or is an Int8Linear, "
+            "Int8Conv, Fp8Linear, Fp8Einsum, MXLinear, NVFP4Linear or NMSparseLinear. Build one as "
             "flax_customgrad.QuantLinear(..., weight=flax_customgrad.FakeQuant(8)), or turn layers "
             "into one with flax_customgrad.convert(model, rules=...)"
         )
@@ -71,8 +75,8 @@ def unpack(model: M) -> M:
 
     Returns:
         A copy in train mode, with the Variables that the weights had. The weights from before
-        quantization are lost; these go through their quantizers again, which make the same codes
-        and scales of them, in half precision nearly the same scales.
+        quantization, or those that were pruned, are lost; these go through their quantizers again,
+        which make the same codes and scales of them, in half precision nearly the same scales.
 
     Raises:
         ValueError: no layer of the model is packed.

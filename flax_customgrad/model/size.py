@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_customgrad.model.convert import layers
+from flax_customgrad.model.tree import layers, path_order
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def size_report(model: Any) -> SizeReport:
             saved = getattr(layer, "saved_nbytes", None)
             bits = None if saved is None else getattr(layer, "bits", None)
             sizes.append(Size(path, type(layer).__name__, bits, nbytes, nbytes + (saved or 0)))
-    return SizeReport(tuple(sorted(sizes, key=_path_order)))
+    return SizeReport(tuple(sorted(sizes, key=lambda size: path_order(size.path))))
 
 
 def _own_variables(layer: nnx.Module) -> list[nnx.Variable]:
@@ -109,8 +109,3 @@ def _own_variables(layer: nnx.Module) -> list[nnx.Variable]:
     held = vars(layer).values()
     flat = [v for value in held for v in (value if isinstance(value, nnx.List) else (value,))]
     return [v for v in flat if isinstance(v, nnx.Variable)]
-
-
-def _path_order(size: Size) -> list[tuple[int, str]]:
-    """A sort key that puts layer 2 before layer 10."""
-    return [(int(p) if p.isdigit() else 0, p) for p in size.path.split("/")]

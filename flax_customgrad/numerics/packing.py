@@ -86,13 +86,40 @@ def is_packable(shape: tuple[int, ...], sharding: Any = None) -> bool:
 def pack_mask(mask: jax.Array) -> jax.Array:
     """Packs a mask into one bit per element, where the last axis can be packed.
 
+    The last axis is cut into eight blocks, and a byte holds one element of each. Both directions
+    then run along whole blocks, several times as fast on a CPU as eight neighbors in a byte.
+
     Args:
         mask: array of bool, of any shape.
 
     Returns:
         uint8 array of shape (..., ceil(n / 8)); or the mask, where its last axis cannot be packed.
     """
-    return pack_bits(mask, 1) if is_packable(mask.shape, jax.typeof(mask).sharding) else mask
+    if not is_packable(mask.shape, jax.typeof(mask).sharding):
+        return mask
+    width = -(-mask.shape[-1] // 8)
+    padding = [*[(0, 0)] * (mask.ndim - 1), (0, 8 * width - mask.shape[-1])]
+    bits = jnp.pad(mask, padding).astype(jnp.uint8)
+    packed = bits[..., :width]
+    for k in range(1, 8):
+        packed |= bits[..., k * width : (k + 1) * width] << k
+    return packed
+
+
+def unpack_mask(packed: jax.Array, n: int) -> jax.Array:
+    """The mask that `pack_mask` has packed.
+
+    Args:
+        packed: what `pack_mask` returned.
+        n: how many elements the last axis of the mask has.
+
+    Returns:
+        Array of bool, of shape (..., n).
+    """
+    if packed.dtype == jnp.bool:
+        return packed
+    bits = jnp.concatenate([(packed >> k) & jnp.uint8(1) for k in range(8)], axis=-1)
+    return bits[..., :n].astype(jnp.bool)
 
 
 def masked(g: jax.Array, mask: jax.Array) -> jax.Array:
@@ -105,6 +132,4 @@ def masked(g: jax.Array, mask: jax.Array) -> jax.Array:
     Returns:
         Array like g.
     """
-    if mask.dtype != jnp.bool:
-        mask = unpack_bits(mask, 1, g.shape[-1]).astype(jnp.bool)
-    return jnp.where(mask, g, 0)
+    return jnp.where(unpack_mask(mask, g.shape[-1] if g.ndim else 1), g, 0)

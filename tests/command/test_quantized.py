@@ -10,7 +10,7 @@ from flax_customgrad import catalogue
 from flax_customgrad.__main__ import main
 from flax_customgrad.command.digits import controlled, recipes
 from flax_customgrad.command.digits.blocks import ActivationBlock
-from flax_customgrad.model.convert import layers
+from flax_customgrad.model.tree import layers
 
 FAMILIES = {"quantizers", "quant_layers", "int8", "fp8", "microscaling"}
 

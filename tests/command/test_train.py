@@ -17,9 +17,11 @@ from rich.console import Console
 import flax_customgrad as fcg
 from flax_customgrad import catalogue
 from flax_customgrad.__main__ import main
-from flax_customgrad.command.digits import comparison, data, figure, progress
-from flax_customgrad.command.digits.comparison import LayerPair, RunComparison, RunResult
+from flax_customgrad.command.digits import data, digits_task
 from flax_customgrad.command.digits.network import Network
+from flax_customgrad.command.side_by_side import comparison, figure, progress
+from flax_customgrad.command.side_by_side.comparison import LayerPair, RunComparison, RunResult
+from flax_customgrad.command.side_by_side.task import batches
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -94,7 +96,7 @@ def test_a_wrong_gradient_is_found(tmp_path, monkeypatch):
 
     drop_ins = {nnx.Linear: fcg.Linear, nnx.LinearGeneral: fcg.LinearGeneral}
     monkeypatch.setattr(catalogue, "drop_ins", lambda: drop_ins)
-    monkeypatch.setattr(comparison, "Network", Small)
+    monkeypatch.setattr(digits_task, "TASK", digits_task.TASK._replace(network=Small))
     monkeypatch.setattr(comparison, "_ROUNDS", 3)
     monkeypatch.setattr(fcg, "convert", convert)
     monkeypatch.setenv("COLUMNS", "120")
@@ -116,7 +118,15 @@ def _comparison(**changes):
     outcome = RunResult([2.0, 1.0], 0.98, [1e-3, 2e-3, 3e-3], 100)
     layer = LayerPair("dense", nnx.Linear, fcg.Linear)
     return dataclasses.replace(
-        RunComparison(2, 0, [layer], {"dense/kernel": 3e-7, "dense/bias": 0.0}, outcome, outcome),
+        RunComparison(
+            digits_task.TASK,
+            2,
+            0,
+            [layer],
+            {"dense/kernel": 3e-7, "dense/bias": 0.0},
+            outcome,
+            outcome,
+        ),
         **changes,
     )
 
@@ -174,11 +184,11 @@ def test_batches_pass_over_the_data():
     assert len(train.labels) == 1347
     assert len(test.labels) == 450
     numbered = data.Batch(train.images, np.arange(1347))
-    seen = [batch.labels for batch in data.batches(numbered, 42, seed=3)]
+    seen = [batch.labels for batch in batches(numbered, 42, seed=3, size=64)]
     assert {len(batch) for batch in seen} == {64}
     for epoch in (seen[:21], seen[21:]):
         assert len(np.unique(np.concatenate(epoch))) == 21 * 64
-    again = [batch.labels for batch in data.batches(numbered, 42, seed=3)]
+    again = [batch.labels for batch in batches(numbered, 42, seed=3, size=64)]
     np.testing.assert_array_equal(seen, again)
 
 
@@ -192,6 +202,7 @@ def test_batches_pass_over_the_data():
         (["--out", "figure.pdf"], "argument --out: the figure is a .png file, got 'figure.pdf'"),
         (["--out", "nowhere/f.png"], "argument --out: there is no directory 'nowhere'"),
         (["--out", "taken.png"], "argument --out: cannot write to 'taken.png'"),
+        (["--task", "images"], "argument --task: invalid choice: 'images'"),
         (["--verbose"], "unrecognized arguments: --verbose"),
     ],
 )

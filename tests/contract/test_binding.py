@@ -233,6 +233,72 @@ def test_forward_mode(name, primitive):
         )
 
 
+def _steps(x, keeps):
+    """s_t = tanh(s_{t-1} x_t), and for a backward the states before and after each step."""
+
+    def step(s, a):
+        t = jnp.tanh(s * a)
+        return t, (t, (s, t) if keeps else ())
+
+    return jax.lax.scan(step, jnp.ones(x.shape[1:]), x)[1]
+
+
+@fcg.custom_vjp
+def stepped(x):
+    return _steps(x, keeps=False)[0]
+
+
+def stepped_fwd(x):
+    y, kept = _steps(x, keeps=True)
+    return y, (x, kept)
+
+
+def stepped_bwd(res, g):
+    def back(ds, xs):
+        g, a, s, t = xs
+        du = (ds + g) * (1 - t * t)
+        return du * a, du * s
+
+    x, kept = res
+    return (jax.lax.scan(back, jnp.zeros_like(x[0]), (g, x, *kept), reverse=True)[1],)
+
+
+stepped.defvjp(stepped_fwd, stepped_bwd)
+
+WEIGHTS = jnp.cos(jnp.arange(6.0)).reshape(3, 2)
+
+
+def _grad(f):
+    return lambda x: jnp.sum(WEIGHTS * jax.grad(f)(x))
+
+
+def _along(f):
+    return lambda x: jax.jvp(f, (x,), (WEIGHTS,))[1]
+
+
+COMPOSITIONS = {
+    "grad of grad": lambda f: _grad(_grad(f)),
+    "grad of jvp": lambda f: _grad(_along(f)),
+    "grad of grad of jvp": lambda f: _grad(_grad(_along(f))),
+    "grad of checkpointed grad": lambda f: _grad(jax.checkpoint(_grad(f))),
+    "grad of grad of a checkpoint": lambda f: _grad(_grad(jax.checkpoint(f))),
+    "grad of a checkpointed jvp": lambda f: _grad(jax.checkpoint(_along(f))),
+    "jvp of grad of a checkpoint": lambda f: _along(_grad(jax.checkpoint(f))),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_orders_and_checkpoints_compose_where_the_forward_scans(name, primitive):
+    """What is kept is stacked by a scan, and has a derivative of its own once it is transposed."""
+    x = jnp.linspace(0.3, 1.4, 6).reshape(3, 2)
+
+    def result(function):
+        return COMPOSITIONS[name](lambda x: jnp.sum(WEIGHTS * function(x) ** 2))(x)
+
+    expected = result(lambda x: _steps(x, keeps=False)[0])
+    np.testing.assert_allclose(result(stepped), expected, rtol=1e-4)
+
+
 def test_forward_mode_is_the_derivative_of_the_function(primitive):
     _, tangent = jax.jvp(make(), (W, X), (W, X))
     np.testing.assert_array_equal(tangent, jax.jvp(plain, (W, X), (W, X))[1])

@@ -59,3 +59,14 @@ def test_a_bias_that_is_switched_off_is_not_added(name):
     expected = layer(X)  # whose bias is zero
     layer.bias, layer.use_bias = nnx.Param(jnp.ones(layer.bias.shape)), False
     np.testing.assert_array_equal(layer(X), expected)
+
+
+@pytest.mark.parametrize("cls", [fcg.QuantEinsum, fcg.Fp8Einsum])
+def test_a_bias_of_an_einsum_has_as_many_elements_as_the_kernel_has_outputs(cls):
+    layer = cls("nta,ab->ntb", (4, 3), (3,), rngs=nnx.Rngs(0))
+    layer.bias = nnx.Param(jnp.ones((1, 1, 3)))
+    assert layer(X).shape == (2, 6, 3)
+    for shape in ((), (1,), (2,)):
+        layer.bias = nnx.Param(jnp.ones(shape))
+        with pytest.raises(ValueError, match=r"the bias has shape .* outputs of shape \(3,\)"):
+            layer(X)

@@ -1,5 +1,9 @@
 """convert and revert: what changes, what stays, and what is said when nothing matched."""
 
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,7 +77,7 @@ def test_every_layer_that_has_a_drop_in_becomes_it_in_place(model):
     got, grads = loss_and_grad(model)
     np.testing.assert_allclose(got, expected, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.smoke
@@ -354,3 +358,198 @@ def test_revert_names_the_layers_that_stay():
     with pytest.warns(UserWarning, match=r"and stay: 1: flax_customgrad.Int8Linear"):
         fcg.revert(model)
     assert [type(layer) for layer in model] == [nnx.Linear, fcg.Int8Linear]
+
+
+# Functions that layers hold
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+@dataclass(frozen=True)
+class Config:
+    act: Any = nnx.gelu
+
+
+class Cell(nnx.LSTMCell):
+    """A subclass of a layer of nnx, whose arguments are functions, with one more."""
+
+    def __init__(self, *, rngs):
+        super().__init__(4, 4, rngs=rngs)
+        self.act = nnx.relu
+
+
+class Holder(nnx.Module):
+    """Functions in every place that can hold one."""
+
+    by_class = staticmethod(nnx.gelu)
+
+    def __init__(self, rngs):
+        self.act = nnx.gelu
+        self.same_as_in_numpy = jnp.tanh
+        self.partial = functools.partial(nnx.leaky_relu, negative_slope=0.1)
+        self.tuple = (nnx.relu, 3, (jax.nn.softmax, "name"))
+        self.named = Pair(nnx.silu, None)
+        self.list = [nnx.relu, {"act": nnx.elu}]
+        self.layers = nnx.List([nnx.Linear(4, 4, rngs=rngs), nnx.selu])
+        self.by_name = nnx.Dict(act=nnx.celu)
+        self.mixed = nnx.data((nnx.Linear(4, 4, rngs=rngs), nnx.glu))
+        self.own = jnp.sin
+        self.config = Config()
+        self.attention = nnx.MultiHeadAttention(2, 4, 4, decode=False, rngs=rngs)
+        self.cell = Cell(rngs=rngs)
+        self.lstm = nnx.LSTMCell(4, 4, rngs=rngs)
+        self.kind = nnx.Linear
+
+
+def held(model):
+    """What Holder holds, by where."""
+    return {
+        "act": model.act,
+        "same_as_in_numpy": model.same_as_in_numpy,
+        "partial": model.partial.func,
+        "tuple/0": model.tuple[0],
+        "tuple/2/0": model.tuple[2][0],
+        "named/0": model.named.first,
+        "list/0": model.list[0],
+        "list/1/act": model.list[1]["act"],
+        "layers/1": model.layers[1],
+        "by_name/act": model.by_name["act"],
+        "mixed/1": model.mixed[1],
+        "cell/act": model.cell.act,
+    }
+
+
+def test_functions_that_layers_hold_are_converted_and_reverted():
+    model = Holder(nnx.Rngs(0))
+    before = held(model)
+    linear, attention, gate = model.mixed[0], model.attention.attention_fn, model.cell.gate_fn
+    fcg.convert(model)
+    ours = catalogue.drop_in_functions()
+    assert held(model) == {path: ours[function] for path, function in before.items()}
+    assert held(model)["act"] is fcg.gelu
+    assert model.partial.keywords == {"negative_slope": 0.1}
+    assert (model.tuple[1], model.tuple[2][1], type(model.named)) == (3, "name", Pair)
+    # What belongs to a layer of nnx, to an object that is no Module, or to a class is left.
+    assert model.attention.attention_fn is attention
+    assert (model.cell.gate_fn, model.cell.activation_fn) == (gate, nnx.tanh)
+    assert (model.lstm.gate_fn, model.lstm.activation_fn) == (gate, nnx.tanh)
+    assert (model.config.act, model.own, model.kind) == (nnx.gelu, jnp.sin, nnx.Linear)
+    assert model.by_class is nnx.gelu
+    assert model.mixed[0] is linear
+    assert type(linear) is fcg.Linear
+    assert jax.tree.leaves(nnx.state(model))  # a tuple of layers is data as before
+    assert fcg.convert(model) is model
+    fcg.revert(model)
+    assert all(a is b for a, b in zip(held(model).values(), before.values(), strict=True))
+    assert type(model.mixed[0]) is nnx.Linear
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_model_with_converted_functions_is_traced_anew(graph):
+    with nnx.set_graph_mode(graph):
+        model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.gelu)
+        step = nnx.jit(nnx.grad(lambda model: model(X).sum()))
+        graphdef, expected = nnx.graphdef(model), step(model)
+        fcg.convert(model)
+        assert nnx.graphdef(model) != graphdef
+        for a, b in zip(jax.tree.leaves(step(model)), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        assert nnx.graphdef(fcg.revert(model)) == graphdef
+
+
+def test_where_selects_a_function_by_its_path_and_the_module_that_holds_it():
+    model = Holder(nnx.Rngs(0))
+    fcg.convert(model, where="(tuple|list)/.*")
+    changed = {p for p, f in held(model).items() if f.__module__ == "flax_customgrad"}
+    assert changed == {"tuple/0", "tuple/2/0", "list/0", "list/1/act"}
+    assert type(model.layers[0]) is nnx.Linear
+    fcg.convert(model, where=lambda path, module: path == "by_name/act" and "act" in module)
+    assert model.by_name["act"] is fcg.celu
+    fcg.revert(model, where="list/0")
+    assert (model.list[0], model.tuple[0]) == (nnx.relu, fcg.relu)
+    with pytest.raises(ValueError, match=r"where='config/act' matched no layer"):
+        fcg.convert(model, where="config/act")
+
+
+def test_a_rule_for_a_function():
+    def clipped(x):
+        return jnp.clip(x, 0, 1)
+
+    model = Holder(nnx.Rngs(0))
+    fcg.convert(model, rules=[fcg.Rule(nnx.relu, clipped, where="list/.*")])
+    assert (model.list[0], model.tuple[0], model.act) == (clipped, nnx.relu, nnx.gelu)
+    fcg.convert(model)
+    fcg.convert(model, rules={nnx.relu: clipped})  # a rule for its drop-in too
+    assert model.tuple[0] is clipped
+    with pytest.raises(ValueError, match=r"the rule jax.relu6 -> .*clipped matched no layer"):
+        fcg.convert(model, rules={nnx.relu6: clipped})
+    with pytest.raises(TypeError, match="expected a function, got 3"):
+        fcg.convert(model, rules={nnx.gelu: 3})
+
+
+def test_a_keyword_that_nnx_does_not_know_goes_with_our_function():
+    model = nnx.Sequential(functools.partial(fcg.relu, residual="bits"))
+    fcg.revert(model)
+    assert model.layers[0].func is nnx.relu
+    assert model.layers[0](jnp.ones(2)).sum() == 2
+
+
+def test_functions_in_a_list_of_models_and_in_shared_blocks():
+    block = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.relu)
+    models = [nnx.List([block, block]), nnx.gelu]
+    fcg.convert(models)
+    assert (block.layers[1], models[1]) == (fcg.relu, fcg.gelu)
+
+
+# Inside of transformations
+
+
+def _convert_and_call(model, x):
+    return fcg.convert(model)(x).sum()
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize(
+    "transform", [nnx.jit, nnx.grad, nnx.remat, lambda f: nnx.vmap(f, in_axes=(None, 0))]
+)
+def test_convert_inside_of_a_transformation_is_an_error(transform, graph):
+    with nnx.set_graph_mode(graph):
+        model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.relu)
+        with pytest.raises(ValueError, match="inside of a transformation"):
+            transform(_convert_and_call)(model, X)
+        with pytest.raises(ValueError, match="inside of a transformation"):
+            nnx.jit(lambda x: _convert_and_call(model, x))(X)
+        assert type(model.layers[0]) is nnx.Linear
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_model_that_is_made_merged_or_cloned_inside_is_converted(graph):
+    def make(key):
+        return nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(key)), nnx.relu)
+
+    with nnx.set_graph_mode(graph):
+        model = nnx.jit(lambda key: fcg.convert(make(key)))(jax.random.key(0))
+        assert (type(model.layers[0]), model.layers[1]) == (fcg.Linear, fcg.relu)
+        stack = nnx.vmap(lambda key: fcg.convert(make(key)))(jax.random.split(jax.random.key(0)))
+        assert type(stack.layers[0]) is fcg.Linear
+        graphdef, state = nnx.split(make(jax.random.key(0)))
+        merged = jax.jit(lambda state: _convert_and_call(nnx.merge(graphdef, state), X))(state)
+        cloned = nnx.jit(lambda model: _convert_and_call(nnx.clone(model), X))(model)
+        np.testing.assert_allclose(merged, cloned, rtol=1e-6)
+
+
+# Optimizers
+
+
+def test_an_optimizer_whose_parameters_change_is_named():
+    def quantized(layer):
+        return fcg.QuantLinear.from_layer(layer, weight=fcg.LSQ(4))
+
+    model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+    fcg.convert([model, optimizer])  # The parameters stay.
+    with pytest.warns(UserWarning, match=r"Optimizer was made for: .*weight/scale.*Make it anew"):
+        fcg.convert((model, optimizer), rules={nnx.Linear: quantized})

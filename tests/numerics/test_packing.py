@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_customgrad.numerics.packing import pack_bits, packed_width, unpack_bits
+from flax_customgrad.numerics.packing import (
+    masked,
+    pack_bits,
+    pack_mask,
+    packed_width,
+    unpack_bits,
+    unpack_mask,
+)
 
 
 @pytest.mark.smoke
@@ -31,6 +38,18 @@ def test_packing_is_undone(bits, shape):
     np.testing.assert_array_equal(unpacked, codes)
     if bits == 1:
         np.testing.assert_array_equal(packed, np.packbits(codes, axis=-1, bitorder="little"))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (2, 7), (3, 16), (2, 19)])
+def test_a_mask_takes_a_bit_an_element(shape):
+    mask = jnp.asarray(np.random.default_rng(1).random(shape) < 0.5)
+    g = jnp.asarray(np.random.default_rng(2).normal(size=shape))
+    packed = pack_mask(mask)
+    if shape:
+        assert packed.dtype == jnp.uint8
+        assert packed.shape == (*shape[:-1], -(-shape[-1] // 8))
+        np.testing.assert_array_equal(unpack_mask(packed, shape[-1]), mask)
+    np.testing.assert_array_equal(masked(g, packed), np.where(mask, g, 0))
 
 
 def test_a_code_takes_the_next_power_of_two():

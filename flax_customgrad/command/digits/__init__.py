@@ -1,1 +1,1 @@
-"""The main job: one network on handwritten digits, trained plainly and converted, side by side."""
+"""Networks on handwritten digits: the task of `train`, and those of the other commands."""

@@ -1,6 +1,5 @@
 """The data: scikit-learn's handwritten digits, 1797 images of 8 by 8 pixels in ten classes."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import einops
@@ -16,8 +15,6 @@ CLASSES = 10
 
 PIXELS = 64
 """How many pixels an image has."""
-
-_BATCH = 64
 
 
 class Batch(NamedTuple):
@@ -40,17 +37,6 @@ def load(seed: int) -> tuple[Batch, Batch]:
     rows = np.arange(len(labels))
     chosen, held_out = train_test_split(rows, test_size=0.25, stratify=labels, random_state=seed)
     return Batch(images[chosen], labels[chosen]), Batch(images[held_out], labels[held_out])
-
-
-def batches(data: Batch, steps: int, seed: int) -> Iterator[Batch]:
-    """Draws batches of 64, in a new order for each pass over the data."""
-    rng = np.random.default_rng(seed)
-    order = np.empty(0, np.int64)
-    for _ in range(steps):
-        if len(order) < _BATCH:
-            order = rng.permutation(len(data.labels))
-        chosen, order = order[:_BATCH], order[_BATCH:]
-        yield Batch(data.images[chosen], data.labels[chosen])
 
 
 def load_seeds(seeds: int) -> tuple[Batch, Batch]:

@@ -8,9 +8,9 @@ of code c that follows. The two results are
                 h(odds) = log(1 + e^-|odds|) + |odds| sigmoid(-|odds|)
     together  = H(mean) = -sum_c mean[c] log mean[c],  mean = mean_n P[n, :]
 
-P is never stored. The bits are split into two halves, left and right; a[n, i] and b[n, j] are the
-probabilities of the words of each, and a code is a pair of words. The operation computes `each` and
-`mean`:
+P is never stored. Vectors that a mask leaves out have no part in the means. The bits are split into
+two halves, left and right; a[n, i] and b[n, j] are the probabilities of the words of each, and a
+code is a pair of words. The operation computes `each` and `mean`:
 
     forward   mean[i, j] = sum_n a[n, i] b[n, j] / N
     backward  da    = b dmean^T / N,  db = a dmean / N
@@ -24,7 +24,7 @@ of a mean is not the mean of the entropies. JAX differentiates that. For 18 bits
 rows of 512 numbers rather than one of 262144.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -34,6 +34,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.estimators.codebook.masks import count_vectors, where_mask
 from flax_customgrad.numerics.dtypes import widened
 from flax_customgrad.numerics.sharding import AxisName, with_auto_axes
 
@@ -46,10 +47,11 @@ class Residuals(NamedTuple):
 
     z: jax.Array
     sharpness: float
+    mask: jax.Array | None
 
 
 def code_entropy(
-    z: jax.Array, sharpness: float, axis_name: AxisName = None
+    z: jax.Array, sharpness: float, axis_name: AxisName = None, mask: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """The mean entropy of each vector's code, and the entropy of the mean.
 
@@ -57,23 +59,31 @@ def code_entropy(
         z: array of shape (..., bits), float.
         sharpness: log odds of a bit per unit of z; it gets no gradient.
         axis_name: the axis over which arrays are parts of all vectors, or None.
+        mask: bool array of shape (...), which vectors count; or None for all.
 
     Returns:
         Two numbers in float32 or wider, in nats; 0 where there are no vectors.
     """
-    each, mean = code_distribution(z, sharpness)
-    if axis_name is not None:
+    each, mean = code_distribution(z, sharpness, mask)
+    if axis_name is not None and mask is not None:
+        n = jnp.sum(mask, dtype=each.dtype)
+        part = n / jnp.maximum(1, lax.psum(n, axis_name))
+        each, mean = lax.psum((part * each, part * mean), axis_name)
+    elif axis_name is not None:
         each, mean = lax.pmean((each, mean), axis_name)
     return each, -jnp.sum(mean * _log(mean))
 
 
 @custom_vjp
-def code_distribution(z: jax.Array, sharpness: float) -> tuple[jax.Array, jax.Array]:
+def code_distribution(
+    z: jax.Array, sharpness: float, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """The mean entropy of each vector's code, and the mean probability of each code.
 
     Args:
         z: array of shape (..., bits), float.
         sharpness: log odds of a bit per unit of z; it gets no gradient.
+        mask: bool array of shape (...), which vectors count; or None for all.
 
     Returns:
         A number, in nats, and an array of shape (words of the left half, words of the right half),
@@ -82,17 +92,21 @@ def code_distribution(z: jax.Array, sharpness: float) -> tuple[jax.Array, jax.Ar
     odds = _odds(z, sharpness)
     size = jnp.abs(odds)
     h = jnp.log1p(jnp.exp(-size)) + size * jax.nn.sigmoid(-size)
-    return jnp.sum(h) / _num_vectors(odds), _mean(odds)
+    n = count_vectors(odds, mask)
+    return jnp.sum(where_mask(mask, h)) / n, _mean(odds, n, mask)
 
 
-def _fwd(z: jax.Array, sharpness: float) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
-    return code_distribution(z, sharpness), Residuals(z, sharpness)
+def _fwd(
+    z: jax.Array, sharpness: float, mask: jax.Array | None
+) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
+    return code_distribution(z, sharpness, mask), Residuals(z, sharpness, mask)
 
 
-def _bwd(res: Residuals, cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+def _bwd(res: Residuals, cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None, None]:
     z, (deach, dmean) = res.z, cotangents
     chex.assert_rank(deach, 0)
-    odds, n = _odds(z, res.sharpness), _num_vectors(z)
+    odds = _odds(z, res.sharpness)
+    n = count_vectors(odds, res.mask)
     left, right = _halves(odds)
     a, b = _word_probabilities(left), _word_probabilities(right)
     dims = chex.Dimensions(I=2 ** left.shape[-1], J=2 ** right.shape[-1])
@@ -104,7 +118,7 @@ def _bwd(res: Residuals, cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.A
     of_together = jnp.concatenate([of_left, of_right], -1)
     of_each = deach * odds * jax.nn.sigmoid(odds) * jax.nn.sigmoid(-odds) / n
     chex.assert_equal_shape([of_together, of_each, z])
-    return res.sharpness * (of_together - of_each), None
+    return res.sharpness * where_mask(res.mask, of_together - of_each), None, None
 
 
 code_distribution.defvjp(_fwd, _bwd)
@@ -120,16 +134,16 @@ def _log(mean: jax.Array) -> jax.Array:
     return jnp.log(jnp.where(mean > 0, mean, 1))
 
 
-def _mean(odds: jax.Array) -> jax.Array:
+def _mean(odds: jax.Array, n: Any, mask: jax.Array | None) -> jax.Array:
     """`mean`, of shape (words of the left half, words of the right half)."""
 
-    def mean(odds: jax.Array) -> jax.Array:
+    def total(odds: jax.Array, mask: jax.Array | None) -> jax.Array:
         a, b = map(_word_probabilities, _halves(odds))
         leading = tuple(range(odds.ndim - 1))
         numbers = ((leading, leading), ((), ()))
-        return lax.dot_general(a, b, numbers, precision=lax.Precision.HIGHEST) / _num_vectors(odds)
+        return lax.dot_general(where_mask(mask, a), b, numbers, precision=lax.Precision.HIGHEST)
 
-    return with_auto_axes(mean, PartitionSpec(None, None), odds)
+    return with_auto_axes(total, PartitionSpec(None, None), odds, mask) / n
 
 
 def _halves(odds: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -157,7 +171,3 @@ def _bits(n: int, dtype: jnp.dtype) -> np.ndarray:
 
 def _product(rows: jax.Array, matrix: jax.Array | np.ndarray) -> jax.Array:
     return jnp.matmul(rows, matrix, precision=lax.Precision.HIGHEST)
-
-
-def _num_vectors(z: jax.Array) -> int:
-    return max(1, z.size // z.shape[-1])

@@ -30,7 +30,8 @@ from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.contract.promotion import promoting
-from flax_customgrad.estimators.codebook.codebook_arguments import check_vectors
+from flax_customgrad.estimators.codebook.codebook_arguments import check_mask, check_vectors
+from flax_customgrad.estimators.codebook.masks import where_code, where_mask
 from flax_customgrad.estimators.codebook.usage import Quantized, measure_usage
 from flax_customgrad.numerics.dtypes import widened
 from flax_customgrad.numerics.hyperbolic import sech_squared
@@ -142,25 +143,31 @@ class FSQ(nnx.Module):
         self.num_codes = num_codes
 
     @promoting
-    def __call__(self, z: jax.Array) -> Quantized:
+    def __call__(self, z: jax.Array, *, mask: jax.Array | None = None) -> Quantized:
         """Quantizes vectors.
 
         Args:
             z: array of shape (..., len(levels)), float.
+            mask: bool array of shape (...), false for padding; as for `VectorQuantizer`.
 
         Returns:
             A `Quantized`, whose loss is 0. Codes are numbered with the level of the first feature
             running fastest. A vector with NaN in it has the number num_codes.
 
         Raises:
-            TypeError: z is not a floating array.
-            ValueError: z has another number of features.
+            TypeError: z is not a floating array, or mask not one of bool.
+            ValueError: z has another number of features, or mask another shape.
         """
         z = check_vectors("FSQ", z, len(self.levels))
+        mask = check_mask("FSQ", mask, z)
+        # Of 0 the value is 0, so that of padding is too.
+        z = where_mask(mask, z)
         levels = _rounded(lax.stop_gradient(z), self.levels)
         numbers = levels.astype(jnp.int32) + _half(self.levels)
         indices = jnp.sum(numbers * self._strides(), -1, dtype=jnp.int32)
-        indices = jnp.where(jnp.any(jnp.isnan(levels), -1), self.num_codes, indices)
+        has_none = jnp.any(jnp.isnan(levels), -1)
+        has_none = has_none if mask is None else has_none | ~mask
+        indices = jnp.where(has_none, self.num_codes, indices)
         values = round_to_levels(z, self.levels)
         loss = jnp.zeros((), jnp.float32)
         return Quantized(values, indices, loss, *measure_usage(indices, self.num_codes))
@@ -173,10 +180,12 @@ class FSQ(nnx.Module):
             indices: integers of any shape, from 0 to num_codes - 1.
 
         Returns:
-            Array of shape (*indices.shape, len(levels)), float32.
+            Array of shape (*indices.shape, len(levels)), float32; NaN where no code has the number.
         """
+        indices = jnp.asarray(indices)
         numbers = indices[..., None] // self._strides() % np.array(self.levels, np.int32)
-        return (numbers - _half(self.levels)) / _half(self.levels).astype(np.float32)
+        codes = (numbers - _half(self.levels)) / _half(self.levels).astype(np.float32)
+        return where_code(indices, self.num_codes, codes)
 
     def _strides(self) -> np.ndarray:
         """What one level of each feature adds to the number of a code."""

@@ -3,7 +3,7 @@
     forward   y    = scale where z >= 0, -scale elsewhere
               loss = commitment sum (z - y)^2 / N                  N: how many numbers z has
     backward  dz   = g + 2 commitment dloss (z - y) / N
-    kept      z
+    kept      z, and a mask if there is one, whose vectors alone count
 
 The 2^features codes are the corners of a cube, and nothing is looked up. What keeps them in use is
 a loss on the probabilities of codes, `p(c | z)`, the softmax over c of `-|z - c|^2 / temperature`:
@@ -16,7 +16,7 @@ It is least where the code of each vector is certain and all codes are equally l
 Source: arXiv:2310.05737
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -26,7 +26,8 @@ from flax import nnx
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.contract.promotion import promoting
 from flax_customgrad.estimators.codebook.code_entropy import code_entropy
-from flax_customgrad.estimators.codebook.codebook_arguments import check_vectors
+from flax_customgrad.estimators.codebook.codebook_arguments import check_mask, check_vectors
+from flax_customgrad.estimators.codebook.masks import count_vectors, where_code, where_mask
 from flax_customgrad.estimators.codebook.usage import Quantized, measure_usage
 from flax_customgrad.numerics.argument_checks import check_nonnegative, check_size
 from flax_customgrad.numerics.dtypes import widened
@@ -37,41 +38,53 @@ class Residuals(NamedTuple):
     """What the backward of `sign_codes` keeps: only what the caller holds anyway."""
 
     z: jax.Array
+    mask: jax.Array | None
     scale: float
     commitment: float
 
 
 @custom_vjp(surrogate=True)
-def sign_codes(z: jax.Array, scale: float, commitment: float) -> tuple[jax.Array, jax.Array]:
+def sign_codes(
+    z: jax.Array, mask: jax.Array | None, scale: float, commitment: float
+) -> tuple[jax.Array, jax.Array]:
     """The sign of each number, times a scale, and the commitment loss.
 
     Args:
-        z: array of any shape, float.
+        z: array of shape (..., features), float.
+        mask: bool array of shape (...), which vectors count; or None for all.
         scale: what the signs are multiplied by; it gets no gradient.
         commitment: weight of the commitment loss; it gets no gradient.
 
     Returns:
-        Array of z's shape and dtype, NaN where z is; and the loss, a number in float32 or wider, 0
-        where z is empty.
+        Array of z's shape and dtype, NaN where z is, 0 for vectors that do not count; and the loss,
+        a number in float32 or wider, 0 where there are no vectors.
     """
-    loss = commitment * jnp.sum(jnp.square(_difference(z, scale))) / max(1, z.size)
-    return _signs(z, scale).astype(z.dtype), loss
+    squares = where_mask(mask, jnp.square(_difference(z, scale)))
+    loss = commitment * jnp.sum(squares) / _count(z, mask)
+    return where_mask(mask, _signs(z, scale)).astype(z.dtype), loss
 
 
-def _fwd(z: jax.Array, scale: float, commitment: float) -> tuple[tuple[jax.Array, ...], Residuals]:
-    return sign_codes(z, scale, commitment), Residuals(z, scale, commitment)
+def _fwd(
+    z: jax.Array, mask: jax.Array | None, scale: float, commitment: float
+) -> tuple[tuple[jax.Array, ...], Residuals]:
+    return sign_codes(z, mask, scale, commitment), Residuals(z, mask, scale, commitment)
 
 
-def _bwd(res: Residuals, cotangents: tuple[jax.Array, ...]) -> tuple[jax.Array, None, None]:
-    z, (g, dloss) = res.z, cotangents
+def _bwd(res: Residuals, cotangents: tuple[jax.Array, ...]) -> tuple[jax.Array, None, None, None]:
+    z, mask, (g, dloss) = res.z, res.mask, cotangents
     chex.assert_equal_shape([g, z])
     chex.assert_rank(dloss, 0)
-    dz = g + 2 * res.commitment / max(1, z.size) * dloss * _difference(z, res.scale)
+    dz = g + 2 * res.commitment / _count(z, mask) * dloss * _difference(z, res.scale)
     chex.assert_equal_shape([dz, z])
-    return dz, None, None
+    return where_mask(mask, dz), None, None, None
 
 
 sign_codes.defvjp(_fwd, _bwd)
+
+
+def _count(z: jax.Array, mask: jax.Array | None) -> Any:
+    """`N`."""
+    return z.shape[-1] * count_vectors(z, mask)
 
 
 def _signs(z: jax.Array, scale: float) -> jax.Array:
@@ -152,28 +165,33 @@ class LFQ(nnx.Module):
         self.axis_name = axis_name
 
     @promoting
-    def __call__(self, z: jax.Array) -> Quantized:
+    def __call__(self, z: jax.Array, *, mask: jax.Array | None = None) -> Quantized:
         """Quantizes vectors.
 
         Args:
             z: array of shape (..., features), float.
+            mask: bool array of shape (...), false for padding; as for `VectorQuantizer`.
 
         Returns:
             A `Quantized`. A number has bit i where feature i is positive or 0. NaN stays NaN, and
             the number of its vector is num_codes.
 
         Raises:
-            TypeError: z is not a floating array.
-            ValueError: z has another number of features.
+            TypeError: z is not a floating array, or mask not one of bool.
+            ValueError: z has another number of features, or mask another shape.
         """
         z = check_vectors("LFQ", z, self.features)
+        mask = check_mask("LFQ", mask, z)
+        z = where_mask(mask, z)
         bits = (z >= 0) * 2 ** jnp.arange(self.features, dtype=jnp.int32)
-        undefined = jnp.any(jnp.isnan(z), -1)
-        indices = jnp.where(undefined, self.num_codes, jnp.sum(bits, -1, dtype=jnp.int32))
-        values, loss = sign_codes(z, self.scale, self.commitment)
+        has_none = jnp.any(jnp.isnan(z), -1)
+        has_none = has_none if mask is None else has_none | ~mask
+        indices = jnp.where(has_none, self.num_codes, jnp.sum(bits, -1, dtype=jnp.int32))
+        values, loss = sign_codes(z, mask, self.scale, self.commitment)
         if self.entropy_weight:
             # -|z - c|^2 is 2 z.c, but for terms that do not depend on c.
-            each, together = code_entropy(z, 4 * self.scale / self.temperature, self.axis_name)
+            sharpness = 4 * self.scale / self.temperature
+            each, together = code_entropy(z, sharpness, self.axis_name, mask)
             loss += self.entropy_weight * (each - self.diversity * together)
         return Quantized(
             values, indices, loss, *measure_usage(indices, self.num_codes, self.axis_name)
@@ -187,7 +205,9 @@ class LFQ(nnx.Module):
             indices: integers of any shape, from 0 to num_codes - 1.
 
         Returns:
-            Array of shape (*indices.shape, features), float32.
+            Array of shape (*indices.shape, features), float32; NaN where no code has the number.
         """
+        indices = jnp.asarray(indices)
         bits = indices[..., None] >> jnp.arange(self.features, dtype=jnp.int32) & 1
-        return jnp.where(bits == 1, self.scale, -self.scale).astype(jnp.float32)
+        codes = jnp.where(bits == 1, self.scale, -self.scale).astype(jnp.float32)
+        return where_code(indices, self.num_codes, codes)

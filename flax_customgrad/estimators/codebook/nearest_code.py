@@ -30,10 +30,13 @@ from flax_customgrad.contract.promotion import promoting
 from flax_customgrad.numerics.dtypes import widened
 from flax_customgrad.numerics.scaling import magnitude
 from flax_customgrad.numerics.sharding import explicit_spec, with_auto_axes
+from flax_customgrad.numerics.sizes import at_least_one, is_known
 
 _PRODUCTS = 2**22
 """About how many products are stored at a time: 17 MB of float32."""
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 64, 4096
+_BLOCK_OF_UNKNOWN = 512
+"""For a number of vectors that `jax.export` leaves symbolic."""
 
 
 @promoting
@@ -69,8 +72,11 @@ def nearest_code(x: jax.Array, codes: jax.Array, block: int | None = None) -> ja
         raise ValueError(
             f"nearest_code: block={block!r} must be a positive number of codes, or None"
         )
-    vectors = max(1, x.size // x.shape[-1])
-    block = block or min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, _PRODUCTS // vectors))
+    vectors = at_least_one(x.size // x.shape[-1])
+    if block is None:
+        block = _BLOCK_OF_UNKNOWN
+        if is_known(vectors):
+            block = min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, _PRODUCTS // vectors))
     search = functools.partial(_search, block=min(block, codes.shape[0]))
     x, codes = (lax.stop_gradient(a) for a in widened(jnp.result_type(x, codes), x, codes))
     return with_auto_axes(search, PartitionSpec(*explicit_spec(x)[: x.ndim - 1]), x, codes)

@@ -37,6 +37,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.estimators.codebook.masks import count_vectors, where_mask
 from flax_customgrad.estimators.codebook.rotation_trick import rotate_back
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.dtypes import widened
@@ -151,21 +152,9 @@ def remainder(
     return where_mask(mask, z - q)
 
 
-def where_mask(mask: jax.Array | None, vectors: jax.Array) -> jax.Array:
-    """Vectors where a mask is true, and 0 elsewhere.
-
-    Args:
-        mask: bool array of shape (...); or None for all.
-        vectors: array of shape (..., features), float.
-    """
-    return vectors if mask is None else jnp.where(mask[..., None], vectors, 0)
-
-
 def _count(z: jax.Array, masks: Masks) -> jax.Array | int:
     """`N`, how many numbers there are in the vectors that the first codebook quantizes."""
-    if masks[0] is None:
-        return max(1, z.size)
-    return z.shape[-1] * jnp.maximum(1, jnp.sum(masks[0], dtype=accumulator(z)))
+    return z.shape[-1] * count_vectors(z, masks[0])
 
 
 def _remainders(

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_customgrad.estimators.codebook.codebook_arguments import check_mask, check_vectors
+from flax_customgrad.estimators.codebook.distance import Distance
+from flax_customgrad.estimators.codebook.masks import where_mask
 from flax_customgrad.estimators.codebook.quantize_vectors import (
     GradientEstimator,
     Masks,
     quantize_vectors,
     remainder,
-    where_mask,
 )
 from flax_customgrad.estimators.codebook.usage import Quantized, measure_usage
 from flax_customgrad.estimators.codebook.vector_quantizer import (
@@ -58,6 +59,7 @@ class ResidualVQ(nnx.Module):
         *,
         gradient: GradientEstimator = "straight_through",
         learning: Learning = "loss",
+        distance: Distance = "euclidean",
         commitment: float = 0.25,
         decay: float = 0.99,
         epsilon: float = 1e-5,
@@ -77,6 +79,9 @@ class ResidualVQ(nnx.Module):
             features: how many numbers a code has.
             gradient: "straight_through" or "rotation".
             learning: "loss" or "ema".
+            distance: "euclidean"; or "cosine", by which a codebook finds the code whose direction
+                is nearest to that of the remainder, as in arXiv:2306.06546. Codes keep their
+                lengths, other than those of a `VectorQuantizer`: they have to add up to vectors.
             commitment: weight of the commitment loss.
             decay: with "ema": how much of the statistics a call leaves, from 0 to below 1.
             epsilon: with "ema": constant of the Laplace smoothing of the counts, positive.
@@ -113,6 +118,7 @@ class ResidualVQ(nnx.Module):
                     features,
                     gradient=gradient,
                     learning=learning,
+                    distance=distance,
                     commitment=commitment,
                     decay=decay,
                     epsilon=epsilon,
@@ -126,7 +132,8 @@ class ResidualVQ(nnx.Module):
                 for _ in range(num_quantizers)
             ]
         )
-
+        for stage in self.stages:
+            stage.unit_codes = False
         if quantizer_dropout:
             self.rngs = rngs["codebook"].fork()
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_customgrad.contract.promotion import promoting
 from flax_customgrad.estimators.codebook.codebook_arguments import check_mask, check_vectors
 from flax_customgrad.estimators.codebook.dead_codes import replace_dead_codes
-from flax_customgrad.estimators.codebook.k_means import k_means
+from flax_customgrad.estimators.codebook.distance import Distance, nearest_direction, unit_vectors
+from flax_customgrad.estimators.codebook.k_means import Nearest, initial_codes
 from flax_customgrad.estimators.codebook.moving_average import MovingAverage, update_moving_average
 from flax_customgrad.estimators.codebook.nearest_code import nearest_code
 from flax_customgrad.estimators.codebook.quantize_vectors import (
@@ -27,13 +27,11 @@ from flax_customgrad.estimators.codebook.quantize_vectors import (
     quantize_vectors,
 )
 from flax_customgrad.estimators.codebook.usage import Quantized, measure_usage
-from flax_customgrad.layers.weight_norms.unit_norm import inverse_norm
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import check_nonnegative, check_size, check_word
 from flax_customgrad.numerics.sharding import AxisName
 
 Learning = Literal["loss", "ema"]
-Distance = Literal["euclidean", "cosine"]
 
 default_codebook_init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
 
@@ -52,6 +50,9 @@ class VectorQuantizer(nnx.Module):
 
     Under jit the statistics of a moving average are those of the whole batch, however it is spread
     over devices; under `shard_map` and `pmap` with `axis_name`.
+
+    Attributes:
+        unit_codes: whether vectors and codes are scaled to unit norm.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -131,6 +132,7 @@ class VectorQuantizer(nnx.Module):
         self.gradient: GradientEstimator = gradient
         self.learning = learning
         self.distance: Distance = distance
+        self.unit_codes = distance == "cosine"
         self.commitment = commitment
         self.decay = decay
         self.epsilon = epsilon
@@ -176,7 +178,7 @@ class VectorQuantizer(nnx.Module):
         """
         z = check_vectors(type(self).__name__, z, self.features)
         mask = check_mask(type(self).__name__, mask, z)
-        if self.distance == "cosine":
+        if self.unit_codes:
             z = unit_vectors(z)
         codes, indices = self.encode(z, use_running_average, mask)
         values, loss = quantize_vectors(
@@ -194,7 +196,7 @@ class VectorQuantizer(nnx.Module):
     def codes(self) -> jax.Array:
         """The codes: array of shape (num_codes, features), of unit norm for "cosine"."""
         codes = self.codebook[...]
-        return unit_vectors(codes) if self.distance == "cosine" else codes
+        return unit_vectors(codes) if self.unit_codes else codes
 
     def indices_to_codes(self, indices: jax.Array) -> jax.Array:
         """The codes that have certain numbers.
@@ -233,20 +235,25 @@ class VectorQuantizer(nnx.Module):
             ValueError: z has another number of features, no vector, or mask another shape;
                 `iterations` is below 1.
         """
-        name = type(self).__name__
-        z = check_vectors(name, z, self.features)
-        mask = check_mask(name, mask, z)
-        check_size(name, "iterations", iterations)
-        if not z.size:
-            raise ValueError(f"{name}: z has shape {z.shape}: there are no vectors to begin with")
-        if self.distance == "cosine":
-            z = unit_vectors(z)
-        z = lax.stop_gradient(z).astype(accumulator(z)).reshape(-1, self.features)
-        mask = None if mask is None else mask.ravel()
-        found = k_means(z, self.num_codes, iterations, rngs["codebook"](), mask)
+        found = initial_codes(
+            type(self).__name__,
+            z,
+            (self.num_codes, self.features),
+            iterations,
+            mask,
+            rngs,
+            self.unit_codes,
+            self._nearest,
+        )
         variables = [self.codebook] if self.learning == "loss" else self._statistics
         for variable, value in zip(variables, found, strict=False):
             variable[...] = value.astype(variable.dtype)
+
+    @property
+    def _nearest(self) -> Nearest:
+        """What finds the numbers of codes."""
+        compares_directions = self.distance == "cosine" and not self.unit_codes
+        return nearest_direction if compares_directions else nearest_code
 
     @property
     def _statistics(self) -> tuple[nnx.Variable[jax.Array], ...]:
@@ -271,12 +278,12 @@ class VectorQuantizer(nnx.Module):
             of the codes, int32 of shape (...).
         """
         codes = self.codes()
-        indices = nearest_code(z, codes)
+        indices = self._nearest(z, codes)
         if mask is not None:
             indices = jnp.where(mask, indices, self.num_codes)
         if use_running_average is None:
             use_running_average = self.use_running_average
-        if self.learning == "ema" and not use_running_average and z.size:
+        if self.learning == "ema" and not use_running_average and 0 not in z.shape:
             self._update_codebook(lax.stop_gradient(z), indices, mask)
         return codes, indices
 
@@ -287,16 +294,3 @@ class VectorQuantizer(nnx.Module):
             state = replace_dead_codes(state, z, self.dead_below, self.rngs(), self.axis_name, mask)
         for variable, value in zip(self._statistics, state, strict=True):
             variable[...] = value
-
-
-@promoting
-def unit_vectors(x: jax.Array) -> jax.Array:
-    """Vectors scaled to unit norm; zeros stay zeros.
-
-    Args:
-        x: array of shape (..., features), float.
-
-    Returns:
-        Array like x.
-    """
-    return (x * inverse_norm(x, (-1,), 1e-12)).astype(x.dtype)

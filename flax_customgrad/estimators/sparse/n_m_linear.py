@@ -31,14 +31,18 @@ from flax_customgrad.estimators.sparse.n_m import (
     check_pattern,
     n_m_sparsify,
 )
+from flax_customgrad.estimators.sparse.n_m_kernel import NMKernel
 from flax_customgrad.layers.drop_in import (
     Parameters,
+    given,
     has_custom_product,
     has_own_bias,
     parameters,
 )
 from flax_customgrad.layers.linear.linear import Linear, linear
+from flax_customgrad.layers.packed_weights import PackableKernel
 from flax_customgrad.layers.replaced_matmul import adopt
+from flax_customgrad.layers.stacked import Index
 from flax_customgrad.numerics.accumulation import total
 from flax_customgrad.numerics.dtypes import as_array
 from flax_customgrad.numerics.products import MatmulConfig, input_gradient, parameter_gradient
@@ -104,11 +108,12 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
 sparse_linear.defvjp(_fwd, _bwd)
 
 
-class NMSparseLinear(Linear):
+class NMSparseLinear(Linear, PackableKernel):
     """`Linear` with N:M sparsity: of every m consecutive weights of an output, n are used.
 
     Parameters, their names and initial values are those of `flax.nnx.Linear`; the kernel that is
-    trained is dense, and pruned in each call. `sparse_kernel` is the one to deploy. Where `Linear`
+    trained is dense, and pruned in each call. `sparse_kernel` is the one to deploy; `pack` puts the
+    weights that are kept in its place. Where `Linear`
     leaves the product to nnx, for a `dot_general` of the user's own or a bias of another shape, so
     does this one: JAX differentiates that, with the same gradient of the pruning.
 
@@ -220,6 +225,8 @@ class NMSparseLinear(Linear):
     @property
     def sparse_kernel(self) -> jax.Array:
         """The kernel that is used, of shape (in_features, out_features), zeros included."""
+        if self.is_packed:
+            return self.kernel[...]
         return n_m_sparsify(self.kernel[...], self.n, self.m, self.decay, axis=0)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
@@ -232,6 +239,8 @@ class NMSparseLinear(Linear):
         Returns:
             Array of shape (..., out_features), in `dtype` or the promoted dtype.
         """
+        if self.is_packed:
+            return super().__call__(inputs, **given(out_sharding=out_sharding))
         x, params = as_array(inputs), parameters(self, "kernel", "bias")
         if (
             self.dot_general is not lax.dot_general
@@ -242,6 +251,10 @@ class NMSparseLinear(Linear):
         config = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         decay = check_decay("NMSparseLinear", self.decay)
         return sparse_linear(params, x, decay, Pattern(self.n, self.m, 0), config)
+
+    def _pack_one(self, index: Index) -> NMKernel:
+        pattern = Pattern(self.n, self.m, 0)
+        return NMKernel(type(self).__name__, self.kernel[index], self.kernel, pattern)
 
     def _with_sparse_kernel(self, inputs: jax.Array, out_sharding: Any) -> jax.Array:
         dense = self.kernel[...]

@@ -80,6 +80,10 @@ def gelu(x: ArrayLike, approximate: bool = True) -> jax.Array:
 
     Source: arXiv:1606.08415
     """
+    if isinstance(x, float) or getattr(x, "weak_type", False):
+        # As in nnx, whose constants have a dtype, the result is not weakly typed.
+        x = jnp.asarray(x)
+        x = x.astype(x.dtype)
     return (GELU_TANH if approximate else GELU_ERF)(x)
 
 

@@ -14,6 +14,7 @@ the same at each of its places. The sums of `dkernel` and `dbias` run in float32
 once, to the dtype of its parameter.
 """
 
+import math
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -234,14 +235,22 @@ class Einsum(nnx.Einsum):
         return equation if equation.is_regular(x.shape, kernel.shape) else None
 
     def _regular_equation(
-        self, einsum_str: str | None, x: jax.Array, kernel: jax.Array
+        self, einsum_str: str | None, x: jax.Array, params: Parameters
     ) -> Equation:
         """The equation, for a layer that cannot fall back to nnx where it is not regular."""
+        kernel = params["kernel"]
         equation = self._equation(einsum_str, x, kernel)
         if equation is None:
             raise ValueError(
                 f"{type(self).__name__}: einsum_str={einsum_str or self.einsum_str!r} must be an "
                 "equation whose labels have one size each, and occur once in an operand; got "
                 f"inputs of shape {x.shape} and a kernel of shape {kernel.shape}"
+            )
+        sizes = dict(zip(equation.kernel, kernel.shape, strict=True))
+        own = tuple(sizes[label] for label in equation.y if label in sizes)
+        if "bias" in params and params["bias"].size != math.prod(own):
+            raise ValueError(
+                f"{type(self).__name__}: the bias has shape {params['bias'].shape}, and the kernel "
+                f"outputs of shape {own}: give it that shape when you replace a bias or a kernel"
             )
         return equation

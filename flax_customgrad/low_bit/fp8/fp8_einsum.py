@@ -122,11 +122,12 @@ class Fp8Einsum(Einsum, Fp8Layer):
         Raises:
             TypeError: the inputs are not floating.
             ValueError: there is no equation, it does not fit inputs and kernel, or it repeats a
-                label within an operand or broadcasts an axis of size 1.
+                label within an operand or broadcasts an axis of size 1; or a bias that was replaced
+                has another number of elements than the outputs of the kernel.
         """
         params, x = operands(self, inputs, "kernel", "bias")
         kernel = params["kernel"]
-        equation = self._regular_equation(einsum_str, x, kernel)
+        equation = self._regular_equation(einsum_str, x, params)
         sizes = dict(zip(equation.kernel, kernel.shape, strict=True))
         config = Fp8Config(
             op=einsum,
@@ -136,4 +137,4 @@ class Fp8Einsum(Einsum, Fp8Layer):
             matmul=MatmulConfig(self.dtype, preferred_element_type=self.preferred_element_type),
             margin=self.margin,
         )
-        return fp8_product(params, x, self._delayed_state, config)
+        return fp8_product(params, x, *self._state, config)

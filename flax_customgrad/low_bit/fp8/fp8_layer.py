@@ -4,15 +4,18 @@ from typing import Any, ClassVar, Literal, Self
 
 from flax import nnx
 
+from flax_customgrad.layers.packed_weights import PackableKernel
 from flax_customgrad.layers.replaced_matmul import adopt, refuse_injected
-from flax_customgrad.layers.stacked import stack_axes
-from flax_customgrad.low_bit.fp8.fp8_scaling import DelayedScaling, DelayedState
+from flax_customgrad.layers.stacked import Index, stack_axes
+from flax_customgrad.low_bit.fp8.fp8_kernel import Fp8Kernel
+from flax_customgrad.low_bit.fp8.fp8_scaling import DelayedScaling, DelayedState, Fp8Codes
 from flax_customgrad.numerics.argument_checks import check_size, check_word
+from flax_customgrad.numerics.products import MatmulConfig
 
 Scaling = Literal["delayed", "current"]
 
 
-class Fp8Layer:
+class Fp8Layer(PackableKernel):
     """Mixed into a layer with a kernel, which, and its input, are multiplied in fp8.
 
     It comes after the layer among the bases: only then can a layer of nnx become one of these.
@@ -26,6 +29,7 @@ class Fp8Layer:
     __slots__ = ()
     _reference: ClassVar[type[nnx.Module]]
     """The layer of nnx that it takes the place of."""
+    dtype: Any
     scaling: Scaling
     margin: int
     delayed: DelayedScaling | None
@@ -77,7 +81,17 @@ class Fp8Layer:
         if self.delayed is not None:
             self.delayed.stack(stack_axes(self))
 
+    def _pack_one(self, index: Index) -> Fp8Kernel:
+        """The codes of a kernel, for the scales of the step to come."""
+        kernel, scales = self.kernel[index], None
+        (computed,) = MatmulConfig(self.dtype).promote(kernel)
+        if self.delayed is not None:
+            scales = self.delayed.scales_to_come(index, self.margin)
+        return Fp8Kernel(computed, kernel.dtype, self.kernel, scales, self.margin)
+
     @property
-    def _delayed_state(self) -> DelayedState | None:
-        """What an operation is handed of the histories and scales."""
-        return None if self.delayed is None else self.delayed.states()
+    def _state(self) -> tuple[DelayedState | None, Fp8Codes | None]:
+        """What an operation is handed of the histories and scales, and of a packed kernel."""
+        if self.is_packed:
+            return None, self.kernel.fp8
+        return None if self.delayed is None else self.delayed.states(), None

@@ -45,7 +45,9 @@ class Fp8Linear(Linear, Fp8Layer):
 
     `backward_state` and `load_backward_state` save and restore them. Of layers that `nnx.vmap` has
     stacked each has its own, after `reset_backward_state`. JAX cannot write them under `jax.vmap`
-    of the gradient or in `jax.shard_map`, which are errors: take `scaling="current"` there.
+    of the gradient, in `jax.shard_map` or in `jax.export`, which are errors: take
+    `scaling="current"` there, or for inference `pack`, which puts the scales of that moment beside
+    the codes. In a `shard_map` current scales are those of each device's part of an array.
 
     Args:
         scaling: "delayed" takes scales from the maxima of the last steps, "current" from the
@@ -140,4 +142,4 @@ class Fp8Linear(Linear, Fp8Layer):
             matmul=MatmulConfig(self.dtype, preferred_element_type=self.preferred_element_type),
             margin=self.margin,
         )
-        return fp8_product(params, x, self._delayed_state, config)
+        return fp8_product(params, x, *self._state, config)

@@ -17,6 +17,9 @@ multiplies no float8, so the codes are widened first; a GPU's XLA may turn that 
 float8, which has not been tried. Codes have no derivative: the second derivative is that of the
 operands which they stand for.
 
+Of a packed kernel q_w and s_w are given, and with delayed scaling the other scales of that step:
+nothing is remembered.
+
 Current scaling takes each scale from the array itself, s_g in the backward. Delayed scaling takes
 all three from the last steps, and what the arrays would have asked for is remembered.
 
@@ -40,7 +43,9 @@ from flax_customgrad.low_bit.fp8.fp8_scaling import (
     FORWARD_DTYPE,
     GRADIENT_DTYPE,
     DelayedState,
+    Fp8Codes,
     ScaleSnapshot,
+    current_scale,
     encode_fp8,
     finite_amax,
     largest_of,
@@ -88,6 +93,7 @@ class Residuals(NamedTuple):
         snapshot: the scales.
         amax: of x and of the kernel, for delayed scaling.
         delayed: the state of delayed scaling.
+        packed: the codes of a packed kernel.
         config: as it came.
     """
 
@@ -97,28 +103,35 @@ class Residuals(NamedTuple):
     snapshot: ScaleSnapshot
     amax: tuple[jax.Array, ...]
     delayed: DelayedState | None
+    packed: Fp8Codes | None
     config: Fp8Config
 
 
 @custom_vjp(surrogate=True)
 def fp8_product(
-    params: Parameters, x: jax.Array, delayed: DelayedState | None, config: Fp8Config
+    params: Parameters,
+    x: jax.Array,
+    delayed: DelayedState | None,
+    packed: Fp8Codes | None,
+    config: Fp8Config,
 ) -> jax.Array:
     """Computes a product of a kernel and an input in E4M3, and adds a bias.
 
     Args:
         params: `kernel`, float, and `bias` or no bias.
         x: inputs, float.
-        delayed: the state of delayed scaling; None for current scaling.
+        delayed: the state of delayed scaling; None for current scaling, and for a packed kernel.
+        packed: the codes of a packed kernel, for which `kernel` has their values; or None.
         config: the product, dtypes and margin.
 
     Returns:
         Outputs in the dtype of the computation.
     """
     x_, w, b = config.matmul.promote(x, params["kernel"], params.get("bias"))
-    s_x, s_w, _ = _scales(x_, w, delayed, config).scales
+    s_x, s_w, _ = _scales(x_, w, delayed, packed, config).scales
     wide = accumulator(x_, w)
-    q_x, q_w = (encode_fp8(a, s, FORWARD_DTYPE).astype(wide) for a, s in ((x_, s_x), (w, s_w)))
+    q_x = encode_fp8(x_, s_x, FORWARD_DTYPE).astype(wide)
+    q_w = _kernel_codes(w, s_w, packed).astype(wide)
     y = config.f(q_x, q_w) * _both(s_x, s_w, wide)
     if b is not None:
         y = y + jnp.reshape(b, config.bias_shape).astype(wide)
@@ -126,32 +139,37 @@ def fp8_product(
 
 
 def _fwd(
-    params: Parameters, x: jax.Array, delayed: DelayedState | None, config: Fp8Config
+    params: Parameters,
+    x: jax.Array,
+    delayed: DelayedState | None,
+    packed: Fp8Codes | None,
+    config: Fp8Config,
 ) -> tuple[jax.Array, Residuals]:
-    y = fp8_product(params, x, delayed, config)
+    y = fp8_product(params, x, delayed, packed, config)
     x_, w, _ = config.matmul.promote(x, params["kernel"], params.get("bias"))
-    snapshot = _scales(x_, w, delayed, config)
+    snapshot = _scales(x_, w, delayed, packed, config)
     codes = encode_fp8(x_, snapshot.scales[0], FORWARD_DTYPE)
     q_x = lax.bitcast_convert_type(codes, jnp.uint8)
     amax = () if delayed is None else (finite_amax(x_), finite_amax(w))
-    return y, Residuals(params, q_x, keep_for_second_order(x), snapshot, amax, delayed, config)
+    held = keep_for_second_order(x)
+    return y, Residuals(params, q_x, held, snapshot, amax, delayed, packed, config)
 
 
-def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None]:
+def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None, None]:
     params, config = res.params, res.config
     chex.assert_shape(res.snapshot.scales, (3,))
     chex.assert_type(res.q_x, jnp.uint8)
     s_x, s_w, s_g = res.snapshot.scales
-    if res.delayed is None:
+    if res.delayed is None and (res.packed is None or not res.packed.has_all_scales):
         s_g = scale_from_amax(finite_amax(g), largest_of(GRADIENT_DTYPE), 1, config.margin)
         s_g = lax.stop_gradient(s_g)
-    else:
+    elif res.delayed is not None:
         record_amax(res.delayed, res.snapshot, jnp.stack([*res.amax, finite_amax(g)]))
     x, w, _ = config.matmul.promote(res.x, params["kernel"], params.get("bias"))
     wide = accumulator(g, w)
     codes_x = lax.bitcast_convert_type(res.q_x, FORWARD_DTYPE)
     q_x = _of_derivative(codes_x, x, s_x, wide)
-    q_w = _of_derivative(encode_fp8(w, s_w, FORWARD_DTYPE), w, s_w, wide)
+    q_w = _of_derivative(_kernel_codes(w, s_w, res.packed), w, s_w, wide)
     q_g = _of_derivative(encode_fp8(g, s_g, GRADIENT_DTYPE), g, s_g, wide)
     # The scales of a device belong to its part of a sum, so the sum comes after them.
     q_x, q_w = varying_like(q_x, q_g), varying_like(q_w, q_g)
@@ -166,20 +184,33 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None
         db = sum_to_shape(g, config.bias_shape)
         chex.assert_shape(db, config.bias_shape)
         grads["bias"] = jnp.reshape(db, params["bias"].shape)
-    return nnx.State(grads), dx, None, None
+    return nnx.State(grads), dx, None, None, None
 
 
 fp8_product.defvjp(_fwd, _bwd)
 
 
+def _kernel_codes(w: jax.Array, s_w: jax.Array, packed: Fp8Codes | None) -> jax.Array:
+    """`q_w`, in E4M3."""
+    if packed is None:
+        return encode_fp8(w, s_w, FORWARD_DTYPE)
+    return lax.bitcast_convert_type(packed.codes, FORWARD_DTYPE)
+
+
 def _scales(
-    x: jax.Array, w: jax.Array, delayed: DelayedState | None, config: Fp8Config
+    x: jax.Array,
+    w: jax.Array,
+    delayed: DelayedState | None,
+    packed: Fp8Codes | None,
+    config: Fp8Config,
 ) -> ScaleSnapshot:
     """The scales of x and of the kernel, and that of g where it is known already."""
     if delayed is not None:
         return read_scales(delayed, config.margin)
-    largest = largest_of(FORWARD_DTYPE)
-    s_x, s_w = (scale_from_amax(finite_amax(a), largest, 1, config.margin) for a in (x, w))
+    if packed is not None and packed.has_all_scales:
+        return ScaleSnapshot(packed.scales, None)
+    s_x = current_scale(x, config.margin)
+    s_w = current_scale(w, config.margin) if packed is None else packed.kernel_scale
     return ScaleSnapshot(lax.stop_gradient(jnp.stack([s_x, s_w, jnp.ones_like(s_x)])), None)
 
 

@@ -46,6 +46,7 @@ from flax import nnx
 
 from flax_customgrad.contract.backward_state import BackwardState
 from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.scaling import quotient
 
 FORWARD_DTYPE = jnp.float8_e4m3fn
 """E4M3, of inputs and kernels."""
@@ -70,11 +71,12 @@ def encode_fp8(x: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
         Array of x's shape, in that dtype.
     """
     wide, largest = accumulator(x), largest_of(dtype)
-    scaled = x.astype(wide) / scale.astype(wide)
+    x = x.astype(wide)
+    # Rounded once in every program, so that a packed kernel has the codes that others compute.
     # What is finite saturates, also where x / scale is not.
-    saturated = jnp.clip(scaled, -largest, largest)
+    saturated = jnp.clip(quotient(x, scale.astype(wide)), -largest, largest)
     # XLA rounds float64 to half precision on its way to 8 bits.
-    return jnp.where(jnp.isfinite(x), saturated, scaled).astype(jnp.float32).astype(dtype)
+    return jnp.where(jnp.isfinite(x), saturated, x).astype(jnp.float32).astype(dtype)
 
 
 def largest_of(dtype: Any) -> float:
@@ -116,6 +118,39 @@ def scale_from_amax(amax: jax.Array, largest: Any, otherwise: Any, margin: int) 
     inverse = jnp.where(usable, largest / amax / 2.0**margin, 1)
     # An amax of 1e-37 asks for a scale that float32 has not.
     return jnp.where(usable, jnp.maximum(1 / inverse, _TINY), otherwise)
+
+
+def current_scale(x: jax.Array, margin: int) -> jax.Array:
+    """The scale of an array in E4M3, from the array itself.
+
+    Args:
+        x: array of any shape, float.
+        margin: how many halvings of the range are left unused.
+    """
+    return scale_from_amax(finite_amax(x), largest_of(FORWARD_DTYPE), 1, margin)
+
+
+class Fp8Codes(NamedTuple):
+    """A kernel in E4M3.
+
+    Attributes:
+        codes: the bits of its codes, uint8.
+        scales: that of the kernel, of shape (1,); or those of x, of the kernel and of g, of shape
+            (3,). float32 or wider.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+
+    @property
+    def has_all_scales(self) -> bool:
+        """Whether the scales of x and g are given too."""
+        return self.scales.shape[-1] == 3
+
+    @property
+    def kernel_scale(self) -> jax.Array:
+        """The scale of the kernel."""
+        return self.scales[1 if self.has_all_scales else 0]
 
 
 class DelayedState(NamedTuple):
@@ -235,6 +270,20 @@ class DelayedScaling(nnx.Module):
         """The states, for an operation."""
         place = None if self.place is None else self.place[...].astype(jnp.int32)
         return DelayedState(self.amax_history, self.scale, self.steps, place)
+
+    def scales_to_come(self, index: tuple[int, ...], margin: int) -> jax.Array:
+        """The scales of the next step, of x, of the kernel and of g: float32 of shape (3,).
+
+        Args:
+            index: which layer of a stack; () for one layer.
+            margin: how many halvings of a range are left unused.
+        """
+        if not self.scale.has_value:
+            return jnp.ones(3, jnp.float32)  # An abstract layer.
+        states = self.states()
+        if states.place is not None:
+            states = states._replace(place=states.place[index])
+        return read_scales(states, margin).scales
 
     def _set_states(self, axes: tuple[int, ...]) -> None:
         def state(name: str, value: np.ndarray) -> BackwardState:

@@ -27,6 +27,7 @@ from jax import lax
 from flax_customgrad.contract.residual_storage import keep_for_second_order, with_derivative_of
 from flax_customgrad.numerics.dtypes import in_dtype, widened
 from flax_customgrad.numerics.scaling import quotient
+from flax_customgrad.numerics.sizes import is_known
 
 LARGEST_CODE = 127
 
@@ -108,7 +109,7 @@ def sum_products(
         multiply: a function of a dtype and of two arrays, which sums in that dtype: in int32 of
             int8, or in `wide` of floats.
         *codes: two int8 arrays.
-        terms: how many products make a sum.
+        terms: how many products make a sum; floats are multiplied where that is symbolic.
         wide: dtype of the result, float32 or float64.
         in_float_on: the platforms on which floats are multiplied.
     """
@@ -119,7 +120,7 @@ def sum_products(
     def in_float(*codes: jax.Array) -> jax.Array:
         return multiply(wide, *(a.astype(wide) for a in codes))
 
-    if terms > (2**31 - 1) // LARGEST_CODE**2:
+    if not is_known(terms) or terms > (2**31 - 1) // LARGEST_CODE**2:
         return in_float(*codes)
     if not in_float_on:
         return in_int8(*codes)

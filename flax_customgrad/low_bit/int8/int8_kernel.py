@@ -7,9 +7,9 @@ import jax
 from flax import nnx
 
 from flax_customgrad.contract.compat import is_traced
+from flax_customgrad.layers.packed_weights import Packed, PackedWeights
 from flax_customgrad.low_bit.int8.int8_codes import Int8Array
 from flax_customgrad.low_bit.quant_layers.latent_weights import Measured, latent_weights
-from flax_customgrad.low_bit.quant_layers.packed_kernel import Packed, PackedWeights
 
 
 class Int8Kernel(PackedWeights):

@@ -7,8 +7,9 @@ import jax
 from flax import nnx
 
 from flax_customgrad.layers.drop_in import Parameters, parameters
+from flax_customgrad.layers.packed_weights import PackableKernel
 from flax_customgrad.layers.replaced_matmul import adopt, refuse_injected
-from flax_customgrad.layers.stacked import Index, for_each, repeated, stack_axes
+from flax_customgrad.layers.stacked import Index, repeated, stack_axes
 from flax_customgrad.low_bit.int8.int8_codes import Int8Array
 from flax_customgrad.low_bit.int8.int8_kernel import Int8Kernel
 from flax_customgrad.low_bit.int8.int8_product import Int8Rounding, encode_kernel
@@ -40,7 +41,7 @@ class KernelEncoding:
         return encode_kernel(computed, self.rounding)
 
 
-class Int8Layer:
+class Int8Layer(PackableKernel):
     """Mixed into a layer with a kernel, which, and its input, are multiplied in int8.
 
     It comes after the layer among the bases: only then can a layer of nnx become one of these.
@@ -54,7 +55,6 @@ class Int8Layer:
     __slots__ = ()
     _reference: ClassVar[type[nnx.Module]]
     """The layer of nnx that it takes the place of."""
-    kernel: Any
     dtype: Any
     rounding: Int8Rounding
     noise: nnx.RngStream | None
@@ -148,33 +148,11 @@ class Int8Layer:
         self.noise = None if noise is None else repeated(noise, stack_axes(self))
         self.rounding = Int8Rounding(backward, residuals, activation_scale, weight_scale)
 
-    def pack_weights(self) -> bool:
-        """Puts the codes of the kernel in its place; see `flax_customgrad.pack`.
-
-        Returns:
-            Whether it was not packed before.
-        """
-        if self._packed is not None:
-            return False
+    def _pack_one(self, index: Index) -> Int8Kernel:
+        """The codes of a kernel."""
         kernel = self._parameters()["kernel"]
         encode = KernelEncoding(self.dtype, self.rounding)
-
-        def packed(index: Index) -> Int8Kernel:
-            return Int8Kernel(encode(kernel[index]), kernel.dtype, self.kernel, encode)
-
-        self.kernel = for_each(packed, stack_axes(self))
-        return True
-
-    def unpack_weights(self) -> bool:
-        """Puts a Param in the place of the codes; see `flax_customgrad.unpack`.
-
-        Returns:
-            Whether there are codes.
-        """
-        if self._packed is None:
-            return False
-        self.kernel = self.kernel.to_variable()
-        return True
+        return Int8Kernel(encode(kernel[index]), kernel.dtype, self.kernel, encode)
 
     @property
     def _packed(self) -> Int8Array | None:

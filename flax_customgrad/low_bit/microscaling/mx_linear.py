@@ -47,7 +47,10 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import lax
 
 from flax_customgrad.layers.linear.linear import Linear
+from flax_customgrad.layers.packed_weights import PackableKernel
 from flax_customgrad.layers.replaced_matmul import adopt, operands, refuse_injected
+from flax_customgrad.layers.stacked import Index
+from flax_customgrad.low_bit.microscaling.block_kernel import BlockKernel
 from flax_customgrad.low_bit.microscaling.scaled_blocks import (
     BlockFormat,
     ScaledBlocks,
@@ -126,14 +129,15 @@ def _exponent(power: jax.Array) -> jax.Array:
     return (bits >> _MANTISSA) - _BIAS
 
 
-class MXLinear(Linear):
+class MXLinear(Linear, PackableKernel):
     """`Linear` with MXFP8 or MXFP4 operands in its product and in those of its backward.
 
     Takes what `flax.nnx.Linear` takes, but no `dot_general` or `promote_dtype` of the user's own,
     and the arguments below. Parameters, their names and initial values are those of
     `flax.nnx.Linear`. Every operand is quantized along the axis that its product sums over, from
     the array itself; `dtype` is that of the output. The arithmetic is emulated in float32, with the
-    codes that the OCP specification defines. An infinite or NaN element makes its block NaN.
+    codes that the OCP specification defines. An infinite or NaN element makes its block NaN. Of a
+    packed layer the gradient of the input is that of the packed weights, rounded along the outputs.
 
     Args:
         format: of inputs and kernel: "mxfp8", elements of E4M3, or "mxfp4", of E2M1.
@@ -257,14 +261,25 @@ class MXLinear(Linear):
             TypeError: the inputs are no real floating array.
         """
         params, x = operands(self, inputs, "kernel", "bias")
+        config = self._config
+        matmul = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        return scaled_linear(params, x, None, config, matmul)
+
+    @property
+    def _config(self) -> BlockScaledConfig:
         up = self.scale == "up"
-        config = BlockScaledConfig(
+        return BlockScaledConfig(
             operands=MX(_FORMATS[self.format], self.block, up),
             gradient=MX(_GRADIENTS[self.gradient], self.block, up),
             residuals=self.residuals,
+            packed=self.is_packed,
         )
-        matmul = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
-        return scaled_linear(params, x, None, config, matmul)
+
+    def _pack_one(self, index: Index) -> BlockKernel:
+        config = self._config
+        return BlockKernel(
+            self.kernel[index], self.kernel, config.operands, config.kernel_axes(axis=0)
+        )
 
     def _set_format(
         self, format: Any, gradient: Any, block: int, scale: Any, residuals: Any

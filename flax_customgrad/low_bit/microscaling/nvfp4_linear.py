@@ -45,8 +45,10 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import lax
 
 from flax_customgrad.layers.linear.linear import Linear
+from flax_customgrad.layers.packed_weights import PackableKernel
 from flax_customgrad.layers.replaced_matmul import adopt, operands, refuse_injected
-from flax_customgrad.layers.stacked import repeated, stack_axes
+from flax_customgrad.layers.stacked import Index, repeated, stack_axes
+from flax_customgrad.low_bit.microscaling.block_kernel import BlockKernel
 from flax_customgrad.low_bit.microscaling.scaled_blocks import (
     BlockFormat,
     ScaledBlocks,
@@ -69,6 +71,7 @@ from flax_customgrad.low_bit.microscaling.small_floats import (
 from flax_customgrad.numerics.argument_checks import check_word
 from flax_customgrad.numerics.noise_stream import fork_stream
 from flax_customgrad.numerics.products import MatmulConfig
+from flax_customgrad.numerics.scaling import quotient
 
 _SMALLEST, _LARGEST = 2.0**-9, 448.0
 # Elements times scales are at most 448 6 = 21 2^7. Values are below 2^12, whose power is divided
@@ -94,10 +97,10 @@ class NVFP4(BlockFormat):
         a = jnp.where(largest == 0, 1, jnp.where(jnp.isfinite(largest), largest / power, jnp.nan))
         blocks = split_blocks(x / power, axes, self.size)
         b = jnp.max(jnp.abs(blocks), axes_in_blocks(axes), keepdims=True)
-        scales = jnp.maximum(round_to(E4M3, _LARGEST * b / a), _SMALLEST)
+        scales = jnp.maximum(round_to(E4M3, quotient(_LARGEST * b, a)), _SMALLEST)
         random = None if noise is None else split_blocks(noise, axes, self.size)
         most = _LARGEST * float(jnp.finfo(E2M1).max)
-        elements = round_to(E2M1, most * blocks / (a * scales), random)
+        elements = round_to(E2M1, quotient(most * blocks, a * scales), random)
         return ScaledBlocks(elements, encode_elements(E4M3, scales), _POWER / most * a * power)
 
     def values(self, scaled: ScaledBlocks) -> jax.Array:
@@ -107,7 +110,7 @@ class NVFP4(BlockFormat):
         return scaled.elements * (scales / _POWER) * scaled.factor
 
 
-class NVFP4Linear(Linear):
+class NVFP4Linear(Linear, PackableKernel):
     """`Linear` with NVFP4 operands in its product and in those of its backward.
 
     Takes what `flax.nnx.Linear` takes, but no `dot_general` or `promote_dtype` of the user's own,
@@ -236,16 +239,27 @@ class NVFP4Linear(Linear):
             TypeError: the inputs are no real floating array.
         """
         params, x = operands(self, inputs, "kernel", "bias")
-        config = BlockScaledConfig(
+        config = self._config
+        matmul = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
+        key = None if self.rngs is None or self.deterministic else self.rngs()
+        return scaled_linear(params, x, key, config, matmul)
+
+    @property
+    def _config(self) -> BlockScaledConfig:
+        return BlockScaledConfig(
             operands=NVFP4(),
             gradient=NVFP4(),
             squares=True,
             rotates=self.hadamard,
             residuals=self.residuals,
+            packed=self.is_packed,
         )
-        matmul = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
-        key = None if self.rngs is None or self.deterministic else self.rngs()
-        return scaled_linear(params, x, key, config, matmul)
+
+    def _pack_one(self, index: Index) -> BlockKernel:
+        config = self._config
+        return BlockKernel(
+            self.kernel[index], self.kernel, config.operands, config.kernel_axes(axis=0)
+        )
 
     def _set_rounding(
         self,

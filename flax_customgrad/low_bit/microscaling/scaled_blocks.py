@@ -6,8 +6,8 @@
 Zeros raise no largest element and add nothing to a product, so that any size of an axis will do.
 Where devices of a mesh with Explicit axes split blocks, each takes the whole axis.
 
-Between the passes a matrix is a `BlockCodes`: a byte or half a byte for each element, and a byte
-for the scale of each block.
+Between the passes, and in a packed layer, a matrix is a `BlockCodes`: a byte or half a byte for
+each element, and a byte for the scale of each block.
 """
 
 import functools
@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flax_customgrad.low_bit.microscaling.small_floats import decode_elements, encode_elements
 from flax_customgrad.numerics.packing import is_packable, pack_bits, unpack_bits
 from flax_customgrad.numerics.sharding import explicit_sharding
+from flax_customgrad.numerics.sizes import is_known
 
 
 class ScaledBlocks(NamedTuple):
@@ -143,14 +144,16 @@ def _split(x: jax.Array, axis: int, size: int) -> jax.Array:
             x = jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
         spec.insert(axis + 1, None)
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
-    if missing := -x.shape[axis] % size:
+    blocks = -(-x.shape[axis] // size)
+    missing = blocks * size - x.shape[axis]
+    if not is_known(missing) or missing:
         x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
-    shape = (*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])
+    shape = (*x.shape[:axis], blocks, size, *x.shape[axis + 1 :])
     return lax.reshape(x, shape, out_sharding=sharding)
 
 
 class BlockCodes(NamedTuple):
-    """A matrix in blocks along its rows, as the codes of its elements and scales.
+    """A matrix in blocks, as the codes of its elements and scales.
 
     Attributes:
         elements: uint8 array, the codes of the elements; those of 4 bits two to a byte, along the
@@ -168,39 +171,41 @@ class BlockCodes(NamedTuple):
     aval: Any
 
 
-def encode_blocks(x: jax.Array, form: BlockFormat) -> BlockCodes:
-    """Quantizes a matrix along its rows.
+def encode_blocks(x: jax.Array, form: BlockFormat, axes: tuple[int, ...] = (0,)) -> BlockCodes:
+    """Quantizes a matrix.
 
     Args:
         x: array of shape (rows, n), float32 or float64.
         form: the format.
+        axes: the axes along which the blocks lie.
     """
     aval = jax.typeof(x)
     width = jnp.finfo(form.element).bits if is_packable(aval.shape, aval.sharding) else 8
-    elements, scales, factor = _encode(x, form, width)
+    elements, scales, factor = _encode(x, form, width, axes)
     return BlockCodes(elements, scales, factor, width, aval)
 
 
-def decode_blocks(codes: BlockCodes, form: BlockFormat) -> jax.Array:
+def decode_blocks(codes: BlockCodes, form: BlockFormat, axes: tuple[int, ...] = (0,)) -> jax.Array:
     """What the codes stand for.
 
     Args:
         codes: what `encode_blocks` returned.
         form: the format.
+        axes: the axes along which the blocks lie.
 
     Returns:
         Array of shape (rows, n), in the dtype of what was encoded.
     """
     elements, scales, factor, width, aval = codes
     values = decode_elements(form.element, unpack_bits(elements, width, aval.shape[-1]), aval.dtype)
-    blocks = split_blocks(values, (0,), form.size)
-    return join_blocks(form.values(ScaledBlocks(blocks, scales, factor)), (0,), aval)
+    blocks = split_blocks(values, axes, form.size)
+    return join_blocks(form.values(ScaledBlocks(blocks, scales, factor)), axes, aval)
 
 
-@functools.partial(jax.jit, static_argnames=("form", "width"))
+@functools.partial(jax.jit, static_argnames=("form", "width", "axes"))
 def _encode(
-    x: jax.Array, form: BlockFormat, width: int
+    x: jax.Array, form: BlockFormat, width: int, axes: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    elements, scales, factor = form.quantize(x, (0,))
-    codes = join_blocks(encode_elements(form.element, elements), (0,), jax.typeof(x))
+    elements, scales, factor = form.quantize(x, axes)
+    codes = join_blocks(encode_elements(form.element, elements), axes, jax.typeof(x))
     return pack_bits(codes, width), scales, factor

@@ -71,6 +71,7 @@ class BlockScaledConfig:
         squares: whether a block of w lies along both of its axes.
         rotates: whether the rows of x and g are rotated.
         residuals: what is kept of x.
+        packed: whether w is Q(w) for the forward already.
     """
 
     operands: BlockFormat
@@ -78,10 +79,17 @@ class BlockScaledConfig:
     squares: bool = False
     rotates: bool = False
     residuals: Literal["quantized", "original"] = "quantized"
+    packed: bool = False
+
+    def kernel_axes(self, axis: int) -> tuple[int, ...]:
+        """The axes of w along which blocks lie, for a product that sums over an axis."""
+        return (0, 1) if self.squares else (axis,)
 
     def quantize_kernel(self, w: jax.Array, axis: int) -> jax.Array:
         """Q(w), for a product that sums over an axis."""
-        return _quantize(w, self.operands, (0, 1) if self.squares else (axis,))
+        if self.packed and self.kernel_axes(axis) == self.kernel_axes(0):
+            return w
+        return _quantize(w, self.operands, self.kernel_axes(axis))
 
     def rows(self, x: jax.Array) -> jax.Array:
         """x', or g'."""

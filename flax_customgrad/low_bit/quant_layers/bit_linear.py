@@ -31,6 +31,7 @@ from jax import lax
 from flax_customgrad.layers.normalization.rms_norm import RMSNorm
 from flax_customgrad.layers.stacked import repeated, stack_axes
 from flax_customgrad.low_bit.quant_layers.quant_layer import (
+    BiasQuantizer,
     GradientShaper,
     KeptOperands,
     QuantizerChoice,
@@ -91,6 +92,7 @@ class BitLinear(QuantLinear):
         norm: bool | nnx.Module = True,
         weight: QuantizerChoice = "default",
         activation: QuantizerChoice = "default",
+        bias: BiasQuantizer = None,
         gradient: GradientShaper | None = None,
         residuals: KeptOperands = "quantized",
     ):
@@ -111,6 +113,7 @@ class BitLinear(QuantLinear):
             bias_metadata=bias_metadata,
             weight=weight,
             activation=activation,
+            bias=bias,
             gradient=gradient,
             residuals=residuals,
         )
@@ -124,6 +127,7 @@ class BitLinear(QuantLinear):
         norm: bool | nnx.Module = True,
         weight: QuantizerChoice = "default",
         activation: QuantizerChoice = "default",
+        bias: BiasQuantizer = None,
         gradient: GradientShaper | None = None,
         residuals: KeptOperands = "quantized",
     ) -> Self:
@@ -134,6 +138,7 @@ class BitLinear(QuantLinear):
             norm: as for the constructor.
             weight: as for the constructor.
             activation: as for the constructor.
+            bias: as for the constructor.
             gradient: as for the constructor.
             residuals: as for the constructor.
 
@@ -143,7 +148,12 @@ class BitLinear(QuantLinear):
                 "original".
         """
         quantized = super().from_layer(
-            layer, weight=weight, activation=activation, gradient=gradient, residuals=residuals
+            layer,
+            weight=weight,
+            activation=activation,
+            bias=bias,
+            gradient=gradient,
+            residuals=residuals,
         )
         quantized._set_norm(norm)
         return quantized

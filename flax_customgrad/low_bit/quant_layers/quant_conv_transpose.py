@@ -19,6 +19,7 @@ from flax_customgrad.layers.conv.conv_transpose import ConvTranspose
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.low_bit.quant_layers.quant_conv import masked_convolution, masked_parameters
 from flax_customgrad.low_bit.quant_layers.quant_layer import (
+    BiasQuantizer,
     GradientShaper,
     KeptOperands,
     QuantLayer,
@@ -35,13 +36,17 @@ class QuantConvTranspose(ConvTranspose, QuantLayer):
     Args:
         weight: a quantizer for the kernel, such as `FakeQuant(4, axis=-1)`; or None.
         activation: a quantizer for the input, such as `FakeQuant(4)`; or None.
+        bias: a quantizer for the bias; "int32" for multiples of the product of the steps of input
+            and kernel, as integer hardware adds them; or None.
         gradient: a layer that changes the gradient of the output and nothing else; or None.
         residuals: what is kept, and what the gradient is that of: "quantized" for the codes and the
             quantized convolution, "original" for the operands as they came and their convolution.
 
     Raises:
-        TypeError: `weight` or `activation` is no `Quantizer`, or `gradient` cannot be called.
-        ValueError: `residuals` is neither "quantized" nor "original", or an operation is injected.
+        TypeError: `weight`, `activation` or `bias` is no `Quantizer`, or `gradient` cannot be
+            called.
+        ValueError: `residuals` is neither "quantized" nor "original", an operation is injected, or
+            `bias` is "int32" and kernel or input have no quantizer.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -76,6 +81,7 @@ class QuantConvTranspose(ConvTranspose, QuantLayer):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         weight: Quantizer | None = None,
         activation: Quantizer | None = None,
+        bias: BiasQuantizer = None,
         gradient: GradientShaper | None = None,
         residuals: KeptOperands = "quantized",
     ):
@@ -100,7 +106,7 @@ class QuantConvTranspose(ConvTranspose, QuantLayer):
             kernel_metadata=kernel_metadata,
             bias_metadata=bias_metadata,
         )
-        self._set_quantizers(weight, activation, gradient, residuals)
+        self._set_quantizers(weight, activation, gradient, residuals, bias)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Applies the layer.

@@ -26,6 +26,7 @@ from flax.typing import Dtype, EinsumT, Initializer, PrecisionLike, PromoteDtype
 
 from flax_customgrad.layers.linear.einsum import Einsum, einsum
 from flax_customgrad.low_bit.quant_layers.quant_layer import (
+    BiasQuantizer,
     GradientShaper,
     KeptOperands,
     QuantLayer,
@@ -42,13 +43,17 @@ class QuantEinsum(Einsum, QuantLayer):
     Args:
         weight: a quantizer for the kernel, such as `FakeQuant(4, axis=-1)`; or None.
         activation: a quantizer for the input, such as `FakeQuant(4)`; or None.
+        bias: a quantizer for the bias; "int32" for multiples of the product of the steps of input
+            and kernel, as integer hardware adds them; or None.
         gradient: a layer that changes the gradient of the output and nothing else; or None.
         residuals: what is kept, and what the gradient is that of: "quantized" for the codes and the
             quantized einsum, "original" for the operands as they came and their einsum.
 
     Raises:
-        TypeError: `weight` or `activation` is no `Quantizer`, or `gradient` cannot be called.
-        ValueError: `residuals` is neither "quantized" nor "original", or an operation is injected.
+        TypeError: `weight`, `activation` or `bias` is no `Quantizer`, or `gradient` cannot be
+            called.
+        ValueError: `residuals` is neither "quantized" nor "original", an operation is injected, or
+            `bias` is "int32" and kernel or input have no quantizer.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -79,6 +84,7 @@ class QuantEinsum(Einsum, QuantLayer):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         weight: Quantizer | None = None,
         activation: Quantizer | None = None,
+        bias: BiasQuantizer = None,
         gradient: GradientShaper | None = None,
         residuals: KeptOperands = "quantized",
     ):
@@ -98,7 +104,7 @@ class QuantEinsum(Einsum, QuantLayer):
             kernel_metadata=kernel_metadata,
             bias_metadata=bias_metadata,
         )
-        self._set_quantizers(weight, activation, gradient, residuals)
+        self._set_quantizers(weight, activation, gradient, residuals, bias)
 
     def __call__(
         self, inputs: jax.Array, einsum_str: str | None = None, out_sharding: Any = None
@@ -116,10 +122,10 @@ class QuantEinsum(Einsum, QuantLayer):
         Raises:
             TypeError: the inputs are not floating.
             ValueError: there is no equation, it does not fit inputs and kernel, or it repeats a
-                label within an operand or broadcasts an axis of size 1.
+                label within an operand or broadcasts an axis of size 1; or a bias that was replaced
+                has another number of elements than the outputs of the kernel.
         """
         params, x = self._operands(inputs)
-        kernel = params["kernel"]
-        equation = self._regular_equation(einsum_str, x, kernel)
+        equation = self._regular_equation(einsum_str, x, params)
         how = MatmulConfig(self.dtype, self.precision, self.preferred_element_type, out_sharding)
         return self._product(params, x, einsum, equation, how)

@@ -13,6 +13,7 @@ from flax_customgrad.layers.drop_in import Parameters, parameters
 from flax_customgrad.layers.replaced_matmul import adopt, checked, refuse_injected
 from flax_customgrad.layers.stacked import repeated, stack, stack_axes, unstack
 from flax_customgrad.low_bit.quant_layers.packed_kernel import PackedKernel
+from flax_customgrad.low_bit.quant_layers.quantized_bias import int32_bias
 from flax_customgrad.low_bit.quant_layers.quantized_product import (
     LinearOp,
     quantized_product,
@@ -24,6 +25,8 @@ KeptOperands = Literal["quantized", "original"]
 """What is kept of the operands of a product: their codes, or the operands as they came."""
 QuantizerChoice = Quantizer | Literal["default"] | None
 """A quantizer; "default" for that of the layer's class; None for none."""
+BiasQuantizer = Quantizer | Literal["int32"] | None
+"""A quantizer; "int32" for multiples of the product of the operands' steps; None for none."""
 GradientShaper = Callable[[jax.Array], jax.Array]
 """A layer that changes nothing but the gradient."""
 
@@ -36,6 +39,7 @@ class QuantLayer:
     Attributes:
         weight: the quantizer of the kernel, or None.
         activation: the quantizer of the input, or None.
+        bias_quantizer: the quantizer of the bias, "int32", or None.
         gradient: the layer that the output goes through and that changes its gradient, or None.
         residuals: what is kept of the operands, "quantized" or "original".
     """
@@ -43,6 +47,7 @@ class QuantLayer:
     __slots__ = ()
     weight: Quantizer | None
     activation: Quantizer | None
+    bias_quantizer: BiasQuantizer
     gradient: GradientShaper | None
     residuals: KeptOperands
 
@@ -58,6 +63,7 @@ class QuantLayer:
         *,
         weight: QuantizerChoice = "default",
         activation: QuantizerChoice = "default",
+        bias: BiasQuantizer = None,
         gradient: GradientShaper | None = None,
         residuals: KeptOperands = "quantized",
     ) -> Self:
@@ -67,17 +73,18 @@ class QuantLayer:
             layer: a layer of the class of nnx that this one subclasses.
             weight: as for the constructor.
             activation: as for the constructor.
+            bias: as for the constructor.
             gradient: as for the constructor.
             residuals: as for the constructor.
 
         Raises:
-            TypeError: `layer` is another layer, `weight` or `activation` is no `Quantizer`, or
-                `gradient` cannot be called.
-            ValueError: an operation is injected, or `residuals` is neither "quantized" nor
-                "original".
+            TypeError: `layer` is another layer, `weight`, `activation` or `bias` is no `Quantizer`,
+                or `gradient` cannot be called.
+            ValueError: an operation is injected, `residuals` is neither "quantized" nor "original",
+                or `bias` is "int32" and kernel or input have no quantizer.
         """
         quantized: Any = adopt(cls, layer, _of_nnx(cls))  # type: ignore[type-var]
-        quantized._set_quantizers(weight, activation, gradient, residuals)
+        quantized._set_quantizers(weight, activation, gradient, residuals, bias)
         return quantized
 
     @classmethod
@@ -91,19 +98,24 @@ class QuantLayer:
         activation: QuantizerChoice,
         gradient: GradientShaper | None,
         residuals: KeptOperands,
+        bias: BiasQuantizer = None,
     ) -> None:
-        """Gives the layer its quantizers; that of the weights observes them.
+        """Gives the layer its quantizers; those of kernel and bias observe them.
 
         Raises:
-            TypeError: `weight` or `activation` is no `Quantizer`, or `gradient` cannot be called.
-            ValueError: `residuals` is neither "quantized" nor "original", or an operation is
-                injected.
+            TypeError: `weight`, `activation` or `bias` is no `Quantizer`, or `gradient` cannot be
+                called.
+            ValueError: `residuals` is neither "quantized" nor "original", an operation is injected,
+                or `bias` is "int32" and kernel or input have no quantizer.
         """
         name = type(self).__name__
         refuse_injected(name, self)
-        given: dict[str, Quantizer | None] = {}
-        for argument, quantizer in (("weight", weight), ("activation", activation)):
-            if isinstance(quantizer, str) and quantizer == "default":
+        given: dict[str, Any] = {}
+        arguments = {"weight": weight, "activation": activation, "bias": bias}
+        for argument, quantizer in arguments.items():
+            if argument == "bias" and isinstance(quantizer, str) and quantizer == "int32":
+                given[argument] = quantizer
+            elif isinstance(quantizer, str) and quantizer == "default":
                 make = self._defaults.get(argument)
                 given[argument] = None if make is None else make()
             elif quantizer is None or isinstance(quantizer, Quantizer):
@@ -113,6 +125,11 @@ class QuantLayer:
                     f"{name}: {argument}={quantizer!r} must be a quantizer, such as "
                     "flax_customgrad.FakeQuant(bits=8), or None"
                 )
+        if given["bias"] == "int32" and (given["weight"] is None or given["activation"] is None):
+            raise ValueError(
+                f'{name}: bias="int32" is in multiples of the product of the steps of input and '
+                "kernel: give quantizers for both, `weight` and `activation`"
+            )
         if gradient is not None and not callable(gradient):
             raise TypeError(f"{name}: gradient={gradient!r} must be a layer to call, or None")
         if residuals not in ("quantized", "original"):
@@ -122,13 +139,19 @@ class QuantLayer:
             name: repeated(module, axes) if isinstance(module, nnx.Module) else module
             for name, module in {**given, "gradient": gradient}.items()
         }
-        if of_each["weight"] is not None:
-            quantizers, weights = unstack(of_each["weight"], axes), self.to_quantize()
-            for index, quantizer in quantizers.items():
-                quantizer.observe_weights(weights[index])
-            of_each["weight"] = stack(quantizers, axes)
+        to_observe = {"weight": self.to_quantize()}
+        if (own_bias := getattr(self, "bias", None)) is not None:
+            to_observe["bias"] = own_bias[...]
+        for argument, array in to_observe.items():
+            if isinstance(of_each[argument], Quantizer):
+                quantizers = unstack(of_each[argument], axes)
+                for index, quantizer in quantizers.items():
+                    quantizer.observe_weights(array[index])
+                of_each[argument] = stack(quantizers, axes)
         self.weight = nnx.data(of_each["weight"])
         self.activation = nnx.data(of_each["activation"])
+        is_word = isinstance(of_each["bias"], str)
+        self.bias_quantizer = "int32" if is_word else nnx.data(of_each["bias"])
         self.gradient = nnx.data(None) if gradient is None else of_each["gradient"]
         self.residuals = residuals
 
@@ -140,18 +163,24 @@ class QuantLayer:
         """Puts the codes of the weights in their place; see `flax_customgrad.pack`.
 
         Returns:
-            Whether there is a quantizer for them that is enabled.
+            Whether there is a quantizer for them, or for the bias, that is enabled.
         """
-        if self.weight is None or not self.weight.enabled:
-            return False
-        axes, weights, variable = stack_axes(self), self.to_quantize(), getattr(self, self._kernel)
-        packed = {
-            index: PackedKernel(weights[index], quantizer, variable)
-            for index, quantizer in unstack(self.weight, axes).items()
-        }
-        setattr(self, self._kernel, stack(packed, axes))
-        self.weight = nnx.data(None)
-        return True
+        axes, changed = stack_axes(self), False
+        for name, of in self._packed_together.items():
+            quantizer, variable = getattr(self, of), getattr(self, name, None)
+            if not isinstance(quantizer, Quantizer) or variable is None:
+                continue
+            if not quantizer.may_be_enabled:
+                continue
+            values = self.to_quantize() if name == self._kernel else variable[...]
+            packed = {
+                index: PackedKernel(values[index], one, variable)
+                for index, one in unstack(quantizer, axes).items()
+            }
+            setattr(self, name, stack(packed, axes))
+            setattr(self, of, nnx.data(None))
+            changed = True
+        return changed
 
     def unpack_weights(self) -> bool:
         """Puts a Param and its quantizer in the place of codes; see `flax_customgrad.unpack`.
@@ -159,12 +188,19 @@ class QuantLayer:
         Returns:
             Whether there are codes.
         """
-        packed = getattr(self, self._kernel)
-        if not isinstance(packed, PackedKernel):
-            return False
-        setattr(self, self._kernel, packed.to_variable())
-        self.weight = packed.quantizer
-        return True
+        changed = False
+        for name, of in self._packed_together.items():
+            packed = getattr(self, name, None)
+            if isinstance(packed, PackedKernel):
+                setattr(self, name, packed.to_variable())
+                setattr(self, of, packed.quantizer)
+                changed = True
+        return changed
+
+    @property
+    def _packed_together(self) -> dict[str, str]:
+        """The parameters that have quantizers, and the names of those."""
+        return {self._kernel: "weight", "bias": "bias_quantizer"}
 
     def _parameters(self) -> Parameters:
         """The parameters of the product."""
@@ -189,11 +225,25 @@ class QuantLayer:
         quantized = [_quantized(self.weight, kernel), _quantized(self.activation, x)]
         _warn_of_zeros(self, quantized[1], x)
         values = [a.values if isinstance(a, Codes) else a for a in quantized]
-        kept = quantized if self.residuals == "quantized" else [kernel, x]
-        params = nnx.State({**params, self._kernel: values[0]})
+        kept: list[Any] = quantized if self.residuals == "quantized" else [kernel, x]
+        params = nnx.State(
+            {**params, **self._quantized_bias(params, quantized), self._kernel: values[0]}
+        )
         return self._shaped(
             quantized_product(params, values[1], *kept, LinearOp(op, statics, self._kernel))
         )
+
+    def _quantized_bias(self, params: Parameters, operands: list[Any]) -> dict[str, jax.Array]:
+        """The bias, quantized, where there are a bias and a quantizer for it."""
+        if "bias" not in params or self.bias_quantizer is None:
+            return {}
+        bias = params["bias"]
+        if isinstance(self.bias_quantizer, Quantizer):
+            return {"bias": self.bias_quantizer(bias)}
+        kernel, x = operands
+        packed = getattr(self, self._kernel)
+        kernel = packed.decoded if isinstance(packed, PackedKernel) else kernel
+        return {"bias": int32_bias(type(self).__name__, bias, x, kernel)}
 
     def _shaped(self, y: jax.Array) -> jax.Array:
         """The output, whose gradient goes through the layer for it."""
@@ -206,7 +256,7 @@ def _of_nnx(cls: type) -> type:
 
 
 def _quantized(quantizer: Quantizer | None, a: jax.Array) -> Codes | jax.Array:
-    return a if quantizer is None or not quantizer.enabled else quantizer.quantize(a)
+    return a if quantizer is None else quantizer.quantize_if_enabled(a)
 
 
 def _warn_of_zeros(layer: Any, quantized: Codes | jax.Array, x: jax.Array) -> None:

@@ -26,6 +26,7 @@ from jax import lax
 
 from flax_customgrad.layers.linear.linear import Linear, linear
 from flax_customgrad.low_bit.quant_layers.quant_layer import (
+    BiasQuantizer,
     GradientShaper,
     KeptOperands,
     QuantizerChoice,
@@ -47,13 +48,17 @@ class QuantLinear(Linear, QuantLayer):
             default, for none.
         activation: a quantizer for the input, such as `FakeQuant(4)`; None, as by default,
             for none.
+        bias: a quantizer for the bias; "int32" for multiples of the product of the steps of input
+            and kernel, as integer hardware adds them; or None.
         gradient: a layer that changes the gradient of the output and nothing else; or None.
         residuals: what is kept, and what the gradient is that of: "quantized" for the codes and the
             quantized product, "original" for the operands as they came and their product.
 
     Raises:
-        TypeError: `weight` or `activation` is no `Quantizer`, or `gradient` cannot be called.
-        ValueError: `residuals` is neither "quantized" nor "original", or an operation is injected.
+        TypeError: `weight`, `activation` or `bias` is no `Quantizer`, or `gradient` cannot be
+            called.
+        ValueError: `residuals` is neither "quantized" nor "original", an operation is injected, or
+            `bias` is "int32" and kernel or input have no quantizer.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -86,6 +91,7 @@ class QuantLinear(Linear, QuantLayer):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         weight: QuantizerChoice = "default",
         activation: QuantizerChoice = "default",
+        bias: BiasQuantizer = None,
         gradient: GradientShaper | None = None,
         residuals: KeptOperands = "quantized",
     ):
@@ -105,7 +111,7 @@ class QuantLinear(Linear, QuantLayer):
             kernel_metadata=kernel_metadata,
             bias_metadata=bias_metadata,
         )
-        self._set_quantizers(weight, activation, gradient, residuals)
+        self._set_quantizers(weight, activation, gradient, residuals, bias)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer.

@@ -72,6 +72,10 @@ class FakeQuantScheme(Scheme):
         scale, zero = self._broadcast(q, parameters)
         return (q - zero) * scale
 
+    def step(self, *parameters: jax.Array) -> jax.Array | None:
+        """`s`; of blocks there is none for a sum."""
+        return parameters[0] if self.granularity.block is None else None
+
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
         """Which elements the range holds."""
         if not self.clips:

@@ -33,6 +33,7 @@ from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import check_bits
 from flax_customgrad.numerics.broadcasting import broadcasts, sum_to_shape
 from flax_customgrad.numerics.scaling import abs_floor, abs_floor_slope, quotient
+from flax_customgrad.numerics.sizes import is_known
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ class LSQScheme(Scheme):
         """The integers times s."""
         return q * self.scale(parameters[0])
 
+    def step(self, *parameters: jax.Array) -> jax.Array | None:
+        """`s`."""
+        return self.scale(parameters[0])
+
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
         """`x` and the parameters."""
         return x, *parameters
@@ -77,12 +82,15 @@ class LSQScheme(Scheme):
         ds = self.gain(x.shape, p) * sum_to_shape(g * lax.stop_gradient(slope), p.shape)
         return jnp.where(inside, g, 0), self.scale_slope(p) * ds
 
-    def gain(self, shape: tuple[int, ...], p: jax.Array) -> float:
+    def gain(self, shape: tuple[int, ...], p: jax.Array) -> Any:
         """`G`, for an array of some shape."""
         if self.grad_scale is not None:
             return self.grad_scale
         counted = shape if self.features is None else shape[max(len(shape) - self.features, 0) :]
-        return 1 / math.sqrt(max(math.prod(counted) / p.size, 1) * self.high)
+        n = math.prod(counted)
+        if not is_known(n):
+            return lax.rsqrt(jnp.maximum(n / p.size, 1) * self.high).astype(p.dtype)
+        return 1 / math.sqrt(max(n / p.size, 1) * self.high)
 
 
 class LSQ(Quantizer):

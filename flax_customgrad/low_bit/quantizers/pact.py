@@ -39,6 +39,10 @@ class PACTScheme(Scheme):
         """The integers times s."""
         return q * self._scale(*parameters)
 
+    def step(self, *parameters: jax.Array) -> jax.Array | None:
+        """`s`."""
+        return self._scale(*parameters)
+
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
         """Which elements lie inside, and which at the bound or beyond; and p."""
         a = abs_floor(parameters[0])

@@ -1,10 +1,13 @@
 """`Quantizer`: the interface of quantizers, which the quantized layers use."""
 
 from abc import abstractmethod
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.low_bit.quantizers.codes import Codes
 
 
@@ -15,10 +18,12 @@ class Quantizer(nnx.Module):
     the values; a quantized layer also uses their codes, which it keeps for the backward.
 
     Attributes:
-        enabled: whether it quantizes; False leaves arrays as they are, also in quantized layers.
-            Quantization that starts at a later step is a model that trains with
-            `model.set_attributes(flax_customgrad.Quantizer, enabled=False)` before, and with True
-            after; a compiled step is compiled anew.
+        enabled: whether it quantizes; False leaves arrays as they are, also in quantized layers. It
+            is set by `model.set_attributes(flax_customgrad.Quantizer, enabled=False)`: to a bool,
+            for which a step is compiled anew; or to an array without axes, such as `step >= 1000`,
+            or a Variable of one. Where that is traced both values are computed and one is chosen:
+            a moving average is recorded before it is switched on too, and a quantized layer keeps
+            its operands in place of their codes.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -27,7 +32,17 @@ class Quantizer(nnx.Module):
         (Array([-0.7,  0.3,  0.5], dtype=float32), Array([ 0, 10, 12], dtype=uint8))
     """
 
-    enabled: bool = True
+    enabled: bool | jax.Array | nnx.Variable = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute; `enabled` may become an array, and a bool again."""
+        if name == "enabled":
+            if isinstance(value, jax.Array):
+                # Floating: `nnx.grad` may differentiate every array of a model.
+                value = nnx.data(value.astype(jnp.float32))
+            else:
+                value = nnx.data(value) if isinstance(value, nnx.Variable) else nnx.static(value)
+        super().__setattr__(name, value)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Quantizes an array.
@@ -38,7 +53,33 @@ class Quantizer(nnx.Module):
         Returns:
             Array like x, of values that have codes of few bits; x where it is not `enabled`.
         """
-        return x if not self.enabled else self.quantize(x).values
+        found = self.quantize_if_enabled(x)
+        return found.values if isinstance(found, Codes) else found
+
+    def quantize_if_enabled(self, x: jax.Array) -> Codes | jax.Array:
+        """Quantizes an array where the quantizer is enabled.
+
+        Args:
+            x: array of any shape, float.
+
+        Returns:
+            The `Codes`; x where it is not enabled; and where that is traced, the values or x.
+        """
+        enabled = self._is_enabled
+        if is_traced(enabled):
+            return jnp.where(enabled, self.quantize(x).values, x)
+        return self.quantize(x) if enabled else x
+
+    @property
+    def may_be_enabled(self) -> bool:
+        """Whether it is enabled, or may be: that is traced."""
+        enabled = self._is_enabled
+        return is_traced(enabled) or bool(enabled)
+
+    @property
+    def _is_enabled(self) -> bool | jax.Array:
+        enabled = self.enabled[...] if isinstance(self.enabled, nnx.Variable) else self.enabled
+        return enabled != 0
 
     @abstractmethod
     def quantize(self, x: jax.Array) -> Codes:

@@ -78,6 +78,10 @@ class Scheme(Elementwise):
     def decode(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The values that integers encode."""
 
+    def step(self, *parameters: jax.Array) -> jax.Array | None:
+        """The distance of neighbouring values; None where they have none that is the same."""
+        return None
+
     def latent(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:
         """Weights that `encode` gives these integers for; the values, unless a scheme maps those.
 

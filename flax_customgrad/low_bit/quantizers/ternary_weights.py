@@ -45,6 +45,10 @@ class TWNScheme(ClippedGradientScheme):
         """The integers times a."""
         return q * parameters[0]
 
+    def step(self, *parameters: jax.Array) -> jax.Array | None:
+        """`a`."""
+        return parameters[0]
+
 
 @dataclass(frozen=True)
 class AbsMeanScheme(TWNScheme):

@@ -200,3 +200,70 @@ def test_each_codebook_begins_with_what_is_left():
     random_codes = before(layer, z)
     nnx.jit(lambda m, z, rngs: m.initialize_codebook(z, rngs=rngs))(layer, z, nnx.Rngs(1))
     assert before(layer, z) < random_codes / 50
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_sim_vq_begins_with_means_and_goes_on_learning(distance):
+    centers = 10 * random(16, 4)
+    z = centers[:, None] + 0.01 * random(16, 20, 4, seed=1)
+    layer = fcg.SimVQ(32, 4, distance=distance, rngs=nnx.Rngs(0))
+
+    @nnx.jit
+    def program(layer, z, rngs):
+        layer.initialize_codebook(z, iterations=4, rngs=rngs)
+        return layer(z).values, nnx.grad(lambda m: m(z).loss)(layer)
+
+    values, grads = program(layer, z, nnx.Rngs(1))
+    expected = z if distance == "euclidean" else z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+    np.testing.assert_allclose(values, expected, atol=0.1 if distance == "euclidean" else 0.01)
+    assert set(grads) == {"kernel"}
+    assert jnp.any(grads.kernel[...])
+    with pytest.raises(ValueError, match=r"SimVQ: z has shape .* there are no vectors to begin"):
+        layer.initialize_codebook(jnp.zeros((0, 4)), rngs=nnx.Rngs(0))
+
+
+def test_sim_vq_cosine_distance():
+    layer = fcg.SimVQ(16, 4, gradient="straight_through", distance="cosine", rngs=nnx.Rngs(0))
+    z, g = 5 * random(9, 4), random(9, 4, seed=1)
+    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    fixed = jax.lax.stop_gradient
+
+    @jax.jit
+    def reference(z, kernel):
+        z, codes = unit(z), unit(jnp.dot(layer.codebook[...], kernel, precision="highest"))
+        q = codes[jnp.argmax(z @ codes.T, -1)]
+        loss = 0.25 * jnp.mean((z - fixed(q)) ** 2) + jnp.mean((fixed(z) - q) ** 2)
+        return jnp.sum((z + fixed(q - z)) * g) + loss, q
+
+    (dz, dkernel), q = jax.grad(reference, argnums=(0, 1), has_aux=True)(z, layer.kernel[...])
+
+    def loss(layer, z):
+        out = layer(z)
+        return jnp.sum(out.values * g) + out.loss, out
+
+    (dlayer, found), out = nnx.jit(nnx.grad(loss, argnums=(0, 1), has_aux=True))(layer, z)
+    np.testing.assert_allclose(out.values, q, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found, dz, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(dlayer.kernel[...], dkernel, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(layer.indices_to_codes(out.indices), out.values)
+    with pytest.raises(ValueError, match="SimVQ: distance='dot' is none of 'euclidean', 'cosine'"):
+        fcg.SimVQ(4, 4, distance="dot", rngs=nnx.Rngs(0))
+
+
+def test_residual_vq_cosine_finds_directions_and_keeps_lengths():
+    layer, z = fcg.ResidualVQ(2, 16, 4, distance="cosine", rngs=nnx.Rngs(0)), random(30, 4)
+    out, r, total = call(layer, z), np.asarray(z), 0
+    for i, stage in enumerate(layer.stages):
+        codes = np.asarray(stage.codebook[...])
+        cosines = r @ codes.T / np.linalg.norm(codes, axis=-1)
+        np.testing.assert_array_equal(out.indices[:, i], np.argmax(cosines, -1))
+        r, total = r - codes[out.indices[:, i]], total + codes[out.indices[:, i]]
+    np.testing.assert_allclose(out.values, total, rtol=1e-5, atol=1e-6)
+
+    # Means of what has a direction in common come nearer than random codes.
+    @nnx.jit
+    def begin(layer, z, rngs):
+        layer.initialize_codebook(z, rngs=rngs)
+        return layer(z).values
+
+    assert jnp.mean((begin(layer, z, nnx.Rngs(1)) - z) ** 2) < jnp.mean((out.values - z) ** 2) / 4

@@ -255,3 +255,52 @@ def test_no_vectors(layer):
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# Padding, and numbers that no code has.
+
+
+@pytest.mark.parametrize(
+    "layer", [fcg.FSQ((5, 4, 3)), fcg.LFQ(3, temperature=1.0, diversity=0.7)], ids=["FSQ", "LFQ"]
+)
+def test_padding_counts_in_nothing(layer):
+    z = 2 * np.random.default_rng(0).standard_normal((3, 5, 3)).astype(np.float32)
+    g = np.random.default_rng(1).standard_normal(z.shape).astype(np.float32)
+    mask = np.arange(5) < np.array([[5], [2], [3]])
+    z[~mask] = np.nan
+
+    @jax.jit
+    def program(z, g, mask):
+        def loss(z):
+            out = layer(z, mask=mask)
+            return jnp.sum(out.values * g) + out.loss, out
+
+        return jax.grad(loss, has_aux=True)(z)
+
+    (dz, out), (expected, whole) = program(z, g, mask), program(z[mask], g[mask], None)
+    np.testing.assert_array_equal(out.indices[~mask], layer.num_codes)
+    np.testing.assert_array_equal(out.values[~mask], 0)
+    np.testing.assert_array_equal(dz[~mask], 0)
+    np.testing.assert_allclose(dz[mask], expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(out.loss, whole.loss, rtol=1e-5)
+    np.testing.assert_allclose(out.usage, whole.usage)
+    decoded = layer.indices_to_codes(out.indices)
+    np.testing.assert_allclose(decoded[mask], out.values[mask], rtol=1e-6)
+    assert np.isnan(decoded[~mask]).all()
+    assert np.isnan(layer.indices_to_codes(np.array([-1]))).all()
+    with pytest.raises(ValueError, match=r"mask has shape \(5,\)"):
+        layer(z, mask=mask[0])
+
+
+def test_entropy_under_a_mask_is_that_of_the_vectors_of_all_devices():
+    z, mask = np.random.default_rng(0).standard_normal((8, 3, 4)), np.arange(24).reshape(8, 3) < 17
+    mask = np.random.default_rng(1).permuted(mask)
+    # The commitment is of each device.
+    of_all = fcg.LFQ(4, temperature=1.0, commitment=0.0, axis_name="data")
+    whole = fcg.LFQ(4, temperature=1.0, commitment=0.0)
+
+    @jax.jit
+    def losses(z, mask):
+        return jax.vmap(lambda z, m: of_all(z, mask=m).loss, axis_name="data")(z, mask)
+
+    np.testing.assert_allclose(losses(z, mask), jax.jit(whole)(z[mask]).loss, rtol=1e-5)

@@ -139,8 +139,7 @@ def test_dtypes_are_those_of_nnx(pointwise, x64):
             for dtype in dtypes:
                 x = jax.ShapeDtypeStruct((2, 3), dtype)
                 assert outcome(ours, x) == outcome(theirs, x), (name, dtype)
-            # gelu of nnx forgets that a number is weakly typed.
-            for number in () if "gelu" in name else (1, 1.5, True, jnp.asarray(1.5)):
+            for number in (1, 1.5, True, jnp.asarray(1.5)):
                 assert outcome(ours, number) == outcome(theirs, number), (name, number)
 
 

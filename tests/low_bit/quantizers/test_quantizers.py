@@ -151,6 +151,67 @@ def test_a_quantizer_that_is_not_enabled_changes_nothing():
     np.testing.assert_array_equal(call(layer, x), quantized)
 
 
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_step_that_is_traced_switches_quantizers_on(graph):
+    quantizers = {"weight": fcg.LSQ(2), "activation": fcg.FakeQuant(2, dynamic=False)}
+    layer = fcg.QuantLinear(6, 5, **quantizers, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (7, 6))
+    layer.activation.observe(x)
+    traces = []
+
+    def gradients(layer, x):
+        y, (grads, dx) = nnx.value_and_grad(lambda m, x: (m(x) ** 2).sum(), argnums=(0, 1))(
+            layer, x
+        )
+        return y, dx, grads.kernel[...], grads.bias[...], grads.weight.scale[...]
+
+    @nnx.jit
+    def program(layer, x, step):
+        traces.append(step)
+        layer.set_attributes(fcg.Quantizer, enabled=step >= 2)
+        return gradients(layer, x)
+
+    with nnx.set_graph_mode(graph):
+        off = nnx.clone(layer, graph=True)
+        off.set_attributes(fcg.Quantizer, enabled=False)
+        expected = {on: nnx.jit(gradients)(m, x) for on, m in ((False, off), (True, layer))}
+        found = nnx.clone(layer, graph=True)
+        for step in range(4):
+            got = program(found, x, jnp.asarray(step))
+            for a, b in zip(got, expected[step >= 2], strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        assert len(traces) <= 2
+
+
+def test_a_counter_in_a_variable_switches_quantizers_on():
+    x = jnp.linspace(0.1, 1, 8)
+    quantizer = fcg.FakeQuant(2, calibration="moving_average")
+    quantizer.enabled = nnx.Variable(jnp.array(False))
+
+    @nnx.jit
+    def program(quantizer, xs):
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+        def run(carry, x):
+            quantizer, step = carry
+            quantizer.enabled[...] = step >= 2
+            return (quantizer, step + 1), quantizer(x)
+
+        return run((quantizer, 0), xs)[1]
+
+    out = program(quantizer, jnp.stack([x, 2 * x, x, x]))
+    np.testing.assert_array_equal(out[:2], jnp.stack([x, 2 * x]))
+    # What was recorded before it was switched on counts.
+    np.testing.assert_allclose(quantizer.high[...], 1 + 0.01 * 1 * 0.99**2, rtol=1e-3)
+    assert np.unique(out[2].round(3)).size == 2
+    # Outside of a compiled function the value is known.
+    packed = fcg.pack(fcg.QuantLinear(8, 3, weight=fcg.FakeQuant(4), rngs=nnx.Rngs(0)))
+    assert packed.kernel.bits == 4
+    layer = fcg.QuantLinear(8, 3, weight=fcg.FakeQuant(4), rngs=nnx.Rngs(0))
+    layer.weight.enabled = nnx.Variable(jnp.array(False))
+    with pytest.raises(ValueError, match="no layer of the model has a quantizer"):
+        fcg.pack(layer)
+
+
 EACH = [
     fcg.FakeQuant(4, axis=-1),
     fcg.FakeQuant(3, symmetric=False),

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from flax_customgrad.command.digits.comparison import GRADIENT_TOLERANCE, RunComparison
+from flax_customgrad.command.side_by_side.comparison import GRADIENT_TOLERANCE, RunComparison
 
 # From the palette of Okabe and Ito, which most colour-blind readers can tell apart.
 _PLAIN, _CONVERTED = "#56B4E9", "#D55E00"
@@ -19,7 +19,7 @@ def save(result: RunComparison, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     _draw_losses(left, result)
     _draw_gradients(right, result)
-    figure.suptitle(f"Handwritten digits, {result.steps} steps, seed {result.seed}")
+    figure.suptitle(f"{result.task.title}, {result.steps} steps, seed {result.seed}")
     # A Figure of its own, without pyplot, is drawn by Agg and needs no display.
     figure.savefig(path, dpi=150)
 

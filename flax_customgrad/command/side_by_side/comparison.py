@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 
 import flax_customgrad
-from flax_customgrad.command.digits import data
-from flax_customgrad.command.digits.network import Network
-from flax_customgrad.command.digits.training_run import TrainingRun
-from flax_customgrad.model.convert import layers
+from flax_customgrad.command.side_by_side.task import Examples, Task, batches
+from flax_customgrad.command.side_by_side.training_run import TrainingRun
+from flax_customgrad.model.conversion import conversion
+from flax_customgrad.model.tree import layers
 from flax_customgrad.testing.difference import relative_error
 
 GRADIENT_TOLERANCE = 1e-4
@@ -69,15 +69,17 @@ class RunComparison:
     """A plain and a converted run.
 
     Attributes:
+        task: what both were trained on.
         steps: how many steps both were trained.
         seed: the seed of both.
-        layers: the layers of the network, without the network itself.
+        layers: the layers of the network, without the Modules that only hold others.
         gradients: largest difference of each parameter's gradient at the first step, relative to
             its largest value in the plain run.
         plain: the run of the layers of flax.nnx.
         converted: the run of the converted layers.
     """
 
+    task: Task
     steps: int
     seed: int
     layers: list[LayerPair]
@@ -118,38 +120,46 @@ class RunComparison:
         return reasons
 
 
-def compare(steps: int, seed: int, show: AbstractContextManager[Watch]) -> RunComparison:
+def compare(
+    task: Task, steps: int, seed: int, show: AbstractContextManager[Watch]
+) -> RunComparison:
     """Trains both networks step by step, then measures them.
 
+    The converted network is called inside of `functions`: what it calls by name is ours too.
+
     Args:
+        task: the network and its data.
         steps: how many steps, at least 1.
         seed: of the split of the data, the parameters and the batches.
         show: a context that shows the training while it lasts.
     """
-    train, test = data.load(seed)
-    network = Network(nnx.Rngs(seed))
+    train, test = task.load(seed)
+    network = task.network(nnx.Rngs(seed))
     classes = {path: type(layer) for (path, *_), layer in layers(network)}
-    plain = TrainingRun(network)
-    network = flax_customgrad.convert(Network(nnx.Rngs(seed)))
+    plain = TrainingRun(task, network)
+    network = flax_customgrad.convert(task.network(nnx.Rngs(seed)))
+    listed = {row.paths[0] for row in conversion(network).rows if row.kind == "layer"}
     pairs = [
-        LayerPair(path, classes[path], type(layer)) for (path, *_), layer in layers(network) if path
+        LayerPair(path, classes[path], type(layer))
+        for (path, *_), layer in layers(network)
+        if path in listed
     ]
-    converted = TrainingRun(network)
+    converted = TrainingRun(task, network, flax_customgrad.functions())
     # On a GPU, products of float32 are otherwise rounded to fewer bits, differently in each run.
     with jax.default_matmul_precision("float32"):
         gradients = {}
         with show as watch:
-            for batch in data.batches(train, steps, seed):
+            for batch in batches(train, steps, seed, task.batch):
                 expected, got = plain.step(batch), converted.step(batch)
                 gradients = gradients or _differences(got, expected)
                 watch(plain, converted)
-        batch = next(data.batches(train, 1, seed))
+        batch = next(batches(train, 1, seed, task.batch))
         seconds = _paired_seconds(plain, converted, batch)
         results = [
             RunResult(run.losses, run.test_accuracy(test), times, run.residual_bytes(batch))
             for run, times in zip((plain, converted), seconds, strict=True)
         ]
-    return RunComparison(steps, seed, pairs, gradients, *results)
+    return RunComparison(task, steps, seed, pairs, gradients, *results)
 
 
 def _differences(got: nnx.State, expected: nnx.State) -> dict[str, float]:
@@ -163,7 +173,7 @@ def _differences(got: nnx.State, expected: nnx.State) -> dict[str, float]:
 
 
 def _paired_seconds(
-    plain: TrainingRun, converted: TrainingRun, batch: data.Batch
+    plain: TrainingRun, converted: TrainingRun, batch: Examples
 ) -> tuple[list[float], ...]:
     """Times steps of both in turn, so that whatever else the machine does slows both alike."""
     pairs = []

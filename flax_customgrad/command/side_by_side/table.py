@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flax_customgrad import catalogue
-from flax_customgrad.command.digits.comparison import LayerPair, RunComparison
+from flax_customgrad.command.side_by_side.comparison import LayerPair, RunComparison
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,7 +21,7 @@ def make(result: RunComparison, figure: Path) -> "Table":
     from rich.text import Text
 
     table = Table(
-        title=f"digits, {result.steps} steps, seed {result.seed}",
+        title=f"{result.task.name}, {result.steps} steps, seed {result.seed}",
         caption=Text(f"figure: {figure}", overflow="fold"),
         box=rich.box.SIMPLE_HEAD,
         pad_edge=False,

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from flax_customgrad.command.digits.comparison import Watch
-from flax_customgrad.command.digits.training_run import TrainingRun
+from flax_customgrad.command.side_by_side.comparison import Watch
+from flax_customgrad.command.side_by_side.training_run import TrainingRun
 
 if TYPE_CHECKING:
     from rich.console import Console

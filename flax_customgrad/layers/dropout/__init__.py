@@ -1,0 +1,1 @@
+"""Dropout, whose backward keeps a bit an element, or the key alone."""

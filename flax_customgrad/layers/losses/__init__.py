@@ -1,0 +1,1 @@
+"""Losses: cross entropies of softmax and sigmoid, of an output layer, and CTC."""
