@@ -13,8 +13,8 @@ from flax.typing import Dtype, PrecisionLike, PromoteDtypeFn
 from jax.typing import ArrayLike
 
 from flax_customgrad.layers.attention.attention import attention
+from flax_customgrad.layers.attention.attention_dropout import Dropout
 from flax_customgrad.layers.attention.band import Band, Window
-from flax_customgrad.layers.attention.dropout import Dropout
 from flax_customgrad.layers.attention.heads import Segments
 from flax_customgrad.layers.attention.scores import AttentionConfig
 from flax_customgrad.layers.attention.tiles import TileSize, parse_tile_size

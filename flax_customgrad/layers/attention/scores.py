@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_customgrad.layers.attention.attention_dropout import Dropout
 from flax_customgrad.layers.attention.band import Band
-from flax_customgrad.layers.attention.dropout import Dropout
 from flax_customgrad.layers.attention.heads import Heads
 from flax_customgrad.layers.attention.tiles import Tile, Tiling
 from flax_customgrad.numerics.accumulation import accumulator

@@ -105,24 +105,9 @@ class InvertibleBatchNormAct(BatchNorm):
     the scale matters.
 
     Args:
-        num_features: the size of the feature axis.
-        negative_slope: the slope of the leaky ReLU for negative numbers, positive.
-        use_running_average: whether to normalize by the running statistics.
-        axis: the feature axis.
-        momentum: how much of the running statistics stays at each update.
-        epsilon: added to the variance and to the scale, positive.
-        dtype: dtype of the output, or None for the promoted one.
-        param_dtype: dtype of the parameters.
-        use_bias: whether there is a bias.
-        use_scale: whether there is a scale.
-        bias_init: initializer of the bias.
-        scale_init: initializer of gamma.
-        axis_name: the axis of devices that share statistics, or None.
-        axis_index_groups: groups of these devices, or None.
-        promote_dtype: nnx's function; another one is refused.
-        rngs: random number generators.
-        bias_metadata: metadata of the bias.
-        scale_metadata: metadata of gamma.
+        negative_slope: the slope of the leaky ReLU for negative numbers, positive. The other
+            arguments are those of `flax.nnx.BatchNorm`; `epsilon` is added to the variance and to
+            the scale, and is positive.
 
     Raises:
         ValueError: `negative_slope` or `epsilon` is not positive, or `promote_dtype` is not nnx's.
@@ -142,7 +127,6 @@ class InvertibleBatchNormAct(BatchNorm):
         self,
         num_features: int,
         *,
-        negative_slope: float = 0.01,
         use_running_average: bool | None = False,
         axis: int = -1,
         momentum: float = 0.99,
@@ -155,17 +139,19 @@ class InvertibleBatchNormAct(BatchNorm):
         scale_init: Initializer = nnx.initializers.ones,
         axis_name: str | None = None,
         axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
         promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
         rngs: nnx.Rngs,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        negative_slope: float = 0.01,
     ):
         super().__init__(
             num_features,
             use_running_average=use_running_average,
             axis=axis,
             momentum=momentum,
-            epsilon=check_positive("InvertibleBatchNormAct", "epsilon", epsilon),
+            epsilon=epsilon,
             dtype=dtype,
             param_dtype=param_dtype,
             use_bias=use_bias,
@@ -174,12 +160,14 @@ class InvertibleBatchNormAct(BatchNorm):
             scale_init=scale_init,
             axis_name=axis_name,
             axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
             promote_dtype=promote_dtype,
             rngs=rngs,
             bias_metadata=bias_metadata,
             scale_metadata=scale_metadata,
             residual="output",
         )
+        check_positive("InvertibleBatchNormAct", "epsilon", epsilon)
         slope = check_positive("InvertibleBatchNormAct", "negative_slope", negative_slope)
         self.negative_slope = float(slope)
         if promote_dtype is not dtypes.promote_dtype:
