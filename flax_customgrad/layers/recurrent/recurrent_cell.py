@@ -11,6 +11,7 @@ from jax import lax
 from flax_customgrad.layers.drop_in import (
     Parameters,
     has_custom_product,
+    has_known_size,
     has_own_bias,
     parameters,
 )
@@ -70,7 +71,7 @@ class RecurrentCell:
             likewise; or None.
         """
         x = as_array(inputs)
-        if not is_supported_float(x) or x.ndim < 2 or not x.shape[-2]:
+        if not is_supported_float(x) or x.ndim < 2 or not has_known_size(x, 1) or not x.shape[-2]:
             return None
         return self._run(carry, x, x.shape[:-2], unroll=unroll)
 
