@@ -45,7 +45,8 @@ def model():
     return Model(nnx.Rngs(0))
 
 
-X = jax.random.normal(jax.random.key(0), (2, 3, 4))
+# Small: what grows through the layers are scores, whose rounding is that of the gradient.
+X = 0.1 * jax.random.normal(jax.random.key(0), (2, 3, 4))
 
 
 @nnx.jit
@@ -76,11 +77,8 @@ def test_every_layer_that_has_a_drop_in_becomes_it_in_place(model):
     assert all(a is b for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
     got, grads = loss_and_grad(model)
     np.testing.assert_allclose(got, expected, rtol=1e-6)
-    # The scores are large, and so is what their rounding does to the layers below.
-    grads, expected_grads = (jax.tree.leaves(tree) for tree in (grads, expected_grads))
-    rounding = 1e-6 * max(np.abs(b).max() for b in expected_grads)
-    for a, b in zip(grads, expected_grads, strict=True):
-        np.testing.assert_allclose(a, b, rtol=5e-3, atol=rounding)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.smoke
