@@ -45,7 +45,8 @@ def model():
     return Model(nnx.Rngs(0))
 
 
-X = jax.random.normal(jax.random.key(0), (2, 3, 4))
+# Small: what grows through the layers are scores, whose rounding is that of the gradient.
+X = 0.1 * jax.random.normal(jax.random.key(0), (2, 3, 4))
 
 
 @nnx.jit
@@ -77,7 +78,7 @@ def test_every_layer_that_has_a_drop_in_becomes_it_in_place(model):
     got, grads = loss_and_grad(model)
     np.testing.assert_allclose(got, expected, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.smoke
@@ -401,6 +402,7 @@ class Holder(nnx.Module):
         self.attention = nnx.MultiHeadAttention(2, 4, 4, decode=False, rngs=rngs)
         self.cell = Cell(rngs=rngs)
         self.lstm = nnx.LSTMCell(4, 4, rngs=rngs)
+        self.lstm.act = nnx.relu
         self.kind = nnx.Linear
 
 
@@ -433,9 +435,12 @@ def test_functions_that_layers_hold_are_converted_and_reverted():
     assert model.partial.keywords == {"negative_slope": 0.1}
     assert (model.tuple[1], model.tuple[2][1], type(model.named)) == (3, "name", Pair)
     # What belongs to a layer of nnx, to an object that is no Module, or to a class is left.
-    assert model.attention.attention_fn is attention
+    # That layer holds the same function, and reads it as ours.
+    assert vars(model.attention)["attention_fn"] is attention
+    assert model.attention.attention_fn is fcg.dot_product_attention
     assert (model.cell.gate_fn, model.cell.activation_fn) == (gate, nnx.tanh)
     assert (model.lstm.gate_fn, model.lstm.activation_fn) == (gate, nnx.tanh)
+    assert model.lstm.act is nnx.relu
     assert (model.config.act, model.own, model.kind) == (nnx.gelu, jnp.sin, nnx.Linear)
     assert model.by_class is nnx.gelu
     assert model.mixed[0] is linear

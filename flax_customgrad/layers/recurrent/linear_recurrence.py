@@ -126,6 +126,8 @@ def _cotangents(res: Residuals, g: jax.Array) -> tuple[jax.Array, jax.Array, jax
 
 def _solve(a: jax.Array, b: jax.Array, h0: jax.Array, reverse: bool) -> jax.Array:
     """The states for a and b with time in front; a broadcasts against b."""
+    if not isinstance(b.shape[0], int):  # An export for any length has no levels to count.
+        return by_step(a, b, h0, reverse=reverse)
     return lax.platform_dependent(
         a, b, h0, cpu=partial(by_step, reverse=reverse), default=partial(at_once, reverse=reverse)
     )
@@ -230,6 +232,6 @@ def linear_recurrence(
             f"linear_recurrence: h0 of shape {initial.shape} does not broadcast to a state, {state}"
         )
     a, b = (lax.expand_dims(array, range(ndim - array.ndim)) for array in (a, b))
-    if not shape[axis]:
+    if shape[axis] == 0:
         return jnp.zeros(shape, jnp.result_type(a, b, initial))
     return recur(a, b, jnp.broadcast_to(initial, state), axis, reverse)

@@ -46,11 +46,21 @@ class RecurrenceConfig:
         gates: what the names of the parameters of each gate end in, ("_i", "_f", "_g", "_o") where
             there are W_i and so on; ("",) where one W has those of all.
         unroll: how many steps an iteration of the compiled loop takes.
+        one_step: whether there is one step, and no axis of time in x and in the states.
     """
 
     product: MatmulConfig
     gates: tuple[str, ...] = ("",)
     unroll: int = 1
+    one_step: bool = False
+
+    def time_in_front(self, array: jax.Array) -> jax.Array:
+        """An array of shape (..., T, features) as (T, ..., features)."""
+        return array[None] if self.one_step else jnp.moveaxis(array, -2, 0)
+
+    def time_in_place(self, array: jax.Array) -> jax.Array:
+        """The inverse of `time_in_front`."""
+        return array[0] if self.one_step else jnp.moveaxis(array, 0, -2)
 
     def join(self, params: Parameters, name: str) -> jax.Array:
         """The parameters W, U or b of all gates, one beside the other."""
@@ -90,12 +100,13 @@ def recurrence(
         params: `W` of shape (in_features, blocks * features), `U` of shape (features, blocks *
             features) and `b` of shape (blocks * features,), float, or those of each gate.
         carry: the states to start with, each (..., features), float.
-        x: inputs of shape (..., T, in_features), float; T is at least 1.
+        x: inputs of shape (..., T, in_features), float, or (..., in_features) with
+            `config.one_step`; T is at least 1.
         step: the cell.
         config: dtype and the rest.
 
     Returns:
-        The states of all steps, each of shape (..., T, features).
+        The states of all steps, each of shape (..., T, features), or (..., features).
     """
     return _run(params, carry, x, step, config, keeps=False)[0]
 
@@ -104,13 +115,13 @@ def _fwd(
     params: Parameters, carry: States, x: jax.Array, step: Step, config: RecurrenceConfig
 ) -> tuple[States, Residuals]:
     states, kept = _run(params, carry, x, step, config, keeps=True)
-    later = states if x.shape[-2] > 1 else None
+    later = None if len(kept[0]) == 1 else states
     return states, Residuals(params, carry, x, later, kept, step, config)
 
 
 def _bwd(res: Residuals, g: States) -> tuple[nnx.State, States, jax.Array, None, None]:
-    batch, steps = res.x.shape[:-2], res.x.shape[-2]
-    chex.assert_shape(g, (*batch, steps, None))
+    batch, steps = res.carry[0].shape[:-1], len(res.kept[0])
+    chex.assert_shape(g, (*res.x.shape[:-1], None))
     chex.assert_shape(res.kept, (steps, *batch, None))
     specs = (
         {name: explicit_spec(param) for name, param in res.params.items()},
@@ -150,10 +161,11 @@ def _run(
             return states, (states, kept if keeps else ())
 
         _, (states, kept) = over_time(advance, carry, _project(x, W, config), config.unroll)
-        return tuple(jnp.moveaxis(s, 0, -2) for s in states), kept
+        return tuple(map(config.time_in_place, states)), kept
 
-    *batch, _, _ = explicit_spec(x)
-    specs = (PartitionSpec(*batch, None, None), PartitionSpec(None, *batch, None))
+    *rows, _ = explicit_spec(x)
+    batch = rows if config.one_step else rows[:-1]
+    specs = (PartitionSpec(*rows, None), PartitionSpec(None, *batch, None))
     return with_auto_axes(run, specs, params, carry, x)
 
 
@@ -163,10 +175,10 @@ def _cotangents(
     """Those of the parameters, of the states to start with, and of x."""
     res, g = varying_alike((res, g))
     x, W, U, _ = _promoted(res.params, res.carry, res.x, step, config)
-    g = tuple(jnp.moveaxis(ds, -2, 0) for ds in g)
+    g = tuple(map(config.time_in_front, g))
     before = tuple(s[None] for s in res.carry)
     if res.states is not None:
-        later = (jnp.moveaxis(s, -2, 0) for s in res.states)
+        later = map(config.time_in_front, res.states)
         before = tuple(map(lambda s, t: jnp.concatenate([s, t[:-1]]), before, later))
     wide = accumulator(*before, *g, *res.kept)
     precision = config.product.precision
@@ -191,7 +203,7 @@ def _cotangents(
         **config.split("b", total(da, rows)),
     }
     dx = input_gradient(da, W, over_a, like=res.x, precision=precision)
-    return grads, dcarry, jnp.moveaxis(dx, 0, -2)
+    return grads, dcarry, config.time_in_place(dx)
 
 
 def _promoted(
@@ -204,7 +216,7 @@ def _promoted(
         (x, W, b), (_, U) = promote(x, W, b), promote(carry[-1], U)
     else:
         (x, W), (_, U, b) = promote(x, W), promote(carry[-1], U, b)
-    return jnp.moveaxis(x, -2, 0), W, U, b
+    return config.time_in_front(x), W, U, b
 
 
 def _project(x: jax.Array, kernel: jax.Array, config: RecurrenceConfig) -> jax.Array:

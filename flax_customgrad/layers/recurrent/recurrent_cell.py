@@ -11,6 +11,7 @@ from jax import lax
 from flax_customgrad.layers.drop_in import (
     Parameters,
     has_custom_product,
+    has_known_size,
     has_own_bias,
     parameters,
 )
@@ -69,30 +70,38 @@ class RecurrentCell:
             The carry after each step, arrays of shape (..., T, hidden_features), and the outputs,
             likewise; or None.
         """
-        step, x = self._step(), as_array(inputs)
-        states = tuple(as_array(s) for s in self._states(carry))
-        if step is None or not all(map(is_supported_float, (x, *states))) or x.ndim < 2:
+        x = as_array(inputs)
+        if not is_supported_float(x) or x.ndim < 2 or not has_known_size(x, 1) or not x.shape[-2]:
             return None
-        shape = (*x.shape[:-2], self.hidden_features)
-        if not x.shape[-2] or any(s.shape != shape for s in states):
-            return None
-        found = self._parameters(step, x, states)
-        if found is None:
-            return None
-        params, config = found
-        states = recurrence(params, states, x, step, config(unroll))
-        return self._carry(states), states[-1]
+        return self._run(carry, x, x.shape[:-2], unroll=unroll)
 
     def _one_step(self, carry: Any, inputs: Any) -> tuple[Any, jax.Array] | None:
         """The carry and the output after one step, for inputs of shape (..., in_features)."""
         x = as_array(inputs)
-        if not isinstance(x, jax.Array) or not x.ndim:
+        if not is_supported_float(x) or not x.ndim:
             return None
-        found = self._over_time(carry, x[..., None, :])
-        return None if found is None else jax.tree.map(lambda s: s[..., 0, :], found)
+        return self._run(carry, x, x.shape[:-1], one_step=True)
 
-    def _parameters(self, step: Step, x: jax.Array, states: States) -> Any:
-        """The parameters by gate, and a function from `unroll` to the configuration; or None."""
+    def _run(
+        self, carry: Any, x: jax.Array, batch: tuple[int, ...], **loop: Any
+    ) -> tuple[Any, jax.Array] | None:
+        """What `recurrence` returns; None where it does not compute what nnx would."""
+        step, states = self._step(), tuple(as_array(s) for s in self._states(carry))
+        shape = (*batch, self.hidden_features)
+        if step is None or not all(is_supported_float(s) and s.shape == shape for s in states):
+            return None
+        found = self._parameters(step, x, states)
+        if found is None:
+            return None
+        params, product = found
+        config = RecurrenceConfig(product, tuple(self._projections()), **loop)
+        states = recurrence(nnx.State(params), states, x, step, config)
+        return self._carry(states), states[-1]
+
+    def _parameters(
+        self, step: Step, x: jax.Array, states: States
+    ) -> tuple[dict[str, jax.Array], MatmulConfig] | None:
+        """W, U and b of each gate, and the settings of their products, which all share; or None."""
         projections = self._projections()
         first = next(iter(projections.values())).of_input
         settings = (first.dtype, first.precision)
@@ -117,12 +126,7 @@ class RecurrentCell:
                 params[f"{name}{gate}"] = found["kernel"]
                 if has_bias:
                     params[f"b{gate}"] = found["bias"]
-        gates = tuple(projections)
-
-        def config(unroll: int) -> RecurrenceConfig:
-            return RecurrenceConfig(MatmulConfig(*settings), gates, unroll)
-
-        return nnx.State(params), config
+        return params, MatmulConfig(*settings)
 
 
 def _kernel_and_bias(layer: Any, array: jax.Array, outputs: int) -> Parameters | None:

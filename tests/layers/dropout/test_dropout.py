@@ -55,7 +55,9 @@ def test_what_is_kept_changes_no_bit(residual, dtype):
 
 
 @pytest.mark.parametrize(
-    "rngs", [lambda: nnx.Rngs(3), lambda: nnx.Rngs(3).dropout, lambda: jax.random.key(3)], ids=str
+    "rngs",
+    [lambda: nnx.Rngs(3), lambda: nnx.Rngs(3).dropout, lambda: jax.random.key(3)],
+    ids=["Rngs", "stream", "key"],
 )
 def test_random_numbers_from_the_call(rngs):
     given = [rngs(), rngs()]

@@ -70,7 +70,7 @@ def kept(m, name, batch=4, steps=32, features=64):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_kept(name):
     assert kept(fcg, name) <= ARRAYS[name]
-    assert kept(nnx, name) > 1.2 * ARRAYS[name]
+    assert kept(nnx, name) >= 1.5 * ARRAYS[name]
 
 
 def temp(m, name):
@@ -188,3 +188,21 @@ def test_dtypes():
             assert a.dtype == b.dtype, case
             a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
             np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-2, err_msg=str(case))
+
+
+@pytest.mark.parametrize("name", ["GRUCell", "MinGRU"])
+@pytest.mark.parametrize("shape", ["b, 4, 3", "b, t, 3"])
+def test_a_gradient_is_exported_for_any_batch_and_any_length(name, shape):
+    """The operation takes any batch; a length that is not known is left to nnx, or scanned."""
+    graphdef, state = nnx.split(getattr(fcg, name)(3, 4, rngs=nnx.Rngs(0)))
+
+    def loss(state, x):
+        h = jnp.zeros((x.shape[0], 4))
+        return jnp.sum(run(fcg.RNN, nnx.merge(graphdef, state, copy=True), x, h)[1] ** 2)
+
+    program = jax.jit(jax.value_and_grad(loss, argnums=1))
+    symbolic = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), jnp.float32)
+    exported = jax.export.export(program)(state, symbolic)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4, 3)), jnp.float32)
+    for found, expected in zip(exported.call(state, x), program(state, x), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
