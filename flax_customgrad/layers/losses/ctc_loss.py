@@ -55,8 +55,8 @@ def ctc_loss(
     Source: https://www.cs.toronto.edu/~graves/icml_2006.pdf
     """
     x, labels = jnp.asarray(as_array(logits)), jnp.asarray(as_array(labels))
-    is_frame = jnp.asarray(as_array(logit_paddings)) == 0
-    is_label = jnp.asarray(as_array(label_paddings)) == 0
+    is_frame = ~jnp.asarray(as_array(logit_paddings)).astype(bool)
+    is_label = ~jnp.asarray(as_array(label_paddings)).astype(bool)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"ctc_loss: logits are {x.dtype}; expected real floating numbers")
     if (

@@ -180,7 +180,7 @@ ENTRIES = (
         None,
         "exact",
         keeps="logits; two numbers a frame and label",
-        gain="a gradient without the log probabilities of every frame; as exact for long sequences",
+        gain="half of the memory; over 1000 frames a float32 gradient off by 1e-5, optax's by 5e-3",
         source="https://www.cs.toronto.edu/~graves/icml_2006.pdf",
         examples={"repeats, paddings": _ctc(8, 9, 5, 3)},
         operations={ctc: "repeats, paddings"},

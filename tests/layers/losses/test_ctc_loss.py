@@ -66,7 +66,7 @@ def test_long_sequences_keep_their_digits():
         expected, slopes = outcome(fcg.ctc_loss, x, *rest)
     got, dx = outcome(fcg.ctc_loss, x.astype(np.float32), *rest)
     np.testing.assert_allclose(got, expected, rtol=1e-6)
-    np.testing.assert_allclose(dx, slopes, atol=1e-4)
+    np.testing.assert_allclose(dx, slopes, atol=5e-5)
 
 
 def test_padding_may_hold_anything():
@@ -84,7 +84,8 @@ def test_padding_may_hold_anything():
 def test_paddings_may_be_masks_and_a_traced_label_may_be_none():
     arguments = X[:2], PADDINGS[:2] > 0, LABELS[:2], LABEL_PADDINGS[:2] > 0
     expected = fcg.ctc_loss(X[:2], PADDINGS[:2], LABELS[:2], LABEL_PADDINGS[:2])
-    np.testing.assert_array_equal(fcg.ctc_loss(*arguments), expected)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        np.testing.assert_array_equal(fcg.ctc_loss(*arguments), expected)
     labels = LABELS[:2].copy()
     labels[0, 1] = 99
     losses, dx = outcome(fcg.ctc_loss, *arguments)
