@@ -39,7 +39,6 @@ from flax_customgrad.numerics.accumulation import accumulator, total
 from flax_customgrad.numerics.dtypes import in_dtype
 from flax_customgrad.numerics.inline_jit import inline_jit
 from flax_customgrad.numerics.products import MatmulConfig, input_gradient, parameter_gradient
-from flax_customgrad.numerics.scan import scan
 from flax_customgrad.numerics.sharding import explicit_spec, varying_like, with_auto_axes
 
 Gradients = tuple[jax.Array, Mapping[str, jax.Array]]
@@ -163,7 +162,7 @@ def _losses(config: OutputConfig, params: Parameters, x: jax.Array, labels: jax.
         z = _logits(config, x, kernel, bias)
         return None, row_losses(z, labels[:, None], None, config.loss)[0][:, 0]
 
-    _, losses = scan(of_chunk, None, (x, *rows))
+    _, losses = lax.scan(of_chunk, None, (x, *rows))
     return _from_chunks(losses, labels.shape)
 
 
@@ -199,7 +198,7 @@ def _losses_and_gradients(
     zeros = {name: jnp.zeros(p.shape, accumulator(x, kernel)) for name, p in params.items()}
     for array in (x, kernel, *rows):
         zeros = {name: varying_like(d, array) for name, d in zeros.items()}
-    sums, (losses, dx) = scan(of_chunk, zeros, (x, *rows))
+    sums, (losses, dx) = lax.scan(of_chunk, zeros, (x, *rows))
     return _from_chunks(losses, labels.shape), (_from_chunks(dx, shape), sums)
 
 

@@ -33,7 +33,6 @@ from flax_customgrad.layers.activation.softmax_rows import minus_max, nonzero
 from flax_customgrad.layers.losses.cross_entropy_rows import row_sums
 from flax_customgrad.numerics.dtypes import widened
 from flax_customgrad.numerics.inline_jit import inline_jit
-from flax_customgrad.numerics.scan import scan
 from flax_customgrad.numerics.sharding import varying_like
 
 _LOWEST = -1e30
@@ -157,7 +156,7 @@ def _forward(
     first = States(jnp.pad(none_yet, ((0, 0), (1, 0))), none_yet)
     removed = jnp.zeros_like(first.blank[:, :1])
     frames = (States(*map(_frames_first, log_p)), _frames_first(is_frame[..., None]))
-    (last, removed), before = scan(step, (first, removed), frames)
+    (last, removed), before = lax.scan(step, (first, removed), frames)
     ends = _log_sum((last.blank, _label_before(last)))
     log_probability = jnp.take_along_axis(ends, lengths[:, None], -1) + removed
     return -log_probability[:, 0], m, s, before, last
