@@ -9,7 +9,8 @@ in E5M2 for s_g:
               dc[h,b]     = sum_nt g[n,t,h,b]
     kept      q_x, one byte an element, and scales
 
-That is the operation `fp8_product` of the product `einsum`; codes and scales are in `fp8_scaling`.
+That is the operation `fp8_product` of the product `einsum`; codes are in `fp8_codes`, scales
+of steps in `fp8_scaling`.
 
 Source: arXiv:2209.05433
 """

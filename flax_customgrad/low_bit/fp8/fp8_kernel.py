@@ -9,12 +9,7 @@ from jax import lax
 
 from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.layers.packed_weights import Packed, PackedWeights
-from flax_customgrad.low_bit.fp8.fp8_scaling import (
-    FORWARD_DTYPE,
-    Fp8Codes,
-    current_scale,
-    encode_fp8,
-)
+from flax_customgrad.low_bit.fp8.fp8_codes import FORWARD_DTYPE, Fp8Codes, current_scale, encode_fp8
 from flax_customgrad.low_bit.quant_layers.latent_weights import Measured, latent_weights
 from flax_customgrad.numerics.accumulation import accumulator
 

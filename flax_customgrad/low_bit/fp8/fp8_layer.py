@@ -7,8 +7,9 @@ from flax import nnx
 from flax_customgrad.layers.packed_weights import PackableKernel
 from flax_customgrad.layers.replaced_matmul import adopt, refuse_injected
 from flax_customgrad.layers.stacked import Index, stack_axes
+from flax_customgrad.low_bit.fp8.fp8_codes import Fp8Codes
 from flax_customgrad.low_bit.fp8.fp8_kernel import Fp8Kernel
-from flax_customgrad.low_bit.fp8.fp8_scaling import DelayedScaling, DelayedState, Fp8Codes
+from flax_customgrad.low_bit.fp8.fp8_scaling import DelayedScaling, DelayedState
 from flax_customgrad.numerics.argument_checks import check_size, check_word
 from flax_customgrad.numerics.products import MatmulConfig
 

@@ -6,7 +6,8 @@
               db = sum g
     kept      q_x, one byte an element, and scales
 
-That is the operation `fp8_product` of the product `linear`; codes and scales are in `fp8_scaling`.
+That is the operation `fp8_product` of the product `linear`; codes are in `fp8_codes`, scales
+of steps in `fp8_scaling`.
 
 Source: arXiv:2209.05433
 """

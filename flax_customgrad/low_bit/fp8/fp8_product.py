@@ -1,7 +1,7 @@
 """A product in 8-bit floats: E4M3 forward, E5M2 for the gradient.
 
 f is the product of the layer in float, linear in x and in w; q(a) are the float8 codes of an array
-a for its scale (`fp8_scaling`):
+a for its scale (`fp8_codes`):
 
     forward   y  = s_x s_w f(q_x, q_w) + b          q_x, q_w = q(x), q(w) in E4M3
     backward  dx = s_g s_w f_x^T(q_g, q_w)          q_g = q(g) in E5M2
@@ -39,19 +39,21 @@ from jax import lax
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.contract.residual_storage import keep_for_second_order, with_derivative_of
 from flax_customgrad.layers.drop_in import Parameters
-from flax_customgrad.low_bit.fp8.fp8_scaling import (
+from flax_customgrad.low_bit.fp8.fp8_codes import (
     FORWARD_DTYPE,
     GRADIENT_DTYPE,
-    DelayedState,
     Fp8Codes,
-    ScaleSnapshot,
     current_scale,
     encode_fp8,
     finite_amax,
     largest_of,
+    scale_from_amax,
+)
+from flax_customgrad.low_bit.fp8.fp8_scaling import (
+    DelayedState,
+    ScaleSnapshot,
     read_scales,
     record_amax,
-    scale_from_amax,
 )
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.broadcasting import sum_to_shape

@@ -12,7 +12,7 @@ from jax import lax
 
 import flax_customgrad as fcg
 from flax_customgrad.contract.residuals import residuals
-from flax_customgrad.low_bit.fp8.fp8_scaling import (
+from flax_customgrad.low_bit.fp8.fp8_codes import (
     FORWARD_DTYPE,
     GRADIENT_DTYPE,
     encode_fp8,
