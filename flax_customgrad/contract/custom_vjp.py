@@ -300,6 +300,8 @@ class CustomVJP:
     def _forward(self, call: Static, *arrays: Any) -> tuple[Any, Any]:
         assert self._fwd is not None
         assert self._bwd is not None
+        # Where the derivative at a Python number is taken, JAX hands over a number.
+        arrays = tuple(jnp.asarray(a) if isinstance(a, float | complex) else a for a in arrays)
         if self._guard is not None:
             self._guard.check_fwd(self._fwd, call, arrays)
         args = call.value.unpack(arrays)

@@ -503,3 +503,18 @@ def test_second_derivatives_of_a_surrogate_take_its_gradient_for_the_derivative(
     np.testing.assert_allclose(second, -np.sin(1), rtol=1e-6)
     third = jax.grad(jax.grad(jax.grad(lambda x: jnp.sin(op(x)))))(1.3)
     np.testing.assert_allclose(third, -np.cos(1), rtol=1e-6)
+
+
+def test_a_backward_gets_an_array_where_the_gradient_is_at_a_number():
+    @fcg.custom_vjp
+    def square(x):
+        return x * x
+
+    def backward(x, g):
+        assert isinstance(x, jax.Array)
+        assert x.shape == ()
+        return (2 * g * x,)
+
+    square.defvjp(lambda x: (square(x), x), backward)
+    assert jax.grad(square)(2.0) == 4
+    np.testing.assert_allclose(jax.grad(fcg.logsumexp)(2.0), 1)

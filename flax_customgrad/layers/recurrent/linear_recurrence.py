@@ -9,9 +9,9 @@
 Nothing is conjugated: so JAX defines the cotangent of a complex array. Autodiff of
 `jax.lax.associative_scan` keeps two arrays for each of its log2(T) levels.
 
-On a CPU the steps run one after the other, 2 to 10 times as fast as `associative_scan`, which is
-for devices that compute all elements at once. An a_t of 0 forgets what was before, as between
-sequences that are packed into one. Half precision is computed in float32 and rounded once.
+On a CPU the steps run one after the other, mostly 1.5 to 9 times as fast as `associative_scan`,
+which is for devices that compute all elements at once. An a_t of 0 forgets what was before, as
+between sequences that are packed into one. Half precision is computed in float32 and rounded once.
 """
 
 from dataclasses import dataclass
