@@ -165,7 +165,8 @@ from flax_customgrad.low_bit.quantizers.ternary_weights import TWN, AbsMean
 from flax_customgrad.low_bit.quantizers.tqt import TQT
 from flax_customgrad.low_bit.quantizers.ttq import TTQ
 from flax_customgrad.model.calibrate import calibrate
-from flax_customgrad.model.conversion import Conversion, ConversionRow, conversion
+from flax_customgrad.model.conversion import conversion
+from flax_customgrad.model.conversion_report import Conversion, ConversionRow
 from flax_customgrad.model.convert import convert, revert
 from flax_customgrad.model.fold_batch_norm import fold_batch_norm
 from flax_customgrad.model.functions import functions

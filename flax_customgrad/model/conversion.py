@@ -7,9 +7,8 @@ traced as well: which functions it calls by name, and how many bytes its backwar
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import CodeType
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from flax import nnx
@@ -17,54 +16,12 @@ from flax import nnx
 from flax_customgrad.contract.residuals import residual_bytes
 from flax_customgrad.layers.replaced_matmul import injected_operations
 from flax_customgrad.layers.stacked import stack_axes
-from flax_customgrad.model.conversion_table import table
+from flax_customgrad.model.conversion_report import Conversion, ConversionRow
 from flax_customgrad.model.convert import convert, revert
 from flax_customgrad.model.functions import counting_calls, functions
 from flax_customgrad.model.rules import Rule, drop_in_rules, is_subclass, lost_methods
-from flax_customgrad.model.tree import Paths, held_functions, is_of_user, layers, path_order
+from flax_customgrad.model.tree import held_functions, is_of_user, layers, path_order
 from flax_customgrad.numerics.interception import products_are_intercepted
-
-
-@dataclass(frozen=True)
-class ConversionRow:
-    """What becomes of a layer, of a function that a layer holds, or of a call by name.
-
-    Attributes:
-        paths: every path of the layer or function. Of a call the name of the caller, and of an
-            import that of the module and the name.
-        kind: "layer"; "function", which a layer holds; "call" of a function by name; or "import"
-            of a function by name, which nothing reaches.
-        name: what it is in flax.nnx or jax.nn, `nnx.Linear`, or the name of a user's own.
-        drop_in: what stands for it in this library, `fcg.Linear`; "" where nothing does.
-        is_converted: whether it is that already.
-        remark: why it stays, or what else is to be said.
-    """
-
-    paths: Paths
-    kind: Literal["layer", "function", "call", "import"]
-    name: str
-    drop_in: str = ""
-    is_converted: bool = False
-    remark: str = ""
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What `convert` has made of a model, or would make; it prints as a table.
-
-    Attributes:
-        rows: layers, held functions, calls and imports, in this order.
-        kept_bytes: with example inputs, the bytes that the backward keeps beyond parameters and
-            inputs: of the model "as it is", with "flax.nnx" alone, "converted", and "converted,
-            inside fcg.functions()".
-    """
-
-    rows: tuple[ConversionRow, ...]
-    kept_bytes: Mapping[str, int] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        """A table of at most 100 columns, and the totals."""
-        return table(self)
 
 
 def conversion(

@@ -1,22 +1,60 @@
-"""The table that a `Conversion` prints as: at most 100 columns, and totals below."""
+"""`Conversion`: the report of a conversion, and the table that it prints as."""
 
 import textwrap
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
-if TYPE_CHECKING:
-    from flax_customgrad.model.conversion import Conversion, ConversionRow
+from flax_customgrad.model.tree import Paths
 
 _WIDTH = 100
 _HEADING = ("path", "in flax.nnx", "result")
 
 
-def table(report: "Conversion") -> str:
-    """The rows of a report, aligned and wrapped, and a sentence for each total.
+@dataclass(frozen=True)
+class ConversionRow:
+    """What becomes of a layer, of a function that a layer holds, or of a call by name.
 
-    Args:
-        report: the report.
+    Attributes:
+        paths: every path of the layer or function. Of a call the name of the caller, and of an
+            import that of the module and the name.
+        kind: "layer"; "function", which a layer holds; "call" of a function by name; or "import"
+            of a function by name, which nothing reaches.
+        name: what it is in flax.nnx or jax.nn, `nnx.Linear`, or the name of a user's own.
+        drop_in: what stands for it in this library, `fcg.Linear`; "" where nothing does.
+        is_converted: whether it is that already.
+        remark: why it stays, or what else is to be said.
     """
+
+    paths: Paths
+    kind: Literal["layer", "function", "call", "import"]
+    name: str
+    drop_in: str = ""
+    is_converted: bool = False
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` has made of a model, or would make; it prints as a table.
+
+    Attributes:
+        rows: layers, held functions, calls and imports, in this order.
+        kept_bytes: with example inputs, the bytes that the backward keeps beyond parameters and
+            inputs: of the model "as it is", with "flax.nnx" alone, "converted", and "converted,
+            inside fcg.functions()".
+    """
+
+    rows: tuple[ConversionRow, ...]
+    kept_bytes: Mapping[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """A table of at most 100 columns, and the totals."""
+        return _table(self)
+
+
+def _table(report: Conversion) -> str:
+    """The rows of a report, aligned and wrapped, and a sentence for each total."""
     rows = [_HEADING, *map(_cells, report.rows)]
     path, name = (min(max(len(row[k]) for row in rows), most) for k, most in ((0, 38), (1, 28)))
     lines = [
@@ -27,7 +65,7 @@ def table(report: "Conversion") -> str:
     return "\n".join([*lines, *textwrap.wrap(_totals(report), _WIDTH), *_kept(report)])
 
 
-def _cells(row: "ConversionRow") -> tuple[str, str, str]:
+def _cells(row: ConversionRow) -> tuple[str, str, str]:
     where = {"call": "in ", "import": ""}.get(row.kind, "")
     path = ", ".join(where + (path or "(the model)") for path in row.paths)
     if row.kind == "call":
@@ -46,7 +84,7 @@ def _wrapped(row: tuple[str, ...], widths: tuple[int, ...]) -> Iterator[tuple[st
         yield tuple(lines[k] if k < len(lines) else "" for lines in cells)
 
 
-def _totals(report: "Conversion") -> str:
+def _totals(report: Conversion) -> str:
     sentences = []
     for kind, name in {"layer": "Layers", "function": "Functions"}.items():
         rows = [row for row in report.rows if row.kind == kind]
@@ -65,7 +103,7 @@ def _totals(report: "Conversion") -> str:
     return " ".join(sentences)
 
 
-def _kept(report: "Conversion") -> list[str]:
+def _kept(report: Conversion) -> list[str]:
     if not report.kept_bytes:
         return []
     counts = {form: f"{nbytes:,}" for form, nbytes in report.kept_bytes.items()}
