@@ -62,6 +62,8 @@ def test_each_name_is_ours_inside_and_jax_s_own_under_use_autodiff(entry):
     namespace = nnx if hasattr(nnx, entry.name) else jax.nn
     for example, make in entry.examples.items():
         ours, *args = make(entry.module)
+        if entry.name == "dot_product_attention" and "tile_size" in getattr(ours, "keywords", ()):
+            continue  # It has arguments that nnx has not.
         theirs, *_ = make(entry.reference)
         expected = kept(ours, *args)
         with fcg.use_autodiff():
