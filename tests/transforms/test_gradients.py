@@ -17,6 +17,17 @@ from flax_customgrad.testing import CHECKS, check_vjp, forward_mode
 OF_A_SURROGATE = ("autodiff", "dtypes", "residuals")
 OF_THE_EXACT = ("autodiff", "finite_differences", "second_order", "dtypes", "residuals")
 OF_ARGUMENTS = ("jit", "residuals")
+# Loops over time, chunks, tiles and blocks compile for a minute under all checks. These are the
+# ones in which they differ from others; the rest is for `python -m flax_customgrad check`.
+OF_A_LOOP = ("autodiff", "vmap", "remat", "second_order", "forward_mode", "dtypes", "residuals")
+LOOPS = {
+    "Reversible",
+    "RNN",
+    "ctc_loss",
+    "dot_product_attention",
+    "linear_cross_entropy",
+    "linear_recurrence",
+}
 
 THOROUGH = {
     operation: (entry, name)
@@ -34,6 +45,8 @@ if MISSING:
 def checks_of(entry, nth, name):
     """The checks that an example goes through, and the dtypes."""
     if name in entry.operations.values():
+        if entry.name in LOOPS:
+            return OF_A_LOOP, ("bfloat16",)
         return CHECKS, ("bfloat16", "float16")
     if nth:
         return OF_ARGUMENTS, ()
