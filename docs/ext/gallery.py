@@ -25,6 +25,7 @@ _WIDTHS = (26, 14, 25, 35)
 _TITLES = {
     "conv": "Convolution",
     "weight_norms": "Normalization of weights",
+    "invertible": "Invertible layers",
     "activation": "Activations",
     "recurrent": "Recurrent layers",
     "rounding": "Straight-through estimators",
@@ -38,6 +39,7 @@ _TITLES = {
     "spiking": "Spiking neurons",
     "shaping": "Gradient shaping",
     "feedback": "Feedback alignment",
+    "few_bit": "Few-bit activations",
 }
 """Headings of families whose name alone is none."""
 

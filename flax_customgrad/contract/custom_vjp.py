@@ -39,6 +39,8 @@ _FORWARD_MODE = (
     "`with flax_customgrad.use_autodiff():` JAX differentiates the function itself"
 )
 
+_NUMBERS = (float, complex)
+
 
 @overload
 def custom_vjp(fun: Callable[..., Any]) -> "CustomVJP": ...
@@ -301,7 +303,7 @@ class CustomVJP:
         assert self._fwd is not None
         assert self._bwd is not None
         # Where the derivative at a Python number is taken, JAX hands over a number.
-        arrays = tuple(jnp.asarray(a) if isinstance(a, float | complex) else a for a in arrays)
+        arrays = tuple(jnp.asarray(a) if isinstance(a, _NUMBERS) else a for a in arrays)
         if self._guard is not None:
             self._guard.check_fwd(self._fwd, call, arrays)
         args = call.value.unpack(arrays)

@@ -16,6 +16,7 @@ from flax.nnx.nn import dtypes as nnx_dtypes
 from flax_customgrad.numerics import dtypes
 from flax_customgrad.numerics.broadcasting import broadcasts
 from flax_customgrad.numerics.interception import products_are_intercepted
+from flax_customgrad.numerics.sizes import is_known
 
 Parameters = Mapping[str, jax.Array]
 """An `nnx.State` of exactly the parameters that an operation differentiates, as bare arrays."""
@@ -85,7 +86,7 @@ def has_known_size(array: jax.Array, rank: int) -> bool:
         array: images of shape (..., *space, features).
         rank: the number of axes of space.
     """
-    return all(isinstance(n, int) for n in array.shape[-1 - rank : -1])
+    return all(map(is_known, array.shape[-1 - rank : -1]))
 
 
 def has_own_bias(layer: Any, params: Parameters, shape: tuple[int, ...]) -> bool:

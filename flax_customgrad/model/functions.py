@@ -22,8 +22,6 @@ NAMESPACES = (
     "flax.nnx.nn.attention",
     "jax.nn",
     "jax.scipy.special",
-    "optax",
-    "optax.losses",
 )
 """Where functions are looked up; not `jax.numpy`, whose names JAX's own functions call."""
 

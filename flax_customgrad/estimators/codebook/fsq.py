@@ -31,7 +31,7 @@ from jax import lax
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.contract.promotion import promoting
 from flax_customgrad.estimators.codebook.codebook_arguments import check_mask, check_vectors
-from flax_customgrad.estimators.codebook.masks import where_code, where_mask
+from flax_customgrad.estimators.codebook.masks import where_code, where_mask, where_vector
 from flax_customgrad.estimators.codebook.usage import Quantized, measure_usage
 from flax_customgrad.numerics.dtypes import widened
 from flax_customgrad.numerics.hyperbolic import sech_squared
@@ -165,9 +165,7 @@ class FSQ(nnx.Module):
         levels = _rounded(lax.stop_gradient(z), self.levels)
         numbers = levels.astype(jnp.int32) + _half(self.levels)
         indices = jnp.sum(numbers * self._strides(), -1, dtype=jnp.int32)
-        has_none = jnp.any(jnp.isnan(levels), -1)
-        has_none = has_none if mask is None else has_none | ~mask
-        indices = jnp.where(has_none, self.num_codes, indices)
+        indices = where_vector(mask, levels, indices, self.num_codes)
         values = round_to_levels(z, self.levels)
         loss = jnp.zeros((), jnp.float32)
         return Quantized(values, indices, loss, *measure_usage(indices, self.num_codes))

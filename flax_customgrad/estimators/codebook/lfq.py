@@ -27,7 +27,12 @@ from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.contract.promotion import promoting
 from flax_customgrad.estimators.codebook.code_entropy import code_entropy
 from flax_customgrad.estimators.codebook.codebook_arguments import check_mask, check_vectors
-from flax_customgrad.estimators.codebook.masks import count_vectors, where_code, where_mask
+from flax_customgrad.estimators.codebook.masks import (
+    count_vectors,
+    where_code,
+    where_mask,
+    where_vector,
+)
 from flax_customgrad.estimators.codebook.usage import Quantized, measure_usage
 from flax_customgrad.numerics.argument_checks import check_nonnegative, check_size
 from flax_customgrad.numerics.dtypes import widened
@@ -184,9 +189,8 @@ class LFQ(nnx.Module):
         mask = check_mask("LFQ", mask, z)
         z = where_mask(mask, z)
         bits = (z >= 0) * 2 ** jnp.arange(self.features, dtype=jnp.int32)
-        has_none = jnp.any(jnp.isnan(z), -1)
-        has_none = has_none if mask is None else has_none | ~mask
-        indices = jnp.where(has_none, self.num_codes, jnp.sum(bits, -1, dtype=jnp.int32))
+        indices = jnp.sum(bits, -1, dtype=jnp.int32)
+        indices = where_vector(mask, z, indices, self.num_codes)
         values, loss = sign_codes(z, mask, self.scale, self.commitment)
         if self.entropy_weight:
             # -|z - c|^2 is 2 z.c, but for terms that do not depend on c.

@@ -20,6 +20,22 @@ def where_mask(mask: jax.Array | None, vectors: jax.Array) -> jax.Array:
     return vectors if mask is None else jnp.where(mask[..., None], vectors, 0)
 
 
+def where_vector(
+    mask: jax.Array | None, vectors: jax.Array, indices: jax.Array, num_codes: int
+) -> jax.Array:
+    """Numbers of codes, and `num_codes` for a vector that has none: with NaN in it, or left out.
+
+    Args:
+        mask: bool array of shape (...); or None for all.
+        vectors: array of shape (..., features), float.
+        indices: int32 array of shape (...).
+        num_codes: how many codes there are.
+    """
+    has_none = jnp.any(jnp.isnan(vectors), -1)
+    has_none = has_none if mask is None else has_none | ~mask
+    return jnp.where(has_none, num_codes, indices)
+
+
 @promoting
 def where_code(indices: jax.Array, num_codes: int, codes: jax.Array) -> jax.Array:
     """Codes where there is one of a certain number, and NaN elsewhere.

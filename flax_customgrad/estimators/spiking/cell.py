@@ -20,6 +20,7 @@ from flax_customgrad.estimators.rounding.rounding import clip_ste
 from flax_customgrad.estimators.spiking import spike_surrogates as surrogate
 from flax_customgrad.estimators.spiking.fire import Reset, fire
 from flax_customgrad.estimators.spiking.leak import leak
+from flax_customgrad.layers.recurrent.initial_carry import initial_carry
 from flax_customgrad.numerics.argument_checks import check_positive, check_word
 from flax_customgrad.numerics.broadcasting import broadcasts
 from flax_customgrad.numerics.dtypes import as_array, is_supported_float
@@ -89,14 +90,7 @@ class SpikingCell(nnx.RNNCellBase):
     ) -> jax.Array:
         """One state at rest, 0, or as `carry_init` says."""
         shape = self._checked(tuple(input_shape))
-        if carry_init is None:
-            return jnp.zeros(shape, self.param_dtype)
-        stream = rngs.carry if isinstance(rngs, nnx.Rngs) else rngs
-        if stream is None:
-            raise ValueError(
-                f"{type(self).__name__}: carry_init draws from rngs; pass rngs=nnx.Rngs(0) too"
-            )
-        return carry_init(stream(), shape, self.param_dtype)
+        return initial_carry(type(self).__name__, shape, self.param_dtype, rngs, carry_init)
 
     def _inputs(self, x: Any, state: jax.Array) -> jax.Array:
         """The inputs, checked; integers and truth values in the dtype of the state."""

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from flax_customgrad.layers.activation.pointwise import Pointwise, keep_output
 from flax_customgrad.numerics.argument_checks import check_word
 from flax_customgrad.numerics.dtypes import is_python_number
-from flax_customgrad.numerics.packing import masked
+from flax_customgrad.numerics.packing import masked, pack_mask
 
 # relu, which leaves the choice of what is kept.
 
@@ -34,13 +34,7 @@ def _is_positive(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _positive_bits(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.packbits(jnp.atleast_1d(x > 0), axis=-1)
-
-
-def _relu_backward_of_bits(g: jax.Array, bits: jax.Array) -> jax.Array:
-    flat = jnp.atleast_1d(g)
-    mask = jnp.unpackbits(bits, axis=-1, count=flat.shape[-1])
-    return jnp.where(mask.reshape(g.shape), g, 0)
+    return pack_mask(x > 0)
 
 
 def _relu_backward(g: jax.Array, x_or_y: jax.Array) -> jax.Array:
@@ -49,7 +43,7 @@ def _relu_backward(g: jax.Array, x_or_y: jax.Array) -> jax.Array:
 
 RELU = {
     "mask": Pointwise(jax.nn.relu, _relu, masked, _is_positive),
-    "bits": Pointwise(jax.nn.relu, _relu, _relu_backward_of_bits, _positive_bits),
+    "bits": Pointwise(jax.nn.relu, _relu, masked, _positive_bits),
     "output": Pointwise(jax.nn.relu, _relu, _relu_backward, keep_output),
 }
 RELU_OF_INPUT = Pointwise(jax.nn.relu, _relu, _relu_backward)

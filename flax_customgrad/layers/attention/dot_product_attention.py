@@ -21,6 +21,7 @@ from flax_customgrad.layers.attention.tiles import TileSize, parse_tile_size
 from flax_customgrad.numerics.broadcasting import broadcasts
 from flax_customgrad.numerics.dtypes import as_array, is_supported_float, takes_custom_backward
 from flax_customgrad.numerics.interception import products_are_intercepted
+from flax_customgrad.numerics.sizes import is_known
 
 of_nnx = nnx.dot_product_attention
 """The function of flax.nnx, whose name in `flax.nnx` a user may give to ours."""
@@ -176,7 +177,7 @@ def _has_custom_backward(q: Any, k: Any, v: Any, bias: Any, mask: Any, segments:
     if not (q.ndim == k.ndim == v.ndim >= 3) or not k.shape[-2]:
         return False
     # `jax.export` may leave a length symbolic; tiles are laid out for a number.
-    if not all(isinstance(n, int) for n in (*q.shape[-3:], *k.shape[-3:], *v.shape[-3:])):
+    if not all(map(is_known, (*q.shape[-3:], *k.shape[-3:], *v.shape[-3:]))):
         return False
     scores = (*q.shape[:-3], q.shape[-2], q.shape[-3], k.shape[-3])
     return (

@@ -18,7 +18,7 @@ from flax_customgrad.layers.attention.band import Band
 from flax_customgrad.layers.attention.heads import Heads
 from flax_customgrad.layers.attention.tiles import Tile, Tiling
 from flax_customgrad.numerics.accumulation import accumulator
-from flax_customgrad.numerics.sharding import varying_like
+from flax_customgrad.numerics.sharding import varying_alike
 
 Carry = TypeVar("Carry")
 
@@ -73,8 +73,7 @@ class Scores:
             carry: a tree of arrays, what the first step takes.
             *others: arrays that the steps use beside the arguments of the call.
         """
-        for array in (*self._varying, *others):
-            carry = jax.tree.map(lambda a, array=array: varying_like(a, array), carry)
+        carry, *_ = varying_alike((carry, self._varying, others))
         return self.tiling.walk(step, carry)
 
     def of(self, part: Heads, tile: Tile) -> jax.Array:

@@ -31,6 +31,7 @@ from jax import lax
 
 from flax_customgrad.contract.compat import varying_axes
 from flax_customgrad.layers.normalization.axes import NormAxes
+from flax_customgrad.numerics.sizes import is_known
 
 
 class Moments(NamedTuple):
@@ -163,7 +164,7 @@ _TINY = 1e-30
 
 def _is_power_of_two(size: Any) -> bool:
     """Whether a division by it is exact; not known of a symbolic size."""
-    return isinstance(size, int) and not size & (size - 1)
+    return is_known(size) and not size & (size - 1)
 
 
 def _windows(dtype: Any) -> tuple[float, float, float, float]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flax_customgrad.layers.recurrent.initial_carry import initial_carry
 from flax_customgrad.layers.recurrent.linear_recurrence import linear_recurrence
 from flax_customgrad.numerics.dtypes import as_array, in_dtype
 
@@ -58,14 +59,7 @@ class LinearCell(nnx.RNNCellBase):
             ValueError: `carry_init` is given and `rngs` is not.
         """
         shape = (*input_shape[:-1], self.hidden_features)
-        if carry_init is None:
-            return jnp.zeros(shape, self._carry_dtype)
-        stream = rngs.carry if isinstance(rngs, nnx.Rngs) else rngs
-        if stream is None:
-            raise ValueError(
-                f"{type(self).__name__}: carry_init draws from rngs; pass rngs=nnx.Rngs(0) too"
-            )
-        return carry_init(stream(), shape, self._carry_dtype)
+        return initial_carry(type(self).__name__, shape, self._carry_dtype, rngs, carry_init)
 
     def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One step in time.
