@@ -12,6 +12,13 @@ Codebook i finds a code `q[i]` for the remainder of `z` that the codebooks befor
     kept      z and the codebooks, which the caller holds, and indices: 4 bytes a vector and
               codebook; and masks, if there are any
 
+Each remainder is z minus constants, or a constant minus its own code:
+
+    ∂loss/∂z    = 2 commitment (r[1] + ... + r[n]) / N          ∂r[i]/∂z = 1
+    ∂loss/∂q[i] = -2 r[i] / N                                   ∂r[i]/∂q[i] = -1
+
+and a code that several vectors found gets the sum of theirs.
+
 A mask says which vectors a codebook quantizes. The others, such as padding, get 0 for its code and
 its remainder, and what the first codebook leaves out has no gradient and is not counted by `N`.
 

@@ -10,6 +10,9 @@
                                                                       g where low <= x <= high
     kept              nothing; clip_ste, masked, a mask
 
+The derivative of a step is 0 wherever it has one. Straight-through, the error of rounding is taken
+as a constant: y = x + e, and so dy = dx.
+
 `jnp.clip` has derivative 1/2 at a bound, so that `jnp.clip(round_ste(x), low, high)` halves the
 gradient of every value that is rounded onto a bound; a masked `clip_ste` has 1 there.
 """

@@ -4,6 +4,10 @@
     backward  dx = g exp(x - m) / s
     kept      x, and of each row m and s
 
+The maximum cancels: y = log(sum exp(x)), whose derivative is the softmax of the row,
+
+    ∂y/∂x_i = exp(x_i) / sum exp(x) = exp(x_i - m) / s
+
 What happens in a row with an infinite m is said in `softmax_rows`.
 """
 

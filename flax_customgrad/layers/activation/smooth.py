@@ -15,6 +15,14 @@ a = 2 sqrt(2 / pi) and c = 0.044715 a:
     soft_sign    y = x / (1 + |x|)                  dx = g / (1 + |x|)^2
     kept         x, and b
 
+The derivatives, by the product rule and s' = s (1 - s):
+
+    gelu, erf    dx = g (P + x P'),  P'(x) = exp(-x^2 / 2) / sqrt(2 pi)
+    gelu, tanh   dx = g (s + x s (1 - s) w'),  w = x (a + c x^2),  w' = a + 3 c x^2
+    silu         dx = g (s + x s (1 - s))
+    softplus     dx = g exp(x) / (1 + exp(x)) = g s(x)
+    squareplus   dx = g (1 + x / r) / 2 = g (r + x) / (2 r) = g y / r
+
 Where a formula meets 0 times infinity, x is clipped at a bound beyond which the function equals its
 limit to the last bit, in float64 too: so an infinite x has a value and a gradient. The sigmoid is
 that of x itself, which XLA can share between the passes; the clips of the passes differ, because

@@ -1,0 +1,36 @@
+"""A Sphinx extension: writes a page for each layer of the catalogue, and shows their sources."""
+
+import subprocess
+import sys
+from typing import Any
+
+from layer_page import mathematics_of
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.pycode import ModuleAnalyzer
+
+from flax_customgrad import catalogue
+
+
+def _write(app: Sphinx) -> None:
+    # In a process of its own: JAX computes the graphs in threads, which a fork would not survive,
+    # and Sphinx forks to read pages in parallel.
+    subprocess.run([sys.executable, "-m", "write_layer_pages", str(app.srcdir)], check=True)
+
+
+def _show_sources(app: Sphinx, env: BuildEnvironment) -> None:
+    """Has viewcode show the files of operations too: it shows those of documented names alone."""
+    shown = env._viewcode_modules  # type: ignore[attr-defined]
+    for entry in catalogue.entries():
+        for module in mathematics_of(entry):
+            if not shown.get(module.__name__):
+                source = ModuleAnalyzer.for_module(module.__name__)
+                source.find_tags()
+                shown[module.__name__] = source.code, source.tags, {}, module.__name__
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Registers the writing of the pages, before Sphinx looks for what there is."""
+    app.connect("builder-inited", _write)
+    app.connect("env-updated", _show_sources)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
