@@ -47,7 +47,7 @@ def graph(curve: Curve, title: str) -> str:
     for name, heights in (("function", values), ("gradient", slopes)):
         points = [(across(x), up(y)) for x, y in zip(u, heights, strict=True)]
         lines.append(f'<path class="{name}" d="M{_path(points)}"/>')
-    caption = f"<figcaption>{html.escape(title)}</figcaption>" if title else ""
+    caption = f"<figcaption>{html.escape(title)}</figcaption>"
     label = "the function and its gradient" + (f", {title}" if title else "")
     return (
         f'<figure class="graph">{caption}<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
