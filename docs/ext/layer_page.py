@@ -274,9 +274,10 @@ def _typeset(module: ModuleType, entry: catalogue.Entry) -> Iterator[str]:
     """The docstring of a module: its formulas typeset, its text as it is."""
     names = {entry.name.rpartition(".")[2], getattr(entry.module, "__name__", entry.name)}
     siblings = {e.name.rpartition(".")[2] for e in catalogue.entries() if _module_of(e) is module}
-    for block in _blocks(inspect.getdoc(module) or ""):
+    docstring = inspect.getdoc(module) or ""
+    for block in _blocks(docstring):
         if block.startswith(" "):
-            yield _raw(mathematics.table(_rows_of(block, names, siblings)))
+            yield _raw(mathematics.table(_rows_of(block, names, siblings), docstring))
         elif not block.startswith("Source: "):
             yield "\n".join(map(escaped, block.splitlines())) + "\n"
 

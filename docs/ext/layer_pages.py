@@ -1,5 +1,6 @@
 """A Sphinx extension: writes a page for each layer of the catalogue, and shows their sources."""
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -15,7 +16,10 @@ from flax_customgrad import catalogue
 def _write(app: Sphinx) -> None:
     # In a process of its own: JAX computes the graphs in threads, which a fork would not survive,
     # and Sphinx forks to read pages in parallel.
-    subprocess.run([sys.executable, "-m", "write_layer_pages", str(app.srcdir)], check=True)
+    command = [sys.executable, "-m", "write_layer_pages", str(app.srcdir)]
+    # The programs of the graphs run once: to optimize them would take longer than it saves.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    subprocess.run(command, check=True, env={**os.environ, "XLA_FLAGS": flags})
 
 
 def _show_sources(app: Sphinx, env: BuildEnvironment) -> None:

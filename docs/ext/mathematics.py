@@ -24,16 +24,28 @@ _GREEK = {
     "theta": "θ",
     "lambda": "λ",
     "mu": "μ",
+    "nu": "ν",
     "pi": "π",
     "rho": "ρ",
     "sigma": "σ",
     "tau": "τ",
     "phi": "φ",
 }
-_OPERATORS = {"<=": "≤", ">=": "≥", "!=": "≠", "->": "→", "-": "−", "*": "·", "...": "…", "'": "′"}
+_OPERATORS = {
+    "<=": "≤",
+    ">=": "≥",
+    "!=": "≠",
+    "->": "→",
+    "-": "−",
+    "*": "·",
+    ".": "·",
+    "...": "…",
+    "'": "′",
+}
 _RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "->", "~", ":=", "+="}
 _CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|"}
-_BEFORE_FACTORS = {"(", "{", "/", "*", "@", "∂"}
+_PROSE = {"kept", "source", "at a tie"}
+_BEFORE_FACTORS = {"(", "{", "/", "*", "@", ".", "∂"}
 
 # Words that begin a remark within a line of formulas.
 _REMARKS = """
@@ -47,7 +59,7 @@ _REMARKS = """
 
 _TOKEN = re.compile(
     r"(?P<space>\s+)|(?P<code>`[^`]+`|\"[^\"]*\")|(?P<number>\d+(?:\.\d+)?(?:e-?\d+)?)"
-    r"|(?P<name>[A-Za-z]{3,}-[a-z]{3,}|[A-Za-z](?:\w|\.(?=\w))*)"
+    r"|(?P<name>[A-Za-z]{3,}-[a-z]{3,}|[A-Za-z]{2,}'s\b|[A-Za-z](?:\w|\.(?=\w))*)"
     r"|(?P<mark>\.\.\.|<=|>=|!=|->|:=|\+=|.)"
 )
 
@@ -62,11 +74,12 @@ class _Unreadable(Exception):
     """A line that is not a formula."""
 
 
-def table(block: str) -> str:
+def table(block: str, context: str = "") -> str:
     """A block of formulas as an HTML table.
 
     Args:
         block: its lines, indented alike.
+        context: the text that it is from, which may define names that it uses.
 
     Returns:
         A `table` element, of class "mathematics".
@@ -74,16 +87,17 @@ def table(block: str) -> str:
     lines = [line for line in block.splitlines() if line.strip()]
     going_on = {len(line) - len(line.lstrip()) for line in lines if line.lstrip()[0] == "="}
     rows = [_cells(line, going_on) for line in lines]
-    names = set(re.findall(r"[A-Za-z]\w*", block))
+    names = set(re.findall(r"[A-Za-z]\w*", f"{context}\n{block}"))
+    # `sum_g = ...` makes a name of what would be a sum over g.
+    names |= {f"{name} =" for name in re.findall(r"(\w+) +=", f"{context}\n{block}")}
     base = min(offset for row in rows for offset, _ in row)
     edges = _edges((offset for row in rows for offset, _ in row), going_on)
-    return "\n".join(
-        (
-            '<table class="mathematics">',
-            *(_row(row, edges, base, names) for row in rows),
-            "</table>",
-        )
-    )
+    lines, label = ['<table class="mathematics">'], ""
+    for row in rows:
+        if row[0][0] == base:
+            label = _label(row, base)
+        lines.append(_row(row, edges, base, names, label in _PROSE))
+    return "\n".join((*lines, "</table>"))
 
 
 def _cells(line: str, going_on: Set[int]) -> list[tuple[int, str]]:
@@ -114,20 +128,28 @@ def _edges(offsets: Iterable[int], going_on: Set[int]) -> list[int]:
     return edges
 
 
-def _row(cells: list[tuple[int, str]], edges: list[int], base: int, names: Set[str]) -> str:
+def _label(cells: list[tuple[int, str]], base: int) -> str:
+    """What the first column says a line is; empty where it does not."""
+    (offset, text), *others = cells
+    is_label = offset == base and others and "=" not in text + others[0][1][:1]
+    return text if is_label else ""
+
+
+def _row(
+    cells: list[tuple[int, str]], edges: list[int], base: int, names: Set[str], is_prose: bool
+) -> str:
     """A line as a table row, each cell as wide as up to the next."""
     columns = [max(i for i, edge in enumerate(edges) if edge <= offset) for offset, _ in cells]
-    html_cells = [f"<td colspan={columns[0]}></td>"] if columns[0] else []
-    is_prose = False
-    for (offset, text), column, end in zip(cells, columns, [*columns[1:], len(edges)], strict=True):
-        span = f" colspan={end - column}" if end > column + 1 else ""
-        is_label = offset == base and len(cells) > 1 and "=" not in text + cells[1][1][:1]
-        if is_label:
-            is_prose = text in ("kept", "source")
-            html_cells.append(f'<th scope="row"{span}>{html.escape(text)}</th>')
+    row = [f"<td colspan={columns[0]}></td>"] if columns[0] else []
+    label = _label(cells, base)
+    for i, (_, text) in enumerate(cells):
+        width = (*columns, len(edges))[i + 1] - columns[i]
+        span = f" colspan={width}" if width > 1 else ""
+        if label and i == 0:
+            row.append(f'<th scope="row"{span}>{html.escape(text)}</th>')
         else:
-            html_cells.append(f"<td{span}>{prose(text) if is_prose else formula(text, names)}</td>")
-    return f"<tr>{''.join(html_cells)}</tr>"
+            row.append(f"<td{span}>{prose(text) if is_prose else formula(text, names)}</td>")
+    return f"<tr>{''.join(row)}</tr>"
 
 
 def prose(text: str) -> str:
@@ -264,10 +286,11 @@ class _Reader:
                 if self.at_remark():
                     raise _Unreadable
                 over = _without_parentheses(factors)
-                factors = [f"<mfrac><mrow>{over}</mrow><mrow>{self.factor(True)}</mrow></mfrac>"]
-            elif factors and token.text in ("*", "@"):
-                factors.append(_operator(self.take().text) + self.factor())
-            elif re.fullmatch(r"sum(_.*)?", token.text) and not self._is_call():
+                under = self.product() if self._at_big_sum() else self.factor(bare=True)
+                factors = [f"<mfrac><mrow>{over}</mrow><mrow>{under}</mrow></mfrac>"]
+            elif factors and token.text in ("*", "@", "."):
+                factors.append(self._times() + self.factor())
+            elif self._at_big_sum():
                 factors.append(self._big_sum())
                 if self.next is not None and self._starts_factor():
                     factors.append(self.product())
@@ -286,9 +309,13 @@ class _Reader:
             return self._depth == 0
         return token.kind in ("name", "number", "code") or token.text in _BEFORE_FACTORS
 
-    def _is_call(self) -> bool:
-        after = self.ahead(1)
-        return after is not None and after.text == "(" and not after.spaced
+    def _at_big_sum(self) -> bool:
+        """Whether `sum` or `sum_i` is next, not sum(...), nor a name that the block defines."""
+        token, after = self.next, self.ahead(1)
+        if token is None or not re.fullmatch(r"sum(_.*)?", token.text):
+            return False
+        is_call = after is not None and after.text == "(" and not after.spaced
+        return not is_call and f"{token.text} =" not in self.names
 
     def _big_sum(self) -> str:
         name = self.take().text
@@ -330,7 +357,7 @@ class _Reader:
             self.take()
             result = _operator("...")
         elif token.kind == "name":
-            result = self._named()
+            result = self._quotient_of_differentials() or self._named()
         else:
             raise _Unreadable
         while (
@@ -342,8 +369,23 @@ class _Reader:
                 result = f"<msub><mrow>{result}</mrow>{self._group(bare=True)}</msub>"
             else:
                 self.take()
-                result = f"<msup><mrow>{result}</mrow><mrow>{self.factor(True)}</mrow></msup>"
+                result = f"<msup><mrow>{result}</mrow><mrow>{self._exponent()}</mrow></msup>"
         return result
+
+    def _times(self) -> str:
+        """The sign of a product; `.^T` is that of the transposed one."""
+        sign = _operator(self.take().text)
+        if self.next is None or self.next.text != "^":
+            return sign
+        self.take()
+        return f"<msup>{sign}{_letter(self.take().text)}</msup>"
+
+    def _exponent(self) -> str:
+        """What stands above: of `f^T(x)` the T alone."""
+        token, after = self.next, self.ahead(1)
+        if token is not None and token.text == "T" and after is not None and after.text == "(":
+            return _name(self.take().text, self.names)
+        return self.factor(bare=True)
 
     def _derivative(self) -> str:
         """A partial derivative, a quotient of its own: in g ∂y/∂x, g is not above the bar."""
@@ -354,6 +396,18 @@ class _Reader:
         self.take()
         below = _operator(self.take().text) + self.factor()
         return f"<mfrac>{above}<mrow>{below}</mrow></mfrac>"
+
+    def _quotient_of_differentials(self) -> str:
+        """dl/dz, written without spaces: a derivative, which is a quotient of its own."""
+        above, bar, below = self.next, self.ahead(1), self.ahead(2)
+        if above is None or bar is None or below is None:
+            return ""
+        parts = f"{above.text}{' ' * bar.spaced}{bar.text}{' ' * below.spaced}{below.text}"
+        if not re.fullmatch(r"d[a-z]\w*/d[a-z]\w*", parts):
+            return ""
+        over, under = (_name(token.text, self.names) for token in (above, below))
+        self._at += 3
+        return f"<mfrac>{over}{under}</mfrac>"
 
     def _named(self) -> str:
         name = self.take().text
@@ -392,7 +446,7 @@ class _Reader:
         self.take()
         self._depth -= opening == "|"
         inner = "".join(parts)
-        if bare:
+        if bare and opening != "|":
             return f"<mrow>{inner}</mrow>"
         return f"<mrow><mo>{opening}</mo>{inner}<mo>{closing}</mo></mrow>"
 
@@ -420,7 +474,11 @@ def _name(name: str, names: Set[str]) -> str:
     head, _, index = name.partition("_")
     if re.fullmatch(r"d[A-Za-z]\w*", head) and (len(head) == 2 or {head[1:], name[1:]} & names):
         return f"<mrow><mi>d</mi>{_name(name[1:], names)}</mrow>"
+    if len(head) > 1 and len(index) > 3 and not index.startswith("hat_"):
+        return _letter(name)  # `label_smoothing` is one word.
     letter = _letter(head)
+    if index == "bar":
+        letter, index = f"<mover>{letter}<mo>¯</mo></mover>", ""
     if index == "hat" or index.startswith("hat_"):
         letter, index = f"<mover>{letter}<mo>^</mo></mover>", index[4:]
     if not index:

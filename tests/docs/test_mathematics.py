@@ -42,6 +42,33 @@ def test_a_line_is_read_by_precedence(line, shown):
     assert _text(formula(line, {"x", "y"})) == shown
 
 
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("|q| / |z|", "FRAC|q||z|"),
+        ("a / sum b", "FRACa∑b"),
+        ("g w dl/dz (1 - z)", "gwFRACdldz(1−z)"),
+        ("f^T(x)", "MSUP fT(x)"),
+        ("2^ceil(l)", "MSUP 2ceil(l)"),
+        ("x .^T g", "xMSUP ·Tg"),
+        ("label_smoothing t", "label_smoothingt"),
+    ],
+)
+def test_a_quotient_or_power_takes_what_it_is_meant_to(line, shown):
+    assert _text(formula(line, {"l", "z"})) == shown
+
+
+def test_a_name_that_is_defined_is_no_sum():
+    assert "∑" in table("    y = sum_g x")
+    assert "∑" not in table("    y = sum_g x", context="    sum_g = 1")
+
+
+def test_what_is_kept_is_text():
+    block = "    kept  x\n          so = b / c\n    c = a / b\n"
+    rows = re.findall(r"<tr>(.*?)</tr>", table(block))
+    assert ["<mfrac>" in row for row in rows] == [False, False, True]
+
+
 def test_what_stands_below_each_other_stays_so():
     block = (
         "    forward   y  = x        a remark\n              z  = y\n    kept      a byte of x\n"

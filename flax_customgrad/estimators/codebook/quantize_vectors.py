@@ -6,7 +6,7 @@ Codebook i finds a code `q[i]` for the remainder of `z` that the codebooks befor
               q[i] = codebooks[i][indices[i]],  r[i] = r[i-1] - q[i]
               q    = q[1] + ... + q[n]
               loss = (commitment + 1) (sum r[1]^2 + ... + sum r[n]^2) / N      N: numbers in z
-                     (commitment alone if codes do not learn by it)
+                     (commitment alone if codes learn otherwise)
     backward  dz   = E(dq) + 2 commitment dloss (r[1] + ... + r[n]) / N
               dcodebooks[i][j] = -2 dloss / N times the sum of r[i] where indices[i] = j
     kept      z and the codebooks, which the caller holds, and indices: 4 bytes a vector and
