@@ -104,6 +104,11 @@ def log_softmax(
 
     Returns:
         Array like x; minus infinity in a row that holds nothing else or is masked throughout.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> fcg.log_softmax(jnp.array([-jnp.inf, 0.0]))
+        Array([-inf,   0.], dtype=float32)
     """
     x, axis = as_array(x), reduction_axes(axis)
     if not takes_custom_backward(x):

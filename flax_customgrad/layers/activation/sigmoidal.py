@@ -44,6 +44,11 @@ def tanh(x: ArrayLike) -> jax.Array:
 
     Returns:
         Array like x.
+
+    Example:
+        >>> import jax, flax_customgrad as fcg
+        >>> jax.grad(fcg.tanh)(0.0)
+        Array(1., dtype=float32, weak_type=True)
     """
     x = as_array(x)
     return (TANH_OF_INPUT if is_half(x) else TANH)(x)
@@ -69,6 +74,11 @@ def sigmoid(x: ArrayLike) -> jax.Array:
 
     Returns:
         Array like x.
+
+    Example:
+        >>> import jax, flax_customgrad as fcg
+        >>> jax.grad(fcg.sigmoid)(0.0)
+        Array(0.25, dtype=float32, weak_type=True)
     """
     x = as_array(x)
     return (SIGMOID_OF_INPUT if is_half(x) else SIGMOID)(x)

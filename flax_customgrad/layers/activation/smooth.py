@@ -86,6 +86,11 @@ def gelu(x: ArrayLike, approximate: bool = True) -> jax.Array:
     Returns:
         Array like x.
 
+    Example:
+        >>> import jax, flax_customgrad as fcg
+        >>> jax.grad(fcg.gelu)(0.0)
+        Array(0.5, dtype=float32, weak_type=True)
+
     Source: arXiv:1606.08415
     """
     if isinstance(x, float) or getattr(x, "weak_type", False):
@@ -118,6 +123,11 @@ def silu(x: ArrayLike) -> jax.Array:
 
     Returns:
         Array like x.
+
+    Example:
+        >>> import jax, flax_customgrad as fcg
+        >>> jax.grad(fcg.silu)(0.0)
+        Array(0.5, dtype=float32, weak_type=True)
 
     Source: arXiv:1702.03118
     """
@@ -157,6 +167,11 @@ def mish(x: ArrayLike) -> jax.Array:
     Returns:
         Array like x.
 
+    Example:
+        >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
+        >>> jax.grad(fcg.mish)(jnp.inf)
+        Array(1., dtype=float32, weak_type=True)
+
     Source: arXiv:1908.08681
     """
     return MISH(x)
@@ -193,6 +208,11 @@ def softplus(x: ArrayLike) -> jax.Array:
 
     Returns:
         Array like x.
+
+    Example:
+        >>> import jax, flax_customgrad as fcg
+        >>> jax.grad(fcg.softplus)(0.0)
+        Array(0.5, dtype=float32, weak_type=True)
     """
     return SOFTPLUS(x)
 
@@ -205,6 +225,11 @@ def log_sigmoid(x: ArrayLike) -> jax.Array:
 
     Returns:
         Array like x.
+
+    Example:
+        >>> import jax, flax_customgrad as fcg
+        >>> jax.grad(fcg.log_sigmoid)(0.0)
+        Array(0.5, dtype=float32, weak_type=True)
     """
     return LOG_SIGMOID(x)
 
@@ -255,6 +280,11 @@ def squareplus(x: ArrayLike, b: ArrayLike = 4) -> jax.Array:
     Returns:
         Array like x.
 
+    Example:
+        >>> import jax, flax_customgrad as fcg
+        >>> jax.grad(fcg.squareplus)(0.0)
+        Array(0.5, dtype=float32)
+
     Source: arXiv:2112.11687
     """
     return SQUAREPLUS(x, b)
@@ -285,5 +315,10 @@ def soft_sign(x: ArrayLike) -> jax.Array:
 
     Returns:
         Array like x.
+
+    Example:
+        >>> import jax, flax_customgrad as fcg
+        >>> jax.grad(fcg.soft_sign)(1.0)
+        Array(0.25, dtype=float32, weak_type=True)
     """
     return SOFT_SIGN(x)

@@ -100,6 +100,11 @@ def softmax(
 
     Returns:
         Array like x; 0 in a row that holds minus infinity alone or is masked throughout.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> fcg.softmax(jnp.array([0.0, jnp.inf]))
+        Array([0., 1.], dtype=float32)
     """
     x, axis = as_array(x), reduction_axes(axis)
     if not takes_custom_backward(x):
