@@ -180,6 +180,8 @@ def _source_of(app: Sphinx, module: str, attribute: str) -> str | None:
     for path, candidate in list(sys.modules.items()):
         is_ours = path.partition(".")[0] == "flax_customgrad"
         if is_ours and vars(candidate).get(name) is value and name in _definitions(path):
+            # A page is read again where the file changed, and not only `__init__.py`.
+            app.env.note_dependency(inspect.getfile(candidate))
             return path
     return None
 

@@ -215,41 +215,36 @@ def _error(error: float | None, allowed: float | None) -> tuple[str, str]:
 
 def _benchmark(entry: catalogue.Entry, benchmarks: dict[str, Any]) -> Iterator[str]:
     """The rows of `bench --json` that are of this layer."""
-    rows = [row for row in benchmarks.get("rows", ()) if row["layer"] == entry.name]
+    rows = [row for row in benchmarks.get("workloads", ()) if row["layer"] == entry.name]
     if not rows:
         return
     theirs = entry.stands_for or "autodiff"
     yield _title("Speed", "-")
     yield (
-        f"Value and gradient, compiled, {_provenance(benchmarks)}: median and quartiles. A ratio "
-        "above 1 means that this library is faster.\n"
+        f"Value and gradient, compiled, {_provenance(benchmarks)}. *Times as fast* is the time "
+        f"of ``{theirs}`` divided by ours, the median and the quartiles. The memory is what is "
+        "allocated beside inputs and outputs.\n"
     )
     yield _table(
-        ("workload", f"{theirs}, ms", "ours, ms", "ratio", "memory"),
+        ("workload", "our time", "times as fast", f"memory, {theirs}", "memory, ours"),
         [
             (
                 escaped(row["workload"]),
-                _quartiles(row["nnx_ms"]),
-                _quartiles(row["ours_ms"]),
-                f"{row['ratio']:.2f}",
-                " → ".join(
-                    pictures.size(n) for n in (row["nnx_bytes"], row["our_bytes"]) if n is not None
-                ),
+                f"{row['milliseconds']:.3g} ms",
+                f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
+                *(pictures.size(row["temporary_bytes"][of] or 0) for of in ("baseline", "ours")),
             )
             for row in rows
         ],
     )
 
 
-def _quartiles(times: Sequence[float]) -> str:
-    low, median, high = times
-    return f"{median:.3g} ({low:.3g} to {high:.3g})"
-
-
 def _provenance(measured: dict[str, Any]) -> str:
-    versions = ", ".join(f"{k} {v}" for k, v in measured.get("versions", {}).items())
-    on = f"on {measured['machine']}" + (f" with {versions}" if versions else "")
-    return f"{on}, {measured['date']}"
+    """On what machine, with what versions and when something was measured."""
+    machine = measured.get("machine") or f"{measured['device']}, {measured['cpus']} cores"
+    versions = measured.get("versions") or {name: measured[name] for name in ("jax", "flax")}
+    of = ", ".join(f"{name} {number}" for name, number in versions.items())
+    return f"on {machine} with {of}, {measured['date']}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

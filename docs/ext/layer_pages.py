@@ -5,7 +5,7 @@ import subprocess
 import sys
 from typing import Any
 
-from layer_page import mathematics_of
+from layer_page import mathematics_of, page_of
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.pycode import ModuleAnalyzer
@@ -22,6 +22,14 @@ def _write(app: Sphinx) -> None:
     subprocess.run(command, check=True, env={**os.environ, "XLA_FLAGS": flags})
 
 
+def _depend_on_sources(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Has a page read again where a file changed that its docstrings or formulas are from."""
+    for entry in catalogue.entries():
+        if page_of(entry) == docname:
+            for module in mathematics_of(entry):
+                app.env.note_dependency(str(module.__file__), docname=docname)
+
+
 def _show_sources(app: Sphinx, env: BuildEnvironment) -> None:
     """Has viewcode show the files of operations too: it shows those of documented names alone."""
     shown = env._viewcode_modules  # type: ignore[attr-defined]
@@ -36,5 +44,6 @@ def _show_sources(app: Sphinx, env: BuildEnvironment) -> None:
 def setup(app: Sphinx) -> dict[str, Any]:
     """Registers the writing of the pages, before Sphinx looks for what there is."""
     app.connect("builder-inited", _write)
+    app.connect("source-read", _depend_on_sources)
     app.connect("env-updated", _show_sources)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -85,5 +85,6 @@ def _check(app: Sphinx, exception: Exception | None) -> None:
 def setup(app: Sphinx) -> dict[str, Any]:
     """Registers the checks, which run once all pages are written."""
     app.add_config_value("page_limit", 100_000, "", [int])
-    app.connect("build-finished", _check)
+    # After the theme, which writes files then too.
+    app.connect("build-finished", _check, priority=900)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
