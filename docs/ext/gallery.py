@@ -15,6 +15,7 @@ from typing import Any
 
 from coverage_check import public_names
 from layer_page import page_of
+from sources import link
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
@@ -109,12 +110,8 @@ def _row(entry: catalogue.Entry) -> tuple[str, ...]:
 
 
 def _linked(source: str) -> str:
-    """A source as a link: an arXiv number, an issue, or the text as it is."""
-    if match := re.fullmatch(r"arXiv:([\w./-]+)", source):
-        return f"[{source}](https://arxiv.org/abs/{match[1]})"
-    if match := re.fullmatch(r"https://github\.com/([\w./-]+)/(?:issues|pull)/(\d+)", source):
-        return f"[{match[1]}#{match[2]}]({source})"
-    return f"<{source}>" if source.startswith("https://") else _escaped(source)
+    text, address = link(source)
+    return f"[{_escaped(text)}]({address})" if address else _escaped(text)
 
 
 def _escaped(text: str) -> str:

@@ -4,13 +4,9 @@ That is its entry in the catalogue, its docstring, the docstrings of the files t
 mathematics, what its backward keeps, which is traced, and the measurements in `docs/data`.
 """
 
-import ast
-import functools
-import importlib
 import inspect
 import json
 import re
-import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,10 +18,11 @@ import kept_bytes
 import mathematics
 import pictures
 from docstrings import escaped
+from layer_files import mathematics_of, module_of
 from methods import documented_methods
+from sources import link
 
 from flax_customgrad import BackwardStateError, catalogue
-from flax_customgrad.registry.operations import OPERATIONS
 
 _PACKAGE = "flax_customgrad"
 FOLDERS = ("layers", "functions")
@@ -113,7 +110,7 @@ def _facts(entry: catalogue.Entry, own: ModuleType) -> str:
         "In the same file": ", ".join(
             f":doc:`{other.name} </{page_of(other)}>`"
             for other in catalogue.entries()
-            if other is not entry and _module_of(other) is own
+            if other is not entry and module_of(other) is own
         ),
     }
     rows = "\n".join(f":{label}: {fact}" for label, fact in facts.items() if fact)
@@ -127,12 +124,8 @@ def _facts(entry: catalogue.Entry, own: ModuleType) -> str:
 
 
 def _linked(source: str) -> str:
-    """A source as a link: an arXiv number, an issue, or the text as it is."""
-    if match := re.fullmatch(r"arXiv:([\w./-]+)", source):
-        return f"`{source} <https://arxiv.org/abs/{match[1]}>`__"
-    if match := re.fullmatch(r"https://github\.com/([\w./-]+)/(?:issues|pull)/(\d+)", source):
-        return f"`{match[1]}#{match[2]} <{source}>`__"
-    return escaped(source)
+    text, address = link(source)
+    return f"`{text} <{address}>`__" if address else escaped(text)
 
 
 def _file(module: ModuleType) -> str:
@@ -268,7 +261,7 @@ def _operation(module: ModuleType, entry: catalogue.Entry) -> Iterator[str]:
 def _typeset(module: ModuleType, entry: catalogue.Entry) -> Iterator[str]:
     """The docstring of a module: its formulas typeset, its text as it is."""
     names = {entry.name.rpartition(".")[2], getattr(entry.module, "__name__", entry.name)}
-    siblings = {e.name.rpartition(".")[2] for e in catalogue.entries() if _module_of(e) is module}
+    siblings = {e.name.rpartition(".")[2] for e in catalogue.entries() if module_of(e) is module}
     docstring = inspect.getdoc(module) or ""
     for block in _blocks(docstring):
         if block.startswith(" "):
@@ -304,57 +297,3 @@ def _rows_of(block: str, names: set[str], siblings: set[str]) -> str:
         if is_ours:
             kept.append(line)
     return "\n".join(kept)
-
-
-def mathematics_of(entry: catalogue.Entry) -> list[ModuleType]:
-    """The file of a layer, and those of its family's folder with the operations that it names.
-
-    Where a file does not say what its backward is, all operations that it uses are meant.
-    """
-    own = _module_of(entry)
-    with_operations = {f"{_PACKAGE}.{name.rpartition('.')[0]}" for name in OPERATIONS}
-    found, seen = [own], [own.__name__]
-    for name in seen:
-        for imported in _imports(name):
-            if imported in seen or not imported.startswith(own.__name__.rpartition(".")[0] + "."):
-                continue
-            seen.append(imported)
-            if imported not in with_operations:
-                continue
-            module = importlib.import_module(imported)
-            mentions = "\n".join(filter(None, (m.__doc__ for m in found)))
-            is_named = f"`{imported.rpartition('.')[2]}`" in mentions
-            if is_named or "backward" not in (own.__doc__ or ""):
-                found.append(module)
-    return found
-
-
-@functools.cache
-def _imports(module: str) -> list[str]:
-    """The modules of the library that a module imports, or imports from."""
-    found = []
-    for node in ast.parse(inspect.getsource(sys.modules[module])).body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(_PACKAGE):
-            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return [name for name in found if name in sys.modules]
-
-
-def _module_of(entry: catalogue.Entry) -> ModuleType:
-    """The module whose source defines a layer."""
-    return _definitions()[entry.module]
-
-
-@functools.cache
-def _definitions() -> dict[Any, ModuleType]:
-    """The module that defines each class and function of the library."""
-    found = {}
-    for path, module in list(sys.modules.items()):
-        if path.startswith(f"{_PACKAGE}.") and getattr(module, "__file__", None):
-            for node in ast.parse(inspect.getsource(module)).body:
-                if isinstance(node, ast.ClassDef | ast.FunctionDef):
-                    found[getattr(module, node.name)] = module
-                elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                    value = getattr(module, node.targets[0].id)
-                    if callable(value):
-                        found.setdefault(value, module)
-    return found

@@ -5,7 +5,8 @@ import subprocess
 import sys
 from typing import Any
 
-from layer_page import mathematics_of, page_of
+from layer_files import mathematics_of
+from layer_page import page_of
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.pycode import ModuleAnalyzer
