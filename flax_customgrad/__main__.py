@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from flax_customgrad.command import (
+    audit,
     check,
     codebooks,
     common,
@@ -23,6 +24,7 @@ _COMMANDS = {
     "codebooks": codebooks,
     "list": listing,
     "check": check,
+    "audit": audit,
 }
 
 
