@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from flax_customgrad.command import (
     audit,
+    bench,
     check,
     codebooks,
     common,
@@ -25,6 +26,7 @@ _COMMANDS = {
     "list": listing,
     "check": check,
     "audit": audit,
+    "bench": bench,
 }
 
 
