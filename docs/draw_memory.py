@@ -1,6 +1,6 @@
 """Draws the picture of the README: the memory that the quickstart measures, as it measures it.
 
-    python docs/draw_memory.py
+python docs/draw_memory.py
 """
 
 from pathlib import Path
