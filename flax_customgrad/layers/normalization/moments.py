@@ -157,7 +157,8 @@ def _of_plain_sums(x: jax.Array, axes: NormAxes, epsilon: float, centered: bool)
 
     # XLA sums floats faster than it combines booleans.
     wrong = jnp.sum(jnp.where(is_right, 0, 1).astype(x.dtype))
-    return Moments(*lax.cond(wrong == 0, textbook, exact, x), count)
+    shift, correction, variance, rstd = lax.cond(wrong == 0, textbook, exact, x)
+    return Moments(shift, correction, variance, rstd, count)
 
 
 def _exact(
