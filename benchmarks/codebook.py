@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 import flax_customgrad as fcg
-from benchmarks.paired import paired, pin_allocator
+from flax_customgrad.command.benchmark.paired import paired, pin_allocator
 
 VARIANTS = {
     "loss, straight-through": ("loss", "straight_through"),

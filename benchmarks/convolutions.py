@@ -21,8 +21,8 @@ from flax import nnx
 
 import flax_customgrad as fcg
 from benchmarks import pytorch_convolutions
-from benchmarks.paired import paired, pin_allocator
-from benchmarks.steps import step
+from flax_customgrad.command.benchmark.paired import paired, pin_allocator
+from flax_customgrad.command.benchmark.steps import step
 
 
 @dataclass(frozen=True)

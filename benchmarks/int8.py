@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 import flax_customgrad as fcg
-from benchmarks.paired import paired, pin_allocator
-from benchmarks.steps import step
+from flax_customgrad.command.benchmark.paired import paired, pin_allocator
+from flax_customgrad.command.benchmark.steps import step
 
 LINEAR = (
     (32, 64, 64),

@@ -1,9 +1,9 @@
-"""Every layer against that of nnx, and where it is installed PyTorch: value and gradient, compiled.
+"""`python -m flax_customgrad bench` with PyTorch beside it, and with eight layers in a scan.
 
 python -m benchmarks.layers [NAME ...] [--family FAMILY] [--seconds S]
 
     x       time of nnx divided by time of ours, median and quartiles: above 1 ours is faster
-    torch   time of PyTorch divided by time of ours
+    torch   time of PyTorch divided by time of ours, where it is installed
     one     temporary memory of one layer, nnx's and ours
     scan    the same of eight layers in a lax.scan, which keeps the residuals of all
 
@@ -15,9 +15,9 @@ import argparse
 import jax
 
 from benchmarks import pytorch
-from benchmarks.paired import paired, pin_allocator
-from benchmarks.steps import scan_bytes, variants
-from flax_customgrad import catalogue, use_autodiff
+from flax_customgrad import catalogue
+from flax_customgrad.command.benchmark.paired import pin_allocator
+from flax_customgrad.command.benchmark.workloads import SLOWER, Pair, measure, scanned
 
 
 def main() -> None:
@@ -38,44 +38,27 @@ def main() -> None:
         if (names and entry.name not in names) or args.family not in (None, entry.family):
             continue
         for workload, make in entry.workloads.items():
-            line, ratio = compare(entry, make, args.seconds)
+            in_torch = pytorch.step(entry.name, make(entry.module))
+            others = {} if in_torch is None else {"torch": in_torch}
+            ours = measure(entry, workload, args.seconds, others)
             label = f"{entry.name}: {workload}"
-            print(f"{label:44} {line}", flush=True)
-            if ratio < 0.97:
-                slower.append(f"{label} x{ratio:.2f}")
-    print(f"\nslower than 0.97: {'; '.join(slower) or 'none'}")
+            torch = f"{ours.others['torch'] / ours.milliseconds:6.2f}" if others else f"{'':6}"
+            memory = (ours.temporary_bytes, scanned(entry, workload))
+            print(
+                f"{label:44} {ours.milliseconds:7.3f} ms  x{ours.ratio:.2f} "
+                f"[{ours.low:.2f}, {ours.high:.2f}] {torch}  "
+                + "  ".join(f"{_megabytes(pair):>16}" for pair in memory),
+                flush=True,
+            )
+            if ours.ratio < SLOWER:
+                slower.append(f"{label} x{ours.ratio:.2f}")
+    print(f"\nslower than {SLOWER}: {'; '.join(slower) or 'none'}")
 
 
-def compare(entry: catalogue.Entry, make: catalogue.Example, seconds: float) -> tuple[str, float]:
-    """A line for one workload, and the ratio in it.
-
-    Args:
-        entry: the layer.
-        make: the workload.
-        seconds: how long to measure.
-    """
-    functions, temps = {}, []
-    for name, compile_step in variants(entry, make).items():
-        compiled, args = compile_step()
-        temps.append(compiled.memory_analysis().temp_size_in_bytes)
-        functions[name] = lambda f=compiled, a=args: f(*a)
-    in_torch = pytorch.step(entry.name, make(entry.module))
-    if in_torch is not None:
-        functions["torch"] = in_torch
-    timed = paired(functions, seconds)
-    ours = timed["ours"]
-    torch = f"{timed['torch'].milliseconds / ours.milliseconds:6.2f}" if in_torch else f"{'':6}"
-    scans = [scan_bytes(make(entry.reference or entry.module)), scan_bytes(make(entry.module))]
-    if not entry.is_drop_in:
-        with use_autodiff():
-            scans[0] = scan_bytes(make(entry.module))
-    memory = "  ".join(f"{_megabytes(pair):>16}" for pair in (temps, scans))
-    times = f"{ours.milliseconds:7.3f} ms  x{ours.ratio:.2f} [{ours.low:.2f}, {ours.high:.2f}]"
-    return f"{times} {torch}  {memory}", ours.ratio
-
-
-def _megabytes(pair: list[int | None]) -> str:
-    return "" if None in pair else " -> ".join(f"{n / 1e6:.1f}" for n in pair if n is not None)
+def _megabytes(pair: Pair) -> str:
+    if pair.baseline is None or pair.ours is None:
+        return ""
+    return f"{pair.baseline / 1e6:.1f} -> {pair.ours / 1e6:.1f}"
 
 
 if __name__ == "__main__":

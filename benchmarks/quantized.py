@@ -23,7 +23,7 @@ from flax import nnx
 from jax import lax
 
 import flax_customgrad as fcg
-from benchmarks.paired import paired, pin_allocator
+from flax_customgrad.command.benchmark.paired import paired, pin_allocator
 
 Build = Callable[[int], Callable[[nnx.Rngs], Any]]
 

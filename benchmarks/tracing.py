@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import flax_customgrad as fcg
-from benchmarks.paired import paired, pin_allocator
+from flax_customgrad.command.benchmark.paired import paired, pin_allocator
 
 
 class MLP(nnx.Module):

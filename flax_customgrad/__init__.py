@@ -164,6 +164,8 @@ from flax_customgrad.low_bit.quantizers.scheme import Scheme
 from flax_customgrad.low_bit.quantizers.ternary_weights import TWN, AbsMean
 from flax_customgrad.low_bit.quantizers.tqt import TQT
 from flax_customgrad.low_bit.quantizers.ttq import TTQ
+from flax_customgrad.model.audit import audit
+from flax_customgrad.model.audit_report import Audit, AuditRow
 from flax_customgrad.model.calibrate import calibrate
 from flax_customgrad.model.conversion import conversion
 from flax_customgrad.model.conversion_report import Conversion, ConversionRow
@@ -195,6 +197,8 @@ __all__ = [
     "TWN",
     "AbsMean",
     "ApproxSign",
+    "Audit",
+    "AuditRow",
     "BackwardState",
     "BackwardStateError",
     "BatchNorm",
@@ -301,6 +305,7 @@ __all__ = [
     "WeightStandardization",
     "Where",
     "XNORSign",
+    "audit",
     "avg_pool",
     "backward_state",
     "begin_step",

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from flax_customgrad.command import (
+    audit,
+    bench,
     check,
     codebooks,
     common,
@@ -23,6 +25,8 @@ _COMMANDS = {
     "codebooks": codebooks,
     "list": listing,
     "check": check,
+    "audit": audit,
+    "bench": bench,
 }
 
 

@@ -7,14 +7,13 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 
 from flax_customgrad import catalogue
 from flax_customgrad.command import measurements
-from flax_customgrad.command.common import INTERRUPTED
+from flax_customgrad.command.common import INTERRUPTED, layer_name, time_left, writable
 from flax_customgrad.testing import CHECKS, Report, Row, check_vjp
 
 if TYPE_CHECKING:
@@ -26,7 +25,11 @@ _DEVICES = 8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `check` to a parser."""
     parser.add_argument(
-        "layers", nargs="*", type=_layer, metavar="NAME", help="a layer to check; all by default"
+        "layers",
+        nargs="*",
+        type=layer_name,
+        metavar="NAME",
+        help="a layer to check; all by default",
     )
     parser.add_argument(
         "--only",
@@ -38,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--details", action="store_true", help="print the table of each example")
     parser.add_argument(
         "--json",
-        type=Path,
+        type=writable,
         metavar="FILE",
         help="write a summary of each layer, if no check fails; the documentation shows it",
     )
@@ -70,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     for label, (entry, example) in examples.items():
         began = time.perf_counter()
-        left = _estimate(began - start, len(reports), len(examples))
+        left = time_left(began - start, len(reports), len(examples))
         try:
             with console.status(f"checking {len(reports) + 1} of {len(examples)}{left}: {label}"):
                 expected = catalogue.expected(entry, example)
@@ -135,14 +138,6 @@ def _summary(reports: Sequence[Report], n: int, start: float) -> str:
     )
 
 
-def _estimate(seconds: float, done: int, n: int) -> str:
-    """How long the rest takes if it is like what is done; nothing before there is anything."""
-    if not done:
-        return ""
-    rest = seconds / done * (n - done)
-    return f", about {rest / 60:.0f} min left" if rest >= 90 else f", about {rest:.0f} s left"
-
-
 def _line(report: Report, seconds: float) -> "Text":
     """The summary of one example, below the heading that `run` prints."""
     from rich.text import Text
@@ -172,13 +167,6 @@ def _ask_for_devices() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}={_DEVICES}".strip()
     if not jax.config.jax_platforms:  # type: ignore[attr-defined]
         jax.config.update("jax_platforms", "cpu")
-
-
-def _layer(name: str) -> str:
-    try:
-        return catalogue.find(name).name
-    except KeyError as unknown:
-        raise argparse.ArgumentTypeError(unknown.args[0]) from None
 
 
 def _checks(names: str) -> tuple[str, ...]:

@@ -2,8 +2,13 @@
 
 import argparse
 import importlib
+import os
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+
+from flax_customgrad import catalogue
 
 INTERRUPTED = 130
 """The exit status of a command that was stopped by Ctrl-C, as shells have it."""
@@ -58,6 +63,74 @@ def positive_integer(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"there must be at least 1, got {number}")
     return number
+
+
+def layer_name(text: str) -> str:
+    """Converts an argument, in any case, to the name of a layer in the catalogue.
+
+    Raises:
+        argparse.ArgumentTypeError: there is none of that name; it suggests names.
+    """
+    try:
+        return catalogue.find(text).name
+    except KeyError as unknown:
+        raise argparse.ArgumentTypeError(unknown.args[0]) from None
+
+
+def time_left(seconds: float, done: int, n: int) -> str:
+    """How long the rest takes if it is like what is done; "" before there is anything.
+
+    Args:
+        seconds: how long it took so far.
+        done: how many are done.
+        n: how many there are.
+    """
+    return f", about {duration(seconds / done * (n - done))} left" if done else ""
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it.
+
+    Args:
+        seconds: how many.
+    """
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def picture(*suffixes: str) -> Callable[[str], Path]:
+    """Makes a type of arguments: a file that a picture is saved in.
+
+    Args:
+        *suffixes: how its name may end.
+
+    Returns:
+        A function from an argument to a path, which raises argparse.ArgumentTypeError where it does
+        not end so or cannot be written.
+    """
+
+    def path(text: str) -> Path:
+        path = Path(text)
+        if path.suffix not in suffixes:
+            raise argparse.ArgumentTypeError(
+                f"the figure is a {' or '.join(suffixes)} file, got {text!r}"
+            )
+        return writable(text)
+
+    return path
+
+
+def writable(text: str) -> Path:
+    """Converts an argument to the path of a file that can be written.
+
+    Raises:
+        argparse.ArgumentTypeError: it cannot.
+    """
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no directory {str(path.parent)!r}")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write to {text!r}")
+    return path
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:

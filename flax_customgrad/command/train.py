@@ -2,8 +2,6 @@
 
 import argparse
 import importlib
-import os
-from pathlib import Path
 
 from flax_customgrad.command import common
 
@@ -31,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=_figure,
+        type=common.picture(".png"),
         default="customgrad_train.png",
         metavar="FILE.png",
         help="where to save the figure (default: %(default)s)",
@@ -71,14 +69,3 @@ def _seed(text: str) -> int:
     if not 0 <= seed < 2**32:
         raise argparse.ArgumentTypeError(f"a seed is from 0 to {2**32 - 1}, got {seed}")
     return seed
-
-
-def _figure(text: str) -> Path:
-    path = Path(text)
-    if path.suffix != ".png":
-        raise argparse.ArgumentTypeError(f"the figure is a .png file, got {text!r}")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no directory {str(path.parent)!r}")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"cannot write to {text!r}")
-    return path

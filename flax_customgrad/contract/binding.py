@@ -50,8 +50,8 @@ class Rules(NamedTuple):
             does not say. Returns one cotangent for each array; None for zero.
         is_surrogate: `backward` differs from the derivative of `primal` on purpose: forward mode
             is its transpose.
-        is_pure: what `primal` returns depends on its arguments alone: calls with arguments of the
-            same types share one trace, and outside of any trace one compiled program.
+        is_pure: what the rules return depends on their arguments alone: calls with arguments of
+            the same types share one trace of each, and outside of any trace one compiled `primal`.
         has_rate: called with the static value; whether it holds a number that may change from call
             to call. Such a call is not compiled outside of a trace.
         shared: called with the static value; of an operation that takes any number of leading
@@ -98,6 +98,11 @@ def bind(rules: Rules) -> Rule:
             primal=functools.partial(rules.primal, static),
             forward=functools.partial(rules.forward, static),
         )
+        if rules.is_pure:
+            of_arrays = of_arrays._replace(
+                forward=_forward_traced_once(of_arrays, types),
+                backward=_backward_traced_once(of_arrays),
+            )
         if rules.shared is None:
             return _operation(of_arrays, types)
         again = functools.partial(bound, static)
@@ -131,6 +136,54 @@ def _named(name: str, function: Rule) -> Rule:
 
     named.__name__ = name
     return named
+
+
+def _forward_traced_once(rules: Rules, types: tuple[Any, ...]) -> Rule:
+    """A forward that the layers of a model trace once, and then call as one function.
+
+    What it keeps of its arguments, or returns as well, stays the same array. Outside of a trace it
+    runs as it is: there XLA drops nothing of what it keeps.
+    """
+
+    @functools.cache
+    def traced() -> tuple[Rule, list[int], Any]:
+        program, shapes = jax.make_jaxpr(rules.forward, return_shape=True)(*types)
+        variables = list(map(id, program.jaxpr.invars))
+        computed = []
+        for place, variable in enumerate(map(id, program.jaxpr.outvars)):
+            if variable not in variables:
+                variables.append(variable)
+                computed.append(place)
+        places = [variables.index(id(variable)) for variable in program.jaxpr.outvars]
+        flat = jax.extend.core.jaxpr_as_fun(program)
+
+        def of_computed(*arrays: Any) -> list[Any]:
+            out = flat(*arrays)
+            return [out[place] for place in computed]
+
+        name = f"{rules.name}_fwd"
+        return jax.jit(_named(name, of_computed)), places, jax.tree.structure(shapes)
+
+    def forward(*arrays: Any) -> tuple[Any, Any]:
+        if not any(map(compat.is_traced, arrays)):
+            return rules.forward(*arrays)
+        compute, places, structure = traced()
+        values = [*arrays, *compute(*arrays)]
+        return structure.unflatten([values[place] for place in places])
+
+    return forward
+
+
+def _backward_traced_once(rules: Rules) -> Rule:
+    """A backward that the layers of a model trace once, as `_forward_traced_once`."""
+    compute = jax.jit(_named(f"{rules.name}_bwd", rules.backward), static_argnums=2)
+
+    def backward(residuals: Any, g: Any, differentiated: Any) -> Any:
+        is_inside = any(map(compat.is_traced, jax.tree.leaves((residuals, g))))
+        rule = compute if is_inside else rules.backward
+        return rule(residuals, g, differentiated)
+
+    return backward
 
 
 def _by_custom_vjp(rules: Rules) -> Rule:

@@ -8,6 +8,7 @@ turns a gradient off without a word.
 import inspect
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import flax
@@ -15,7 +16,7 @@ import jax
 import jax.core
 import jax.extend
 from flax import nnx
-from jax._src import config, core
+from jax._src import config, core, source_info_util
 from jax._src.interpreters import batching
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -208,3 +209,19 @@ def is_unbatched_write_error(error: BaseException) -> bool:
 def is_sharding_type_error(error: BaseException) -> bool:
     """Whether JAX does not know how the result of an operation is sharded."""
     return type(error).__name__ == "ShardingTypeError"
+
+
+def source_line(equation: Any, packages: tuple[str, ...]) -> str:
+    """The file and line that an equation of a jaxpr comes from; "" where that is unknown.
+
+    Args:
+        equation: the equation.
+        packages: names of packages whose lines are passed over, for those that call them.
+    """
+    for frame in source_info_util.user_frames(equation.source_info.traceback):
+        path = Path(frame.file_name)
+        if path.parent.name.startswith("ipykernel"):
+            return f"line {frame.start_line} of a cell"
+        if not set(packages) & set(path.parts):
+            return f"{path.name}:{frame.start_line}"
+    return ""

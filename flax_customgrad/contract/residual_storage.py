@@ -9,7 +9,6 @@ backward reads the bits alone, and XLA drops what nobody reads.
 """
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,7 +19,8 @@ from jax import lax
 from flax_customgrad.contract.compat import is_traced
 
 _WIDENED = jax.__version_info__ < (0, 12)
-_state = threading.local()
+# A context that JAX knows of, because it decides what a trace holds: see `autodiff`.
+_inspecting = jax.make_user_context(default_value=False)
 
 
 class Stored(NamedTuple):
@@ -89,14 +89,11 @@ def _with_derivative_of_jvp(primals, tangents):
 
 def is_inspecting_residuals() -> bool:
     """Whether residuals are being listed: then nothing is kept that XLA would drop."""
-    return getattr(_state, "is_inspecting", False)
+    return _inspecting.value
 
 
 @contextlib.contextmanager
 def inspecting_residuals() -> Iterator[None]:
     """Inside, no bits are kept: for looking at residuals before XLA drops any."""
-    before, _state.is_inspecting = getattr(_state, "is_inspecting", False), True
-    try:
+    with _inspecting(True):
         yield
-    finally:
-        _state.is_inspecting = before

@@ -43,15 +43,26 @@ def residuals(fn: Callable[..., Any], *args: Any) -> list[Residual]:
 
     def trace(*args: Any) -> None:
         _, pull = jax.vjp(fn, *args)
-        own = {id(leaf) for leaf in jax.tree.leaves(args)}
-        leaves = {id(leaf): leaf for leaf in jax.tree.leaves(pull) if not _is_state(leaf)}
-        for key, leaf in leaves.items():
-            nbytes = leaf.size * leaf.dtype.itemsize
-            kept.append(Residual(leaf.shape, leaf.dtype, nbytes, key in own))
+        kept.extend(residual for _, residual in kept_arrays(pull, args))
 
     with inspecting_residuals():
         jax.eval_shape(trace, *args)
     return kept
+
+
+def kept_arrays(pull: Any, args: Any) -> list[tuple[jax.Array, Residual]]:
+    """The arrays that a backward holds, each once, and what `residuals` lists of them.
+
+    Args:
+        pull: the backward that `jax.vjp` returned.
+        args: the trees that it was called with.
+    """
+    own = {id(leaf) for leaf in jax.tree.leaves(args)}
+    held = {id(leaf): leaf for leaf in jax.tree.leaves(pull) if not _is_state(leaf)}
+    return [
+        (leaf, Residual(leaf.shape, leaf.dtype, leaf.size * leaf.dtype.itemsize, key in own))
+        for key, leaf in held.items()
+    ]
 
 
 def _is_state(leaf: Any) -> bool:

@@ -5,8 +5,7 @@ traced as well: which functions it calls by name, and how many bytes its backwar
 """
 
 import inspect
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import CodeType
 from typing import Any
 
@@ -17,9 +16,9 @@ from flax_customgrad.contract.residuals import residual_bytes
 from flax_customgrad.layers.replaced_matmul import injected_operations
 from flax_customgrad.layers.stacked import stack_axes
 from flax_customgrad.model.conversion_report import Conversion, ConversionRow
-from flax_customgrad.model.convert import convert, revert
 from flax_customgrad.model.functions import counting_calls, functions
 from flax_customgrad.model.rules import Rule, drop_in_rules, is_subclass, lost_methods
+from flax_customgrad.model.traced_model import TracedModel, both_forms
 from flax_customgrad.model.tree import held_functions, is_of_user, layers, path_order
 from flax_customgrad.numerics.interception import products_are_intercepted
 
@@ -62,25 +61,29 @@ def conversion(
         >>> report.kept_bytes["converted"] < report.kept_bytes["flax.nnx"]
         True
     """
-    rows = [*_layer_rows(model), *_function_rows(model)]
+    rows = [*layer_rows(model), *function_rows(model)]
     kept = {}
     if example_inputs or call is not None:
-        traced = _Traced(call or (lambda model, *inputs: model(*inputs)), example_inputs)
-        rows += traced.call_rows(model)
-        kept = traced.kept_bytes(model)
-    return Conversion((*rows, *_import_rows(model)), kept)
+        traced = TracedModel(call, example_inputs)
+        rows += _call_rows(model, traced)
+        kept = _kept_bytes(model, traced)
+    return Conversion((*rows, *import_rows(model)), kept)
 
 
 # Layers
 
+STACK = "a stack of"
+"""How the remark on a stacked layer begins."""
 
-def _layer_rows(model: Any) -> Iterator[ConversionRow]:
+
+def layer_rows(model: Any) -> Iterator[ConversionRow]:
+    """A row for each layer of a model, sorted by path."""
     rules = drop_in_rules()
     for paths, layer in sorted(layers(model), key=lambda item: path_order(item[0][0])):
         if _is_layer(layer):
             name, drop_in, is_converted, remarks = _fate(rules, layer)
             if axes := _stack_axes(layer):
-                remarks = [*remarks, f"a stack of {' x '.join(map(str, axes))}"]
+                remarks = [*remarks, f"{STACK} {' x '.join(map(str, axes))}"]
             yield ConversionRow(paths, "layer", name, drop_in, is_converted, "; ".join(remarks))
 
 
@@ -156,7 +159,7 @@ def _class_name(cls: Any) -> str:
 # Functions
 
 
-def _function_names() -> tuple[dict[int, tuple[str, str]], ...]:
+def function_names() -> tuple[dict[int, tuple[str, str]], ...]:
     """The names of functions in flax.nnx or jax.nn and in this library, by id: theirs, and ours."""
     from flax_customgrad import catalogue
 
@@ -170,8 +173,9 @@ def _function_names() -> tuple[dict[int, tuple[str, str]], ...]:
     return theirs, ours
 
 
-def _function_rows(model: Any) -> Iterator[ConversionRow]:
-    theirs, ours = _function_names()
+def function_rows(model: Any) -> Iterator[ConversionRow]:
+    """A row for each function that the Modules of a model hold, sorted by path."""
+    theirs, ours = function_names()
     for held in sorted(held_functions(model), key=lambda held: path_order(held.paths[0])):
         function, known = held.function, id(held.function)
         if known in theirs or known in ours:
@@ -188,9 +192,9 @@ def _short_name(qualified: str) -> str:
     return qualified.rpartition("<locals>.")[2]
 
 
-def _import_rows(model: Any) -> list[ConversionRow]:
+def import_rows(model: Any) -> list[ConversionRow]:
     """Functions whose names the classes of a user have imported, so that nothing reaches them."""
-    (theirs, _), found = _function_names(), set()
+    (theirs, _), found = function_names(), set()
     classes = {cls for _, layer in layers(model) for cls in type(layer).__mro__ if is_of_user(cls)}
     for method in (inspect.unwrap(method) for cls in classes for method in vars(cls).values()):
         known = getattr(method, "__globals__", {})
@@ -214,57 +218,27 @@ def _names_in(code: CodeType | None) -> set[str]:
 # Traces
 
 
-class _Traced:
-    """Traces of a model on example inputs.
+def _call_rows(model: Any, traced: TracedModel) -> list[ConversionRow]:
+    """A row for each function that is called by name, and caller."""
+    theirs, _ = function_names()
+    with counting_calls() as calls:
+        jax.eval_shape(*traced.function(model))
+    return [
+        ConversionRow((_short_name(caller),), "call", *theirs[id(function)], remark=_times(count))
+        for (function, caller), count in calls.counts.items()
+    ]
 
-    Args:
-        call: a function of the model and its inputs.
-        inputs: the inputs.
-    """
 
-    def __init__(self, call: Callable[..., Any], inputs: tuple[Any, ...]):
-        leaves, self._tree = jax.tree.flatten(inputs)
-        self._call = call
-        self._static = {i: a for i, a in enumerate(leaves) if not hasattr(a, "dtype")}
-        self._arrays = {i: a for i, a in enumerate(leaves) if hasattr(a, "dtype")}
-
-    def call_rows(self, model: Any) -> list[ConversionRow]:
-        """A row for each function that is called by name, and caller."""
-        theirs, _ = _function_names()
-        with counting_calls() as calls:
-            jax.eval_shape(*self._function(model))
-        return [
-            ConversionRow(
-                (_short_name(caller),), "call", *theirs[id(function)], remark=_times(count)
-            )
-            for (function, caller), count in calls.counts.items()
-        ]
-
-    def kept_bytes(self, model: Any) -> dict[str, int]:
-        """The bytes that the backward keeps, of the model in each of its forms."""
-        theirs, ours = nnx.clone(model, graph=True), nnx.clone(model, graph=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            theirs, ours = revert(theirs), convert(ours)
-        kept = {
-            form: residual_bytes(*self._function(of))
-            for form, of in {"as it is": model, "flax.nnx": theirs, "converted": ours}.items()
-        }
-        with functions():
-            inside = residual_bytes(*self._function(ours))
-        return {**kept, "converted, inside fcg.functions()": inside}
-
-    def _function(self, model: Any) -> tuple[Any, ...]:
-        """A pure function of trees of arrays, and the trees."""
-        graphdef, state = nnx.split(model, graph=True)
-
-        def pure(state: nnx.State, arrays: Mapping[int, Any]) -> list[Any]:
-            inputs = [value for _, value in sorted({**self._static, **arrays}.items())]
-            model = nnx.merge(graphdef, state)
-            out = self._call(model, *jax.tree.unflatten(self._tree, inputs))
-            return [leaf for leaf in jax.tree.leaves(out) if hasattr(leaf, "dtype")]
-
-        return pure, state, self._arrays
+def _kept_bytes(model: Any, traced: TracedModel) -> dict[str, int]:
+    """The bytes that the backward keeps, of the model in each of its forms."""
+    theirs, ours = both_forms(model)
+    kept = {
+        form: residual_bytes(*traced.function(of))
+        for form, of in {"as it is": model, "flax.nnx": theirs, "converted": ours}.items()
+    }
+    with functions():
+        inside = residual_bytes(*traced.function(ours))
+    return {**kept, "converted, inside fcg.functions()": inside}
 
 
 def _times(count: int) -> str:

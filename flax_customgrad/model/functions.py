@@ -28,8 +28,26 @@ NAMESPACES = (
 _PACKAGE = __name__.partition(".")[0]
 
 
+class Ours:
+    """How a function is called by name inside of `functions`: ours in its place."""
+
+    def __call__(self, function: Any, ours: Any, caller: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls ours.
+
+        Args:
+            function: the function of flax.nnx or jax.nn.
+            ours: that of this library.
+            caller: the qualified name of who calls it; "" where that is this library.
+            *args: the arguments.
+            **kwargs: the arguments.
+        """
+        # Ours calls functions of JAX, which may be looked up where this one was.
+        with _context(None):
+            return ours(*args, **kwargs)
+
+
 class Calls:
-    """Functions that were called by name.
+    """Functions that were called by name, as they are.
 
     Attributes:
         counts: how often each was called by whom; keys are (function, name of the caller).
@@ -38,9 +56,16 @@ class Calls:
     def __init__(self) -> None:
         self.counts: Counter[tuple[Any, str]] = Counter()
 
+    def __call__(self, function: Any, ours: Any, caller: str, *args: Any, **kwargs: Any) -> Any:
+        """Counts the call."""
+        if caller:
+            self.counts[function, caller] += 1
+        return function(*args, **kwargs)
 
-# None outside, "ours" inside of `functions`, and `Calls` where they are counted.
+
+# What calls a function that was called by name; None outside of all contexts.
 _context = jax.make_user_context(default_value=None)
+_OURS = Ours()
 
 
 @contextmanager
@@ -69,7 +94,7 @@ def functions() -> Iterator[None]:
         >>> before > 3 * after
         True
     """
-    with _dispatching(), _context("ours"):
+    with calling_by(_OURS):
         yield
 
 
@@ -81,8 +106,19 @@ def counting_calls() -> Iterator[Calls]:
         A context manager; the counts are complete when it ends. Everything in it is traced anew.
     """
     calls = Calls()
-    with _dispatching(), _context(calls):
+    with calling_by(calls):
         yield calls
+
+
+@contextmanager
+def calling_by(how: Callable[..., Any]) -> Iterator[None]:
+    """Has functions with a drop-in that are called by name called by something else.
+
+    Args:
+        how: called as an `Ours` is. It is a part of the key of JAX's caches, by its identity.
+    """
+    with _dispatching(), _context(how):
+        yield
 
 
 def original_of(function: Any) -> Any:
@@ -148,16 +184,12 @@ def _dispatcher(function: Callable[..., Any], ours: Callable[..., Any]) -> Calla
 
     @functools.wraps(function, updated=())
     def dispatch(*args: Any, **kwargs: Any) -> Any:
-        mode = _context.value
-        if mode == "ours":
-            # Ours calls functions of JAX, which may be looked up where this one was.
-            with _context(None):
-                return ours(*args, **kwargs)
-        if mode is not None:
-            code, caller = sys._getframe(1).f_code, sys._getframe(1).f_globals.get("__name__", "")
-            if caller.partition(".")[0] != _PACKAGE:
-                mode.counts[function, code.co_qualname] += 1
-        return function(*args, **kwargs)
+        how = _context.value
+        if how is None:
+            return function(*args, **kwargs)
+        frame = sys._getframe(1)
+        is_own = frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE
+        return how(function, ours, "" if is_own else frame.f_code.co_qualname, *args, **kwargs)
 
     _dispatchers[id(function)] = dispatch
     _originals[id(dispatch)] = function

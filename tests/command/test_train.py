@@ -6,6 +6,7 @@ import io
 import math
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -19,7 +20,7 @@ from flax_customgrad import catalogue
 from flax_customgrad.__main__ import main
 from flax_customgrad.command.digits import data, digits_task
 from flax_customgrad.command.digits.network import Network
-from flax_customgrad.command.side_by_side import comparison, figure, progress
+from flax_customgrad.command.side_by_side import comparison, figure, progress, table
 from flax_customgrad.command.side_by_side.comparison import LayerPair, RunComparison, RunResult
 from flax_customgrad.command.side_by_side.task import batches
 
@@ -71,18 +72,18 @@ def test_the_whole_job(tmp_path, monkeypatch):
     assert len(re.findall(r"^step +\d+/40  plain nnx: loss .* converted: ", out, re.M)) == 10
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", out)
 
-    table = out[out.index("digits, 40 steps, seed 1") :]
-    assert max(map(len, table.splitlines())) <= 80
+    shown = out[out.index("digits, 40 steps, seed 1") :]
+    assert max(map(len, shown.splitlines())) <= 80
     for row in ("final loss", "gradient, step 1", "step time", "quartiles", "kept for backward"):
-        assert table.count(f" {row} ") == 1
-    (accuracies,) = (line for line in table.splitlines() if "test accuracy" in line)
+        assert shown.count(f" {row} ") == 1
+    (accuracies,) = (line for line in shown.splitlines() if "test accuracy" in line)
     assert min(float(percent) for percent in re.findall(r"([\d.]+)%", accuracies)) > 90
 
     # Exactly the layers whose class `convert` changes are said to be converted.
     plain, converted = Network(nnx.Rngs(0)), fcg.convert(Network(nnx.Rngs(0)))
     paths = [path for path, part in vars(plain).items() if isinstance(part, nnx.Module)]
     changed = {p for p in paths if type(getattr(plain, p)) is not type(getattr(converted, p))}
-    fates = _fates(table)
+    fates = _fates(shown)
     assert set(fates) == set(paths)
     assert {path for path, (*_, fate) in fates.items() if fate == "converted"} == changed
     assert {path for path, (before, after, _) in fates.items() if before != after} == changed
@@ -151,10 +152,18 @@ def test_each_disagreement_is_named(changes, complaint):
     assert complaint in found
 
 
-def test_speed_is_the_median_ratio_of_the_pairs():
-    slow = RunResult([1.0], 0.98, [3.0, 8.0, 10.0], 1)
-    fast = RunResult([1.0], 0.98, [1.0, 4.0, 10.0], 1)
-    assert _comparison(plain=slow, converted=fast).speed == (1.0, 2.0, 3.0)
+def test_the_ratio_shown_is_that_of_the_times_shown(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    slow = RunResult([1.0], 0.98, [2e-3, 3e-3, 10e-3], 1)
+    fast = RunResult([1.0], 0.98, [1e-3, 10e-3, 4e-3], 1)
+    result = _comparison(plain=slow, converted=fast)
+    # The median of the ratios of the pairs is 2.
+    assert result.speed == pytest.approx((0.3, 0.75, 2.5))
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table.make(result, Path("figure.png")))
+    lines = console.file.getvalue().splitlines()
+    (shown,) = (line.split() for line in lines if "step time" in line)
+    assert shown[2:] == ["3", "ms", "4", "ms", "0.75", "times", "as", "fast"]
 
 
 @pytest.mark.parametrize(

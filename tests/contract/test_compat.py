@@ -39,6 +39,14 @@ def test_the_axes_over_which_an_array_varies():
     assert seen == [(frozenset({"x"}), frozenset())]
 
 
+def test_the_line_that_an_equation_comes_from():
+    (equation,) = jax.make_jaxpr(lambda x: jax.lax.sin(x))(1.0).eqns
+    line = inspect.currentframe().f_lineno - 1
+    assert compat.source_line(equation, ("jax",)) == f"test_compat.py:{line}"
+    here = Path(__file__).parent.name
+    assert not compat.source_line(equation, ("jax", here)).startswith("test_compat")
+
+
 def test_a_reference_is_told_from_an_array():
     assert compat.is_reference(jax.typeof(jax.new_ref(jnp.ones(2))))
     assert not compat.is_reference(jax.typeof(jnp.ones(2)))

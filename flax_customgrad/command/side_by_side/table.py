@@ -53,10 +53,10 @@ def _measures(result: RunComparison) -> Iterator[tuple[str, ...]]:
     yield "gradient, step 1", "", "", f"{difference:.1e} apart" if difference else "identical"
     if difference:
         yield "  worst parameter", "", "", path
-    times = (f"{1000 * statistics.median(run.seconds):.2f} ms" for run in (plain, converted))
-    lower, median, upper = result.speed
-    yield "step time", *times, f"{median:.2f} times as fast"
-    yield "  quartiles", "", "", f"{lower:.2f} to {upper:.2f}"
+    times = (f"{1000 * statistics.median(run.seconds):.4g} ms" for run in (plain, converted))
+    lower, ratio, upper = result.speed
+    yield "step time", *times, f"{ratio:.2f} times as fast"
+    yield "  quartiles of pairs", "", "", f"{lower:.2f} to {upper:.2f}"
     kept = (decimal(run.residual_bytes, precision=2) for run in (plain, converted))
     ratio = converted.residual_bytes / plain.residual_bytes
     yield "kept for backward", *kept, f"{ratio:.2f} times as much"

@@ -13,6 +13,7 @@ from flax_customgrad.gradients.feedback.alignment import apply_with_feedback
 from flax_customgrad.gradients.feedback.direct_feedback import DirectFeedback, chain
 from flax_customgrad.gradients.feedback.feedback_conv import FeedbackConv
 from flax_customgrad.gradients.feedback.feedback_linear import FeedbackLinear
+from flax_customgrad.layers.linear.linear import Linear
 from flax_customgrad.registry.entry import Entry, Example
 from flax_customgrad.registry.examples import RANDOM_BIAS, made, normal
 
@@ -43,7 +44,9 @@ def _tanh_layers(
         rngs = nnx.Rngs(0)
         layers = [
             nnx.Sequential(
-                nnx.Linear(a, b, use_bias=i != without_bias, **RANDOM_BIAS, rngs=rngs), nnx.tanh
+                # Not nnx's, whose gradient XLA may sum over the rows in bfloat16.
+                Linear(a, b, use_bias=i != without_bias, **RANDOM_BIAS, rngs=rngs),
+                nnx.tanh,
             )
             for i, (a, b) in enumerate(pairwise(widths))
         ]

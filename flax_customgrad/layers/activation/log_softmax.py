@@ -18,13 +18,16 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.activation.softmax_rows import (
     ReductionAxes,
+    faster_on_one_cpu,
     minus_max,
     nonzero,
+    of_infinite_rows,
     only_where,
     reduction_axes,
     row_max,
@@ -71,7 +74,27 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, None]:
 log_softmax_of_rows.defvjp(_fwd, _bwd)
 
 
+def _log_softmax_on_one_cpu(axis: ReductionAxes, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    (wide,) = widened(x.dtype, x)
+    shifted = wide - row_max(wide, axis)
+    log_s = jnp.log(jnp.sum(jnp.exp(shifted), axis, keepdims=True))
+
+    def limits(x: jax.Array, log_s: jax.Array) -> tuple[jax.Array, ...]:
+        is_infinite, count, weight = of_infinite_rows(x, axis)
+        of_limit = jnp.where(is_infinite, jnp.log(nonzero(count)), log_s)
+        return of_limit, jnp.log(weight), jnp.where(is_infinite, weight, 1)
+
+    log_s, log_weight, w = lax.cond(
+        jnp.isfinite(jnp.sum(log_s)),
+        lambda x, log_s: (log_s, log_s, jnp.ones_like(log_s)),
+        limits,
+        *(wide, log_s),
+    )
+    return in_dtype(jnp.where(jnp.isnan(shifted), log_weight, shifted) - log_s, x.dtype), w
+
+
 @inline_jit(static_argnums=0)
+@faster_on_one_cpu(_log_softmax_on_one_cpu)
 def _log_softmax(axis: ReductionAxes, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     (wide,) = widened(x.dtype, x)
     m = row_max(wide, axis)

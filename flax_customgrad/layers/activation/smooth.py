@@ -39,8 +39,8 @@ from jax.typing import ArrayLike
 
 from flax_customgrad.layers.activation.pointwise import Pointwise
 
-# gelu(x) = x P(x). The approximate form is x (1 + tanh(u)) / 2, which is x s(v) with v = 2 u:
-# for negative x that loses no digits.
+# gelu(x) = x P(x). The approximate form is x (1 + tanh(u)) / 2, which is x s(v) with v = 2 u. The
+# sigmoid is taken from the tanh, which XLA computes faster than an exponential.
 
 _A = 2 * math.sqrt(2 / math.pi)
 _C = 0.044715 * _A
@@ -51,7 +51,8 @@ def _gelu_sigmoid(x: jax.Array) -> jax.Array:
 
 
 def _gelu_tanh(x: jax.Array) -> jax.Array:
-    return jnp.maximum(x, -60.0) * _gelu_sigmoid(x)
+    t = jnp.tanh(x * (_A / 2 + _C / 2 * (x * x)))
+    return jnp.maximum(x, -60.0) * (0.5 + 0.5 * t)
 
 
 def _gelu_tanh_backward(g: jax.Array, x: jax.Array) -> jax.Array:

@@ -6,10 +6,15 @@ Where m is infinite, x - m is not a number, and the limit is taken instead. In a
 infinity these elements share the whole weight equally. A row of minus infinity alone, and one that
 `where` masks throughout, has no weight to share: softmax is 0 there, log_softmax and logsumexp
 minus infinity, and every gradient 0. jax.nn answers both with NaN.
+
+On one CPU x - m of a large array is computed as jax.nn does, in one pass with the maximum, and
+where it is not a number it is replaced afterwards (`of_infinite_rows`). A derivative of that would
+not be a number either, so it has that of the formulas above (`faster_on_one_cpu`).
 """
 
+import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +23,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from flax_customgrad.numerics.argument_checks import integers, is_integer
+from flax_customgrad.numerics.platform import pays_to_branch
 
 ReductionAxes = int | tuple[int, ...] | None
 """The axes of a row: one, several, or None for all."""
@@ -66,3 +72,43 @@ def minus_max(x: jax.Array, m: jax.Array) -> jax.Array:
 def nonzero(s: jax.Array) -> jax.Array:
     """A sum s of exponentials, of which the largest is 1; in a row without weight, not 0."""
     return jnp.maximum(s, 0.5)
+
+
+def of_infinite_rows(x: jax.Array, axis: ReductionAxes) -> tuple[jax.Array, ...]:
+    """The limits in rows with an infinite m; the axes of a row have size 1.
+
+    Args:
+        x: array of any shape, float32 or wider.
+        axis: the axes of a row.
+
+    Returns:
+        Where m is infinite; s there; and exp(x - m) of the elements for which it is not a number:
+        1 in a row that holds infinity, 0 in one of minus infinity alone.
+    """
+    m = row_max(x, axis)
+    s = jnp.sum((x == jnp.inf).astype(x.dtype), axis, keepdims=True)
+    return jnp.isinf(m), s, jnp.where(jnp.isinf(m), (m > 0).astype(x.dtype), m)
+
+
+def faster_on_one_cpu(fast: Callable[..., Any]) -> Callable[..., Any]:
+    """Evaluates a function of large arrays by another on one CPU; its derivatives are its own.
+
+    Args:
+        fast: called like the function, with `axis` and an array; it returns the same.
+
+    Returns:
+        A decorator.
+    """
+
+    def decorator(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+        def evaluated(axis: ReductionAxes, x: jax.Array) -> Any:
+            return fast(axis, x) if pays_to_branch(x.size) else function(axis, x)
+
+        @evaluated.defjvp
+        def _jvp(axis: ReductionAxes, primals: Any, tangents: Any) -> Any:
+            return jax.jvp(functools.partial(function, axis), primals, tangents)
+
+        return evaluated
+
+    return decorator

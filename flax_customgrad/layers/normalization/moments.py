@@ -18,6 +18,11 @@ variance is inf the first is 0. There is no branch in it, which XLA on a CPU cou
 where the sum itself overflows (3.4e38 in float32) is the result NaN. Without an epsilon a square
 may vanish as well, and it is taken a third time of numbers made larger, `grown`.
 
+On one CPU these sums are most of the time of a large array, because XLA has fast code for the sums
+of x and of x^2 alone. There the textbook's formulas come first, and stay where they are right:
+where no mean is further from 0 than about four standard deviations, so that `E[x^2] - E[x]^2` loses
+four of 24 bits at most, and no square overflows. A branch computes what is above for all else.
+
 Devices that share statistics exchange their own (count, shift, correction, squares), in one
 collective, and combine them exactly; a device without any element weighs nothing.
 """
@@ -31,6 +36,7 @@ from jax import lax
 
 from flax_customgrad.contract.compat import varying_axes
 from flax_customgrad.layers.normalization.axes import NormAxes
+from flax_customgrad.numerics.platform import pays_to_branch
 from flax_customgrad.numerics.sizes import is_known
 
 
@@ -114,6 +120,56 @@ def moments(
         epsilon: added to the variance before the square root is taken.
         centered: whether the mean is taken out; without, the "variance" is the mean square.
     """
+    if mask is None and devices.axis_name is None:
+        size = axes.count(x.shape)
+        if is_known(size) and size == 1 and centered:
+            return _of_single_elements(x, axes, epsilon)
+        if pays_to_branch(x.size):
+            return _of_plain_sums(x, axes, epsilon, centered)
+    return _exact(x, mask, axes, devices, epsilon, centered)
+
+
+def _of_single_elements(x: jax.Array, axes: NormAxes, epsilon: float) -> Moments:
+    """Where each element has statistics of its own: it is its mean."""
+    shift = axes.sum(x)
+    nothing = shift - shift  # NaN for what is infinite
+    rstd = epsilon**-0.5 if epsilon > 0 else 0.0
+    return Moments(shift, nothing, nothing, nothing + rstd, jnp.ones((), x.dtype))
+
+
+def _of_plain_sums(x: jax.Array, axes: NormAxes, epsilon: float, centered: bool) -> Moments:
+    """The textbook's formulas, where they are right; the exact ones elsewhere."""
+    count = jnp.asarray(axes.count(x.shape), x.dtype)
+    mean_square = axes.sum(jnp.square(x)) / count
+    mean = axes.sum(x) / count if centered else jnp.zeros_like(mean_square)
+    variance = jnp.maximum(mean_square - jnp.square(mean), 0)
+    is_right = mean_square < jnp.finfo(x.dtype).max  # neither inf nor NaN
+    if centered:
+        is_right &= mean_square <= _WELL_CONDITIONED * (variance + epsilon)
+    if epsilon < _TINY:
+        is_right &= variance > _TINY
+
+    def textbook(x: jax.Array) -> tuple[jax.Array, ...]:
+        return mean, jnp.zeros_like(mean), variance, lax.rsqrt(variance + epsilon)
+
+    def exact(x: jax.Array) -> tuple[jax.Array, ...]:
+        return _exact(x, None, axes, Devices(), epsilon, centered)[:4]
+
+    # XLA sums floats faster than it combines booleans.
+    wrong = jnp.sum(jnp.where(is_right, 0, 1).astype(x.dtype))
+    shift, correction, variance, rstd = lax.cond(wrong == 0, textbook, exact, x)
+    return Moments(shift, correction, variance, rstd, count)
+
+
+def _exact(
+    x: jax.Array,
+    mask: jax.Array | None,
+    axes: NormAxes,
+    devices: Devices,
+    epsilon: float,
+    centered: bool,
+) -> Moments:
+    """The statistics by the formulas above."""
     size = axes.count(x.shape)
     count = jnp.asarray(size, x.dtype)
     if mask is not None:
@@ -157,6 +213,9 @@ def moments(
         rstd = jnp.where(count > 0, rstd, 0)
     return Moments(shift, correction, variance, rstd, count)
 
+
+_WELL_CONDITIONED = 16
+"""The mean square, in variances, up to which the variance is taken as a difference."""
 
 _TINY = 1e-30
 """The epsilon, and the variance, below which float32 squares lose digits."""

@@ -1,4 +1,4 @@
-"""The measured functions: value and gradient of a catalogue example, of one layer or a stack."""
+"""What is measured: the value and gradient of a catalogue example, of one layer or a stack."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_customgrad import use_autodiff
+from flax_customgrad.contract.autodiff import use_autodiff
+from flax_customgrad.contract.residuals import residual_bytes
 
 Example = tuple[Any, ...]
 """What a maker of the catalogue returns: a layer or function, and its inputs."""
@@ -52,6 +53,16 @@ def step(example: Example) -> Step:
     return jax.jit(jax.value_and_grad(loss, wrt)).lower(*args).compile(), args
 
 
+def kept_bytes(example: Example) -> int:
+    """The bytes that the backward of an example keeps beyond its parameters and inputs.
+
+    Args:
+        example: a layer or function, and its inputs.
+    """
+    call, state, inputs = _split(example)
+    return residual_bytes(call, state, *inputs)
+
+
 def scan_bytes(example: Example, layers: int = 8) -> int | None:
     """Bytes of temporary memory of the gradient of layers in a scan.
 
@@ -76,7 +87,7 @@ def scan_bytes(example: Example, layers: int = 8) -> int | None:
 
     wrt = tuple(range(0 if jax.tree.leaves(state) else 1, 2 + len(rest)))
     compiled = jax.jit(jax.value_and_grad(loss, wrt)).lower(stacked, x, *rest).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    return compiled.memory_analysis().temp_size_in_bytes  # type: ignore[union-attr]
 
 
 def _split(example: Example) -> tuple[Any, Any, tuple[Any, ...]]:

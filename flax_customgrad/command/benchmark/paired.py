@@ -44,7 +44,7 @@ def pin_allocator(module: str) -> None:
     """Starts the process anew with the allocator pinned, unless it is.
 
     Args:
-        module: the `__spec__.name` of the program.
+        module: what the program is started as, `python -m module`.
     """
     if any(os.environ.get(name) != value for name, value in _PINNED.items()):
         os.environ.update(_PINNED)

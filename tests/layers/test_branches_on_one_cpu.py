@@ -1,0 +1,97 @@
+"""What large arrays are computed by on one CPU: plain sums, and a branch to the exact formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import flax_customgrad as fcg
+
+ROWS, FEATURES = 1040, 64
+
+
+@pytest.fixture(autouse=True)
+def _one_cpu(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+def _branches(function, *args):
+    return "stablehlo.case" in jax.jit(function).lower(*args).as_text()
+
+
+def _layer(module, name, dtype):
+    rngs, sizes = nnx.Rngs(0), {"GroupNorm": {"num_groups": 4}}
+    kwargs = sizes.get(name, {})
+    return getattr(module, name)(FEATURES, param_dtype=dtype, **kwargs, rngs=rngs)
+
+
+def _input(name, scale, mean):
+    x = scale * np.random.default_rng(0).normal(size=(ROWS, FEATURES)) + mean
+    # Of one row there is one element to a channel of an InstanceNorm.
+    return np.float32(x.reshape(10, -1, FEATURES) if name == "InstanceNorm" else x)
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm", "BatchNorm"])
+@pytest.mark.parametrize(
+    ("scale", "mean", "tolerance"),
+    # A float32 square of 1e20 overflows; its gradient is of the order 1e-20.
+    [(1, 0, 1e-6), (1, 3, 2e-6), (1, 1e4, 1e-6), (1e20, 0, 1e-6)],
+    ids=["centered", "off center", "large mean", "huge"],
+)
+def test_normalizations_are_those_of_float64(name, scale, mean, tolerance):
+    x = _input(name, scale, mean)
+    g = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+
+    def value_and_gradient(module, dtype):
+        graphdef, params, statistics = nnx.split(_layer(module, name, dtype), nnx.Param, ...)
+        statistics = jax.tree.map(lambda a: a.astype(dtype), statistics)
+
+        def call(params, x):
+            return nnx.merge(graphdef, params, statistics, copy=True)(x)
+
+        def both(params, x, g):
+            y, pull = jax.vjp(call, params, x)
+            return y, pull(g)
+
+        args = params, jnp.asarray(x, dtype), jnp.asarray(g, dtype)
+        assert module is nnx or _branches(call, *args[:2])
+        return jax.tree.leaves(jax.jit(both)(*args))
+
+    found = value_and_gradient(fcg, jnp.float32)
+    with jax.enable_x64(True):
+        expected = value_and_gradient(nnx, jnp.float64)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=5 * tolerance * np.abs(b).max())
+
+
+def test_of_a_single_element_the_mean_is_the_element():
+    layer = fcg.InstanceNorm(FEATURES, rngs=nnx.Rngs(0))
+    x = jnp.asarray(_input("rows", 1, 3))
+    y, dx = jax.value_and_grad(lambda x: layer(x).sum())(x)
+    assert (y, jnp.abs(dx).max()) == (0, 0)
+
+
+ODD = np.float32([[0, 1, -np.inf, 2], [-np.inf] * 4, [np.inf, 1, np.inf, 2], [1, np.nan, 2, 3]])
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+def test_rows_have_the_limits_that_few_of_them_have(name):
+    function = getattr(fcg, name)
+    x = np.random.default_rng(0).normal(size=(17000, 4)).astype(np.float32)
+    x[500:504] = ODD
+
+    def derivatives(x):
+        y, pull = jax.vjp(function, x)
+        (dx,) = pull(jnp.cos(jnp.arange(x.size, dtype=x.dtype).reshape(x.shape)))
+        along = jax.jvp(function, (x,), (jnp.ones_like(x).at[:, 0].set(2),))[1]
+        second = jax.grad(lambda x: jnp.sum(jax.vjp(function, x)[1](jnp.ones_like(x))[0] ** 2))(x)
+        return y, dx, along, second
+
+    assert _branches(function, x)
+    assert not _branches(function, x[500:504])
+    large, small = jax.jit(derivatives)(x), jax.jit(derivatives)(x[:504])
+    for a, b in zip(large, small, strict=True):
+        np.testing.assert_allclose(a[:504], b, rtol=1e-5, atol=1e-6)
+    assert np.isfinite(large[1][500:503]).all()
+    assert np.isfinite(large[3][500:503]).all()
