@@ -23,6 +23,9 @@ extensions = [
     "coverage_check",
     "docstrings",
     "gallery",
+    "layer_pages",
+    "lean_highlighting",
+    "page_checks",
 ]
 exclude_patterns = ["_build", "ext"]
 
@@ -33,8 +36,12 @@ html_css_files = ["pages.css"]
 html_theme_options = {
     "show_toc_level": 2,
     "home_page_in_toc": True,
+    # With the pages of all layers, the sidebar would be most of every page.
+    "collapse_navbar": True,
     # The sidebar has a search field; a second one in a bar on top is one too many.
     "navbar_persistent": [],
+    # It would offer the sources of the pages, which are not part of the site.
+    "use_download_button": False,
 }
 html_copy_source = False
 

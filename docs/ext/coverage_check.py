@@ -74,7 +74,7 @@ def _check(app: Sphinx, env: BuildEnvironment) -> None:
     if undocumented:
         raise ExtensionError(
             f"no page documents these public names: {', '.join(undocumented)}. Add them to "
-            "docs/api.md, or give them a leading underscore"
+            "a page below docs/families or docs/api, or give them a leading underscore"
         )
 
 

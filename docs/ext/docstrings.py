@@ -5,6 +5,8 @@ and an absolute value |x| as a substitution. napoleon reads the text before a co
 of a variable as its type. And `inspect` shows the default `jnp.float32` of an argument as a class
 in angle brackets, and the name of a type such as ArrayLike as the ten types that it stands for.
 
+What napoleon still reads wrongly is a warning.
+
 A public name says that it is defined where users import it from (`registry.public`), so viewcode is
 told where its source is.
 """
@@ -19,18 +21,54 @@ from typing import Any
 
 from flax import nnx
 from sphinx.application import Sphinx
+from sphinx.util import logging
 
 import flax_customgrad
+
+_LOGGER = logging.getLogger(__name__)
 
 # Asterisks to keep: in code, in emphasis that ends, and escaped ones.
 _KEPT = r"`[^`]*`|\*\*(?=\w)[^*`]*\*\*(?!\w)|\*(?=\w)[^*`]*(?<=\w)\*(?!\w)|\\\*"
 
+_PAPER = r"(?<![\w`/<])arXiv:(\d{4}\.\d{4,5})\b(?![`>])"
+
 
 def escaped(line: str) -> str:
-    """A line of a docstring with its lone asterisks and its vertical bars escaped."""
+    """A line of a docstring with lone asterisks and bars escaped, and its papers linked."""
     if line.lstrip().startswith((">>>", "...")):
         return line
-    return re.sub(rf"({_KEPT})|\*(?=\S)|\|", lambda match: match[1] or rf"\{match[0]}", line)
+    line = re.sub(rf"({_KEPT})|\*(?=\S)|\|", lambda match: match[1] or rf"\{match[0]}", line)
+    return re.sub(_PAPER, r"`\g<0> <https://arxiv.org/abs/\g<1>>`__", line)
+
+
+def garbled(lines: list[str], arguments: set[str]) -> list[str]:
+    """What napoleon read in a docstring as something else than was meant.
+
+    A colon in the first line of Returns ends a type for it, and in a line of Args or Raises a name:
+    of "Returns: Array like x. Source: arXiv" it makes "*Array like x. Source* -- arXiv". Returns of
+    this library have no types, which are in the signature.
+
+    Args:
+        lines: the docstring as napoleon left it.
+        arguments: the names of the arguments.
+
+    Returns:
+        The lines that it garbled.
+    """
+    found = []
+    for line in lines:
+        field = re.match(r"\s*:(returns|rtype|raises|param|keyword|type)\b ?([^:]*):(.*)", line)
+        if field is None:
+            continue
+        kind, name, text = field.groups()
+        is_argument = name.replace("\\", "").lstrip("*") in arguments
+        if (
+            (kind in ("returns", "rtype") and re.match(r" \*.+?\* -- ", text))
+            or (kind == "raises" and not re.fullmatch(r"[\w.~`]+", name))
+            or (kind in ("param", "keyword", "type") and arguments and not is_argument)
+        ):
+            found.append(line.strip())
+    return found
 
 
 def signature(function: Any) -> tuple[str, str] | None:
@@ -108,7 +146,17 @@ def _hide_colon(
 
 
 def _finish(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    for line in garbled(lines, _arguments(obj)):
+        _LOGGER.warning("the docstring of %s is read wrongly, as a field: %s", name, line)
     lines[:] = [escaped(line.replace(_COLON, ":")) for line in lines]
+
+
+def _arguments(obj: Any) -> set[str]:
+    """The names of the arguments of a function or a constructor; of anything else none."""
+    try:
+        return set(inspect.signature(obj).parameters)
+    except (TypeError, ValueError):
+        return set()
 
 
 def _sign(
@@ -132,6 +180,8 @@ def _source_of(app: Sphinx, module: str, attribute: str) -> str | None:
     for path, candidate in list(sys.modules.items()):
         is_ours = path.partition(".")[0] == "flax_customgrad"
         if is_ours and vars(candidate).get(name) is value and name in _definitions(path):
+            # A page is read again where the file changed, and not only `__init__.py`.
+            app.env.note_dependency(inspect.getfile(candidate))
             return path
     return None
 

@@ -1,19 +1,26 @@
-"""A Sphinx extension: writes the catalogue into the page that asks for it.
+"""A Sphinx extension: writes the catalogue into the pages that ask for it.
 
-The line `<!-- the catalogue -->` of a page is replaced by a section per family, each a table of
-its layers, made from `flax_customgrad.catalogue`.
+Three lines of a page are replaced:
+
+    <!-- the catalogue -->  by the families and the names of their layers
+    <!-- the family -->     on `families/NAME.md`, by a table of the layers of that family
+    <!-- the names -->      by every public name, in alphabetical order
 """
 
-import itertools
+import importlib
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from coverage_check import public_names
+from layer_page import page_of
+from sources import link
 from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 
 from flax_customgrad import catalogue
 
-MARK = "<!-- the catalogue -->"
 _HEAD = (
     "layer, and what it replaces",
     "gradient",
@@ -22,37 +29,64 @@ _HEAD = (
 )
 _WIDTHS = (26, 14, 25, 35)
 
-_TITLES = {
-    "conv": "Convolution",
-    "weight_norms": "Normalization of weights",
-    "invertible": "Invertible layers",
-    "activation": "Activations",
-    "recurrent": "Recurrent layers",
-    "rounding": "Straight-through estimators",
-    "categorical": "Categorical choices",
-    "codebook": "Codebooks",
-    "sparse": "N:M sparsity",
-    "fp8": "fp8 layers",
-    "quant_layers": "Quantized layers",
-    "frozen": "Frozen weights",
-    "int8": "int8 layers",
-    "spiking": "Spiking neurons",
-    "shaping": "Gradient shaping",
-    "feedback": "Feedback alignment",
-    "few_bit": "Few-bit activations",
-}
-"""Headings of families whose name alone is none."""
+
+def families() -> list[str]:
+    """The names of the families, in the order of the catalogue."""
+    return list(dict.fromkeys(entry.family for entry in catalogue.entries()))
 
 
-def markdown(entries: Iterable[catalogue.Entry]) -> str:
-    """The catalogue as MyST Markdown."""
-    sections = []
-    for family, layers in itertools.groupby(entries, lambda entry: entry.family):
-        title = _TITLES.get(family, family.replace("_", " ").capitalize())
-        options = f":header-rows: 1\n:widths: {' '.join(map(str, _WIDTHS))}\n:class: catalogue"
-        rows = "\n".join(map(_listed, [_HEAD, *map(_row, layers)]))
-        sections.append(f"## {title}\n\n```{{list-table}}\n{options}\n\n{rows}\n```\n")
-    return "\n".join(sections)
+def overview() -> str:
+    """The families and the names of their layers, as MyST Markdown."""
+    rows = [
+        (f"[](families/{family}.md)", ", ".join(_link(entry) for entry in _members(family)))
+        for family in families()
+    ]
+    pages = "\n".join(f"families/{family}" for family in families())
+    table = _table(("family", "layers"), rows, (25, 75))
+    return f"{table}\n```{{toctree}}\n:hidden:\n\n{pages}\n```\n"
+
+
+def family(name: str) -> str:
+    """The layers of a family: a table, and the pages for the sidebar.
+
+    Args:
+        name: the family, as the folder that holds it.
+    """
+    pages = "\n".join(f"/{page_of(entry)}" for entry in _members(name))
+    table = _table(_HEAD, map(_row, _members(name)), _WIDTHS)
+    return f"{table}\n```{{toctree}}\n:hidden:\n\n{pages}\n```\n"
+
+
+def all_names(modules: Iterable[str]) -> str:
+    """Every public name of some modules, as links.
+
+    Args:
+        modules: full names of the modules; the first one's names are shown without it.
+    """
+    first, *others = modules
+    names = [(name, f"{first}.{name}") for name in public_names(importlib.import_module(first))]
+    for module in others:
+        short = module.removeprefix(f"{first}.")
+        public = public_names(importlib.import_module(module))
+        names += [(f"{short}.{name}", f"{module}.{name}") for name in public]
+    links = "\n".join(
+        f"- {{py:obj}}`{shown} <{full}>`" for shown, full in sorted(names, key=_without_case)
+    )
+    return f"::::{{container}} names\n\n{links}\n\n::::\n"
+
+
+def _without_case(name: tuple[str, str]) -> tuple[str, str]:
+    return name[0].lower(), name[0]
+
+
+def _members(name: str) -> list[catalogue.Entry]:
+    return [entry for entry in catalogue.entries() if entry.family == name]
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]], widths: Iterable[int]) -> str:
+    options = f":header-rows: 1\n:widths: {' '.join(map(str, widths))}\n:class: catalogue"
+    listed = "\n".join(map(_listed, [head, *rows]))
+    return f"```{{list-table}}\n{options}\n\n{listed}\n```\n"
 
 
 def _listed(row: Iterable[str]) -> str:
@@ -61,8 +95,12 @@ def _listed(row: Iterable[str]) -> str:
     return "* - " + "\n  - ".join(cells)
 
 
+def _link(entry: catalogue.Entry) -> str:
+    return f"[{_escaped(entry.name)}](/{page_of(entry)}.rst)"
+
+
 def _row(entry: catalogue.Entry) -> tuple[str, ...]:
-    name = f"{{py:{'func' if entry.is_function else 'class'}}}`~flax_customgrad.{entry.name}`"
+    name = _link(entry)
     if entry.is_drop_in:
         name += f"\n\nfor `{entry.stands_for}`"
     gain = _escaped(entry.gain)
@@ -72,12 +110,8 @@ def _row(entry: catalogue.Entry) -> tuple[str, ...]:
 
 
 def _linked(source: str) -> str:
-    """A source as a link: an arXiv number, an issue, or the text as it is."""
-    if match := re.fullmatch(r"arXiv:([\w./-]+)", source):
-        return f"[{source}](https://arxiv.org/abs/{match[1]})"
-    if match := re.fullmatch(r"https://github\.com/([\w./-]+)/(?:issues|pull)/(\d+)", source):
-        return f"[{match[1]}#{match[2]}]({source})"
-    return f"<{source}>" if source.startswith("https://") else _escaped(source)
+    text, address = link(source)
+    return f"[{_escaped(text)}]({address})" if address else _escaped(text)
 
 
 def _escaped(text: str) -> str:
@@ -87,11 +121,30 @@ def _escaped(text: str) -> str:
 
 
 def _write(app: Sphinx, docname: str, source: list[str]) -> None:
-    if MARK in source[0]:
-        source[0] = source[0].replace(MARK, markdown(catalogue.entries()))
+    folder, _, name = docname.rpartition("/")
+    if "<!-- the catalogue -->" in source[0]:
+        source[0] = source[0].replace("<!-- the catalogue -->", overview())
+    if "<!-- the family -->" in source[0]:
+        source[0] = source[0].replace("<!-- the family -->", family(name))
+    if "<!-- the names -->" in source[0]:
+        names = all_names(app.config.coverage_modules)
+        source[0] = source[0].replace("<!-- the names -->", names)
+    if folder == "families" and name not in families():
+        raise ExtensionError(f"docs/{docname}.md: the catalogue has no family {name!r}")
+
+
+def _check_families(app: Sphinx) -> None:
+    for name in families():
+        path = Path(app.srcdir) / "families" / f"{name}.md"
+        if not path.exists():
+            raise ExtensionError(
+                f"the family {name!r} has no page. Write docs/families/{name}.md: a heading, a "
+                "sentence, and the line <!-- the family -->"
+            )
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Registers the replacement."""
+    """Registers the replacement, and the check that each family has a page."""
+    app.connect("builder-inited", _check_families)
     app.connect("source-read", _write)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

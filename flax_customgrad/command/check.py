@@ -7,13 +7,14 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from flax_customgrad import catalogue
-from flax_customgrad.command.common import INTERRUPTED, layer_name, time_left
-from flax_customgrad.testing import CHECKS, Report, check_vjp
+from flax_customgrad.command import measurements
+from flax_customgrad.command.common import INTERRUPTED, layer_name, time_left, writable
+from flax_customgrad.testing import CHECKS, Report, Row, check_vjp
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -38,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"the checks to run, separated by commas: {', '.join(CHECKS)}",
     )
     parser.add_argument("--details", action="store_true", help="print the table of each example")
+    parser.add_argument(
+        "--json",
+        type=writable,
+        metavar="FILE",
+        help="write a summary of each layer, if no check fails; the documentation shows it",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     heading = f"{'':7}compared  skipped  error/allowed    time  example"
     console.print(heading, style="dim", soft_wrap=True)
     reports: list[Report] = []
+    by_layer: dict[str, list[Report]] = {}
     start = time.perf_counter()
     for label, (entry, example) in examples.items():
         began = time.perf_counter()
@@ -75,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
             return INTERRUPTED
         report.name = label
         reports.append(report)
+        by_layer.setdefault(entry.name, []).append(report)
         console.print(_line(report, time.perf_counter() - began), soft_wrap=True)
         for row in report.rows:
             if row.status != "ok":
@@ -82,7 +91,41 @@ def run(args: argparse.Namespace) -> int:
         if args.details:
             console.print(report)
     console.print(_summary(reports, len(examples), start))
-    return 1 if any(report.failures for report in reports) else 0
+    failed = any(report.failures for report in reports)
+    if args.json is not None and failed:
+        console.print(f"{args.json} is not written: it is a record of what passes", soft_wrap=True)
+    elif args.json is not None:
+        measurements.write(args.json, [_record(*layer) for layer in by_layer.items()])
+    return 1 if failed else 0
+
+
+def _record(layer: str, reports: Sequence[Report]) -> dict[str, Any]:
+    """What is kept of the reports on a layer: for each check how many comparisons, and the worst.
+
+    The worst error is that which comes closest to the error allowed for it.
+    """
+    rows = [row for report in reports for row in report.rows]
+    checks = []
+    for check in CHECKS:
+        compared = [row for row in rows if row.check == check and row.error is not None]
+        skipped = sum(row.check == check and row.status == "skipped" for row in rows)
+        if compared or skipped:
+            worst = max(compared, key=_share, default=None)
+            checks.append(
+                {
+                    "check": check,
+                    "compared": len(compared),
+                    "skipped": skipped,
+                    "error": worst and float(f"{worst.error:.1e}"),
+                    "allowed": worst and worst.tolerance,
+                }
+            )
+    return {"layer": layer, "examples": len(reports), "checks": checks}
+
+
+def _share(row: Row) -> float:
+    """How much of the error allowed a comparison used up."""
+    return (row.error or 0.0) / row.tolerance if row.tolerance else 0.0
 
 
 def _summary(reports: Sequence[Report], n: int, start: float) -> str:
@@ -99,7 +142,7 @@ def _line(report: Report, seconds: float) -> "Text":
     """The summary of one example, below the heading that `run` prints."""
     from rich.text import Text
 
-    shares = [r.error / r.tolerance for r in report.rows if r.error is not None and r.tolerance]
+    shares = [_share(row) for row in report.rows if row.error is not None and row.tolerance]
     worst = f"{max(shares):.1e}" if shares else ""
     return Text.assemble(
         ("failed ", "bold red") if report.failures else ("ok     ", "green"),

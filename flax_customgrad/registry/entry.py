@@ -13,7 +13,7 @@ Example = Callable[[Any], tuple[Any, ...]]
 
 
 class Curve(NamedTuple):
-    """A function of one number that shows a surrogate gradient; the documentation draws it.
+    """A function of one number; the documentation draws it and its gradient.
 
     Attributes:
         function: takes and returns arrays of one shape, element by element.
@@ -45,7 +45,7 @@ class Entry:
             it is computed: a function of what an example is called with and of the output's
             cotangent, `formula(*args, g, **keywords)`, one cotangent per argument. The arguments
             of a Module's example start with the Module.
-        curves: graphs that show a surrogate, by name.
+        curves: graphs of the function and its gradient by name, where one number says it all.
         examples: makers of small examples by name, for `check_vjp`. They take the class or
             function to use, `module` or `reference`; inputs have a leading axis of 8, one per
             device of a mesh.

@@ -1,6 +1,7 @@
 """`check`: one line per example, and an exit status that says whether all is well."""
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -138,3 +139,26 @@ def test_brings_its_own_devices():
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r" [1-9]\d* comparisons, 0 failed, 0 skipped", done.stdout)
+
+
+def test_json_is_a_record_of_each_layer_for_the_documentation(capsys, monkeypatch, tmp_path):
+    _catalogue(monkeypatch, "Linear", one=_linear, two=_linear)
+    path = tmp_path / "checks.json"
+    checks = ["--only", "autodiff,residuals"]
+    assert main(["check", *checks, "--json", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert record["machine"]
+    assert set(record["versions"]) == {"Python", "jax", "flax"}
+    (row,) = record["rows"]
+    assert (row["layer"], row["examples"]) == ("Linear", 2)
+    (check,) = row["checks"]  # Nothing is compared in "residuals".
+    assert (check["check"], check["compared"], check["skipped"]) == ("autodiff", 8, 0)
+    assert 0 <= check["error"] <= check["allowed"] == 1e-9
+
+
+def test_json_is_not_written_where_a_check_fails(capsys, monkeypatch, tmp_path):
+    _catalogue(monkeypatch, "Linear", bias=lambda cls: _linear(DoubledBias))
+    path = tmp_path / "checks.json"
+    assert main(["check", "--only", "autodiff", "--json", str(path)]) == 1
+    assert not path.exists()
+    assert "is not written" in capsys.readouterr().out

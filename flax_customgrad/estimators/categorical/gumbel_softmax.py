@@ -11,6 +11,13 @@
               key would keep the logits instead, and cost a second draw.
     at a tie  the lower index wins
 
+With w = z / temperature and the derivative of a softmax, p (g - sum p g):
+
+    dlogits      = J(p) g ∂w/∂z = J(p) g / temperature
+    dtemperature = sum J(p) g ∂w/∂temperature = -sum J(p) g z / temperature^2
+                 = -sum dlogits z / temperature
+                 = -sum dlogits log(p)          log(p) is w minus one number, and sum dlogits = 0
+
 This page has the soft sample; the hard one is `top_k` with k = 1. Its forward is exactly zeros and
 ones; `y_hard + y_soft - stop_gradient(y_soft)`, as it is also written, is not after rounding. Half
 precision is computed in float32.

@@ -6,11 +6,18 @@ Codebook i finds a code `q[i]` for the remainder of `z` that the codebooks befor
               q[i] = codebooks[i][indices[i]],  r[i] = r[i-1] - q[i]
               q    = q[1] + ... + q[n]
               loss = (commitment + 1) (sum r[1]^2 + ... + sum r[n]^2) / N      N: numbers in z
-                     (commitment alone if codes do not learn by it)
+                     (commitment alone if codes learn otherwise)
     backward  dz   = E(dq) + 2 commitment dloss (r[1] + ... + r[n]) / N
               dcodebooks[i][j] = -2 dloss / N times the sum of r[i] where indices[i] = j
     kept      z and the codebooks, which the caller holds, and indices: 4 bytes a vector and
               codebook; and masks, if there are any
+
+Each remainder is z minus constants, or a constant minus its own code:
+
+    ∂loss/∂z    = 2 commitment (r[1] + ... + r[n]) / N          ∂r[i]/∂z = 1
+    ∂loss/∂q[i] = -2 r[i] / N                                   ∂r[i]/∂q[i] = -1
+
+and a code that several vectors found gets the sum of theirs.
 
 A mask says which vectors a codebook quantizes. The others, such as padding, get 0 for its code and
 its remainder, and what the first codebook leaves out has no gradient and is not counted by `N`.

@@ -10,6 +10,9 @@
                                                                       g where low <= x <= high
     kept              nothing; clip_ste, masked, a mask
 
+The derivative of a step is 0 wherever it has one. Straight-through, the error of rounding is taken
+as a constant: y = x + e, and so dy = dx.
+
 `jnp.clip` has derivative 1/2 at a bound, so that `jnp.clip(round_ste(x), low, high)` halves the
 gradient of every value that is rounded onto a bound; a masked `clip_ste` has 1 there.
 """
@@ -60,6 +63,11 @@ def floor_ste(x: ArrayLike) -> jax.Array:
 
     Returns:
         Array like x.
+
+    Example:
+        >>> import jax, flax_customgrad as fcg
+        >>> fcg.floor_ste(1.7), jax.grad(fcg.floor_ste)(1.7)
+        (Array(1., dtype=float32, weak_type=True), Array(1., dtype=float32, weak_type=True))
     """
     return _FLOOR(x)
 
@@ -72,6 +80,11 @@ def ceil_ste(x: ArrayLike) -> jax.Array:
 
     Returns:
         Array like x.
+
+    Example:
+        >>> import jax, flax_customgrad as fcg
+        >>> fcg.ceil_ste(1.2), jax.grad(fcg.ceil_ste)(1.2)
+        (Array(2., dtype=float32, weak_type=True), Array(1., dtype=float32, weak_type=True))
     """
     return _CEIL(x)
 
@@ -84,6 +97,11 @@ def trunc_ste(x: ArrayLike) -> jax.Array:
 
     Returns:
         Array like x.
+
+    Example:
+        >>> import jax, flax_customgrad as fcg
+        >>> fcg.trunc_ste(-1.7), jax.grad(fcg.trunc_ste)(-1.7)
+        (Array(-1., dtype=float32, weak_type=True), Array(1., dtype=float32, weak_type=True))
     """
     return _TRUNC(x)
 
@@ -112,6 +130,11 @@ def stochastic_round(x: ArrayLike, key: jax.Array) -> jax.Array:
 
     Returns:
         Array like x.
+
+    Example:
+        >>> import jax, flax_customgrad as fcg
+        >>> jax.grad(fcg.stochastic_round)(0.5, jax.random.key(0))
+        Array(1., dtype=float32, weak_type=True)
 
     Source: arXiv:1502.02551
     """

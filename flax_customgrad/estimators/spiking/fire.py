@@ -10,6 +10,13 @@
               dtheta = sum(-s du - dz), sum(-dz), sum(-dz)
     kept      v and theta
 
+By the chain rule, with p in place of the derivative of the step:
+
+    ∂s/∂v = p,  ∂s/∂theta = -p
+    ∂u/∂s = -theta, -v, 0              for the resets in turn; times du that is dr
+    ∂u/∂v = 1, 1 - s, 1                for a fixed s
+    dv    = du ∂u/∂v + (ds + dr) p
+
 s and p are computed again, from v; autodiff keeps v - theta as well, and an operand of the reset.
 The reset is not differentiated by default, dr = 0, as in snntorch and in the tutorial to
 arXiv:1901.09948, https://github.com/fzenke/spytorch.

@@ -5,6 +5,7 @@ float32 (gate and up 2048x2816): with jax.nn -> with this library.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -27,7 +28,7 @@ from flax_customgrad.layers.activation import (
     softmax,
 )
 from flax_customgrad.numerics.elementwise import elementwise
-from flax_customgrad.registry.entry import Entry, Example
+from flax_customgrad.registry.entry import Curve, Entry, Example
 from flax_customgrad.registry.examples import RANDOM_BIAS, applied, made, normal
 
 
@@ -97,6 +98,18 @@ def _function_entry(
     )
 
 
+def _pointwise_entry(function: Callable[..., jax.Array], *facts: str, **keywords: Any) -> Entry:
+    """The entry of an elementwise function, with its graph.
+
+    Args:
+        function: the function.
+        *facts: what its backward keeps, what it is for, and its paper.
+        **keywords: as of `_function_entry`.
+    """
+    entry = _function_entry(function, *facts, **keywords)
+    return replace(entry, curves={"": Curve(function, -4.0, 4.0)})
+
+
 def _learned_parameter(*values: float) -> Example:
     """An example of a function with an array for its parameter, one number per feature."""
     return applied(_few, lambda: jnp.array(values))
@@ -110,7 +123,7 @@ _SILU = "453 MB -> 168; an infinite x has a value and a gradient"
 _HARD_SILU = "336 MB -> 168; 0 at minus infinity, where nnx has NaN"
 
 _POINTWISE = (
-    _function_entry(
+    _pointwise_entry(
         smooth.gelu,
         "x",
         "721 MB -> 168, exact 487 -> 168; float16 gradients beyond 148, infinite x",
@@ -118,32 +131,32 @@ _POINTWISE = (
         examples={"tanh": applied(_few), "exact": applied(_few, approximate=False)},
         workloads={**_WIDE_AND_BF16, "4096x1024, exact": applied(_many, approximate=False)},
     ),
-    _function_entry(smooth.silu, "x", _SILU, "arXiv:1702.03118", workloads=_WIDE_AND_BF16),
-    _function_entry(smooth.swish, "x", _SILU, "arXiv:1702.03118", name="swish"),
-    _function_entry(
+    _pointwise_entry(smooth.silu, "x", _SILU, "arXiv:1702.03118", workloads=_WIDE_AND_BF16),
+    _pointwise_entry(smooth.swish, "x", _SILU, "arXiv:1702.03118", name="swish"),
+    _pointwise_entry(
         smooth.mish,
         "x",
         "604 MB -> 168, from one exponential; right at infinity",
         "arXiv:1908.08681",
         workloads=_WIDE_AND_BF16,
     ),
-    _function_entry(smooth.softplus, "x", "185 MB -> 168; derivative in float32"),
-    _function_entry(smooth.log_sigmoid, "x", "201 MB -> 168; derivative in float32"),
-    _function_entry(
+    _pointwise_entry(smooth.softplus, "x", "185 MB -> 168; derivative in float32"),
+    _pointwise_entry(smooth.log_sigmoid, "x", "201 MB -> 168; derivative in float32"),
+    _pointwise_entry(
         smooth.squareplus,
         "x, b",
         "319 MB -> 168; accurate for negative x, finite for |x| of 1e30",
         "arXiv:2112.11687",
         examples={"alone": applied(_few), "b for each feature": _learned_parameter(1.0, 4.0, 0.3)},
     ),
-    _function_entry(smooth.soft_sign, "x", "470 MB -> 168; 1 at infinity, where nnx has NaN"),
-    _function_entry(
+    _pointwise_entry(smooth.soft_sign, "x", "470 MB -> 168; 1 at infinity, where nnx has NaN"),
+    _pointwise_entry(
         sigmoidal.tanh, "y; x in half precision", "float32 derivative in half precision"
     ),
-    _function_entry(
+    _pointwise_entry(
         sigmoidal.sigmoid, "y; x in half precision", "float32 derivative in half precision"
     ),
-    _function_entry(
+    _pointwise_entry(
         exponential.elu,
         "x, alpha",
         "268 MB -> 168; float32 sum for alpha",
@@ -153,8 +166,8 @@ _POINTWISE = (
             "alpha for each feature": _learned_parameter(1.0, 0.5, 2.0),
         },
     ),
-    _function_entry(exponential.selu, "x", "268 MB -> 168", "arXiv:1706.02515"),
-    _function_entry(
+    _pointwise_entry(exponential.selu, "x", "268 MB -> 168", "arXiv:1706.02515"),
+    _pointwise_entry(
         exponential.celu,
         "x, alpha",
         "503 MB -> 168; float32 sum for alpha",
@@ -167,7 +180,7 @@ _POINTWISE = (
         },
         operations={elementwise: "x and alpha both repeated"},
     ),
-    _function_entry(
+    _pointwise_entry(
         piecewise.relu,
         "a mask, or as its `residual` says bits or y",
         "67 MB -> 38 with bits",
@@ -178,14 +191,14 @@ _POINTWISE = (
         },
         workloads={**_WIDE_AND_BF16, "4096x1024, bits": _relu("bits", _many)},
     ),
-    _function_entry(piecewise.relu6, "a mask", "the same as nnx's"),
-    _function_entry(piecewise.hard_tanh, "a mask", "134 MB -> 67"),
-    _function_entry(
+    _pointwise_entry(piecewise.relu6, "a mask", "the same as nnx's"),
+    _pointwise_entry(piecewise.hard_tanh, "a mask", "134 MB -> 67"),
+    _pointwise_entry(
         piecewise.hard_sigmoid, "a mask", "the same as nnx's; half precision rounded once"
     ),
-    _function_entry(piecewise.hard_silu, "x", _HARD_SILU),
-    _function_entry(piecewise.hard_swish, "x", _HARD_SILU, name="hard_swish"),
-    _function_entry(
+    _pointwise_entry(piecewise.hard_silu, "x", _HARD_SILU),
+    _pointwise_entry(piecewise.hard_swish, "x", _HARD_SILU, name="hard_swish"),
+    _pointwise_entry(
         piecewise.leaky_relu,
         "a mask; x and the slope where the slope is an array",
         "float32 sum for the slope",
@@ -209,6 +222,7 @@ _POINTWISE = (
                 lambda: normal(8, 2, 1), np.array([[-0.3], [1.5]])
             ),
         },
+        curves={"slope 0.25": Curve(lambda x: prelu.PReLU(0.25)(x), -4.0, 4.0)},
         workloads={"4096x1024": _prelu(_many), "4096x1024, bf16": _prelu(_many_bf16)},
         operations={prelu.prelu: "two slopes, x of three axes, one of size 1"},
     ),

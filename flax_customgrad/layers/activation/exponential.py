@@ -45,6 +45,11 @@ def elu(x: ArrayLike, alpha: ArrayLike = 1.0) -> jax.Array:
     Returns:
         Array like x, of the dtype to which x and alpha promote.
 
+    Example:
+        >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
+        >>> jax.grad(fcg.elu)(-jnp.inf)
+        Array(0., dtype=float32, weak_type=True)
+
     Source: arXiv:1511.07289
     """
     return ELU(x, alpha)
@@ -73,6 +78,11 @@ def selu(x: ArrayLike) -> jax.Array:
 
     Returns:
         Array like x.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
+        >>> jax.grad(fcg.selu)(-jnp.inf)
+        Array(0., dtype=float32, weak_type=True)
 
     Source: arXiv:1706.02515
     """
@@ -105,6 +115,11 @@ def celu(x: ArrayLike, alpha: ArrayLike = 1.0) -> jax.Array:
 
     Returns:
         Array like x, of the dtype to which x and alpha promote.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
+        >>> jax.grad(fcg.celu)(-jnp.inf)
+        Array(0., dtype=float32, weak_type=True)
 
     Source: arXiv:1704.07483
     """

@@ -89,6 +89,11 @@ def swiglu(gate: ArrayLike, up: ArrayLike) -> jax.Array:
     Raises:
         ValueError: the shapes differ.
 
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> fcg.swiglu(jnp.ones((2, 3)), jnp.ones((2, 3))).shape
+        (2, 3)
+
     Source: arXiv:2002.05202
     """
     return _SWIGLU("swiglu", gate, up)
@@ -108,6 +113,11 @@ def geglu(gate: ArrayLike, up: ArrayLike, approximate: bool = True) -> jax.Array
     Raises:
         ValueError: the shapes differ.
 
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> fcg.geglu(jnp.ones((2, 3)), jnp.ones((2, 3))).shape
+        (2, 3)
+
     Source: arXiv:2002.05202
     """
     return (_GEGLU_TANH if approximate else _GEGLU_ERF)("geglu", gate, up)
@@ -125,6 +135,11 @@ def reglu(gate: ArrayLike, up: ArrayLike) -> jax.Array:
 
     Raises:
         ValueError: the shapes differ.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> fcg.reglu(jnp.ones((2, 3)), jnp.ones((2, 3))).shape
+        (2, 3)
 
     Source: arXiv:2002.05202
     """

@@ -90,6 +90,11 @@ def glu(x: ArrayLike, axis: int = -1) -> jax.Array:
     Raises:
         ValueError: the axis does not exist, or has an odd size.
 
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> fcg.glu(jnp.ones((2, 6))).shape
+        (2, 3)
+
     Source: arXiv:1612.08083
     """
     x, axis = as_array(x), operator.index(axis)

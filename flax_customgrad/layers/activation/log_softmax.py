@@ -4,6 +4,11 @@
     backward  dx = w (g - exp(y) sum g),  w = 0 in a row without weight, else 1
     kept      y, and of each row w
 
+In a row with weight, where (i = j) is 1 if it holds, else 0:
+
+    ∂y_j/∂x_i = (i = j) - exp(x_i - m) / s = (i = j) - exp(y_i)
+    dx_i      = sum_j g_j ∂y_j/∂x_i = g_i - exp(y_i) sum_j g_j
+
 What happens in a row with an infinite m is said in `softmax_rows`.
 """
 
@@ -122,6 +127,11 @@ def log_softmax(
 
     Returns:
         Array like x; minus infinity in a row that holds nothing else or is masked throughout.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> fcg.log_softmax(jnp.array([-jnp.inf, 0.0]))
+        Array([-inf,   0.], dtype=float32)
     """
     x, axis = as_array(x), reduction_axes(axis)
     if not takes_custom_backward(x):

@@ -4,6 +4,10 @@
     backward  dx = g exp(x - m) / s
     kept      x, and of each row m and s
 
+The maximum cancels: y = log(sum exp(x)), whose derivative is the softmax of the row,
+
+    ∂y/∂x_i = exp(x_i) / sum exp(x) = exp(x_i - m) / s
+
 What happens in a row with an infinite m is said in `softmax_rows`.
 """
 
@@ -107,6 +111,11 @@ def logsumexp(
     Returns:
         Array of a's shape without the axes of the sum; minus infinity where nothing is summed. With
         `return_sign` a pair of arrays.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> fcg.logsumexp(jnp.array([-jnp.inf, 0.0]))
+        Array(0., dtype=float32)
     """
     a, axis = as_array(a), reduction_axes(axis)
     if b is not None or return_sign or not takes_custom_backward(a):

@@ -63,6 +63,11 @@ def relu(x: ArrayLike, *, residual: Literal["mask", "bits", "output"] = "mask") 
 
     Raises:
         ValueError: `residual` is none of these words.
+
+    Example:
+        >>> import jax, flax_customgrad as fcg
+        >>> jax.grad(fcg.relu)(2.0)
+        Array(1., dtype=float32, weak_type=True)
     """
     check_word("relu", "residual", residual, RELU)
     return RELU[residual](x)
@@ -99,6 +104,11 @@ def relu6(x: ArrayLike) -> jax.Array:
 
     Returns:
         Array like x.
+
+    Example:
+        >>> import jax, flax_customgrad as fcg
+        >>> jax.grad(fcg.relu6)(7.0)
+        Array(0., dtype=float32, weak_type=True)
     """
     return RELU6(x)
 
@@ -111,6 +121,11 @@ def hard_tanh(x: ArrayLike) -> jax.Array:
 
     Returns:
         Array like x.
+
+    Example:
+        >>> import jax, flax_customgrad as fcg
+        >>> jax.grad(fcg.hard_tanh)(0.5)
+        Array(1., dtype=float32, weak_type=True)
     """
     return HARD_TANH(x)
 
@@ -150,6 +165,11 @@ def hard_sigmoid(x: ArrayLike) -> jax.Array:
 
     Returns:
         Array like x.
+
+    Example:
+        >>> import flax_customgrad as fcg
+        >>> fcg.hard_sigmoid(0.0)
+        Array(0.5, dtype=float32, weak_type=True)
     """
     return HARD_SIGMOID(x)
 
@@ -162,6 +182,11 @@ def hard_silu(x: ArrayLike) -> jax.Array:
 
     Returns:
         Array like x.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, flax_customgrad as fcg
+        >>> jax.grad(fcg.hard_silu)(-jnp.inf)
+        Array(0., dtype=float32, weak_type=True)
     """
     return HARD_SILU(x)
 
@@ -211,6 +236,11 @@ def leaky_relu(x: ArrayLike, negative_slope: ArrayLike = 1e-2) -> jax.Array:
 
     Returns:
         Array like x, of the dtype to which x and the slope promote.
+
+    Example:
+        >>> import jax, flax_customgrad as fcg
+        >>> jax.grad(fcg.leaky_relu)(2.0)
+        Array(1., dtype=float32, weak_type=True)
     """
     f = LEAKY_RELU if is_python_number(negative_slope) else LEAKY_RELU_OF_INPUT
     return f(x, negative_slope)

@@ -4,6 +4,11 @@
     backward  dx = y (g - sum g y)
     kept      y
 
+By the quotient rule; m cancels in y, and (i = j) is 1 where it holds, else 0:
+
+    ∂y_j/∂x_i = y_j ((i = j) - y_i)
+    dx_i      = sum_j g_j ∂y_j/∂x_i = y_i (g_i - sum_j g_j y_j)
+
 What happens in a row with an infinite m is said in `softmax_rows`.
 """
 
@@ -112,6 +117,11 @@ def softmax(
 
     Returns:
         Array like x; 0 in a row that holds minus infinity alone or is masked throughout.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> fcg.softmax(jnp.array([0.0, jnp.inf]))
+        Array([0., 1.], dtype=float32)
     """
     x, axis = as_array(x), reduction_axes(axis)
     if not takes_custom_backward(x):

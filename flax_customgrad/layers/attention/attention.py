@@ -10,6 +10,16 @@
               dq    = scale sum ds k,  dk = scale sum ds q,  dbias = ds
     kept      q, k, v, what masks them, o, and two numbers per query and head, m and l
 
+The backward, step by step, for one query; k and j number the keys:
+
+    o         = sum_k z_k p_k v_k
+    dv_k      = z_k p_k g,  dp_k = z_k (g v_k)
+    ∂p_k/∂s_j = p_k ((k = j) - p_j)                     the softmax
+    ds_j      = sum_k dp_k ∂p_k/∂s_j = p_j (dp_j - sum_k p_k dp_k)
+    delta     = sum_k p_k dp_k = g sum_k z_k p_k v_k = g o
+
+The last line is why o is kept: it replaces a sum over all keys, which tiles would have to wait for.
+
 Scores exist a tile at a time (`tiles`, `scores`). The forward meets the tiles of a query one after
 the other: where one of them has a larger maximum, m becomes it, and what was summed so far shrinks
 by the exponential of the difference. The backward computes scores, weights and the draws of dropout

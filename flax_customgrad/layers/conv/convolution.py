@@ -8,6 +8,13 @@
               dbias[f]         = sum_{n, o} g[n, o, f]
     kept      x without its padding, and the parameters, as they came
 
+By the chain rule: output o reads input i = o s + t d through the tap t of the kernel, so
+
+    dp[n, i, c]      = sum_{o, f} g[n, o, f] ∂y[n, o, f]/∂p[n, i, c]
+                     = sum_{t, o, f: o s + t d = i} g[n, o, f] kernel[t, c, f]
+    dkernel[t, c, f] = sum_{n, o} g[n, o, f] ∂y[n, o, f]/∂kernel[t, c, f]
+                     = sum_{n, o} g[n, o, f] p[n, o s + t d, c]
+
 with strides `s` and kernel dilation `d`. `dp` is a convolution of g with the mirrored kernel, so
 that each of the three is one of the two maps of `geometry`. `choose_lowering` says what computes
 them for a shape. On a CPU half precision is summed in float32 and rounded once.

@@ -6,6 +6,8 @@
     kept      the mask, a byte an element ("mask") or a bit ("bits"); or the key ("key"), from which
               the backward draws the mask again
 
+The mask does not depend on x, so that y is linear in x, with the slope 1 / keep where it is True.
+
 The mask and the use of random streams are those of flax.nnx, to the bit. The rate is a constant to
 every derivative.
 

@@ -6,6 +6,12 @@
               dbias[o]      = sum_... g[..., o]
     kept      x and the parameters, as they came: no copy of the kernel in the compute dtype.
 
+By the chain rule, where g is the cotangent of y, and y is linear in each of its arguments:
+
+    dx[..., i]    = sum_o g[..., o] ∂y[..., o]/∂x[..., i] = sum_o g[..., o] kernel[i, o]
+    dkernel[i, o] = sum_... g[..., o] ∂y[..., o]/∂kernel[i, o] = sum_... g[..., o] x[..., i]
+    dbias[o]      = sum_... g[..., o] ∂y[..., o]/∂bias[o] = sum_... g[..., o]
+
 The sums of `dkernel` and `dbias` run in float32, and each is cast once, to the dtype of its
 parameter. Autodiff of nnx.Linear in bfloat16 rounds `dkernel` (off by 2e-3) and sums `dbias` in
 bfloat16: with 8192 rows and cotangents of one sign it is off by 3e-3 where XLA splits the sum over

@@ -8,6 +8,12 @@
               for a sum of each example: x, the labels, w and the parameters; the backward computes
               u again, chunk by chunk
 
+By the chain rule, through the soft cap and the product:
+
+    ∂z/∂u = 1 - tanh(u / softcap)^2 = 1 - (z / softcap)^2
+    du    = g w ∂l/∂z ∂z/∂u
+    dx    = du kernel^T                    as for any product, `linear`
+
 The g of one sum is a number, a factor of every gradient. So a forward that will be differentiated
 computes the gradients from the chunk of logits that it has, instead of computing that twice. Logits
 and sums are float32; du has the dtype of the product. A chunk takes its rows from all over the

@@ -1,8 +1,14 @@
 """Softmax cross entropy with integer labels.
 
-forward   loss = log(s) - sum y (x - m) + z_loss lse^2     m, s, lse, y as in `cross_entropy_rows`
-backward  dx   = g ((1 + 2 z_loss lse) exp(x - m) / s - y)
-kept      x and the labels, and of each row m and s
+    forward   loss = log(s) - sum y (x - m) + z_loss lse^2   m, s, lse, y as in `cross_entropy_rows`
+    backward  dx   = g ((1 + 2 z_loss lse) exp(x - m) / s - y)
+    kept      x and the labels, and of each row m and s
+
+The labels of a row sum to 1, so that m cancels; and the slope of lse is the softmax:
+
+    loss       = lse - sum y x + z_loss lse^2
+    ∂lse/∂x_i  = exp(x_i - m) / s
+    ∂loss/∂x_i = (1 + 2 z_loss lse) exp(x_i - m) / s - y_i
 """
 
 from typing import NamedTuple

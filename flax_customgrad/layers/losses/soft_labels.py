@@ -7,6 +7,12 @@
               dlabels = -g ((1 - label_smoothing) logp + label_smoothing mean logp)
     kept      x and the labels, and of each row m and s
 
+The labels y of a row sum to t, and the slope of lse is the softmax:
+
+    loss       = t lse - sum y x + z_loss lse^2
+    ∂lse/∂x_i  = exp(x_i - m) / s
+    ∂loss/∂x_i = (t + 2 z_loss lse) exp(x_i - m) / s - y_i
+
 0 log 0 is 0: a label of 0 at a logit of minus infinity adds nothing, and has the gradient 0.
 """
 

@@ -112,6 +112,12 @@ def softmax_cross_entropy_with_integer_labels(
     Raises:
         TypeError: the logits are not real floating numbers, or the labels no integers.
         ValueError: a label is no class; or shapes do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> logits, labels = jnp.zeros((2, 4)), jnp.array([0, 3])
+        >>> fcg.softmax_cross_entropy_with_integer_labels(logits, labels).shape
+        (2,)
     """
     name = "softmax_cross_entropy_with_integer_labels"
     return _of_numbers(

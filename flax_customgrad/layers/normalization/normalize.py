@@ -10,6 +10,17 @@
     kept      x and the parameters, as they came, and per statistic three numbers (`moments`);
               or, with residual="output", y in the place of x: x_hat = (y - bias) / scale
 
+The backward, step by step, for n elements that share a statistic. h is the cotangent of x_hat, and
+(i = j) is 1 where it holds, else 0:
+
+    ∂mean/∂x_i     = 1 / n
+    ∂variance/∂x_i = 2 (x_i - mean) / n                     the part by way of the mean is 0
+    ∂rstd/∂x_i     = -rstd^3 / 2 ∂variance/∂x_i = -rstd^2 x_hat_i / n
+    ∂x_hat_j/∂x_i  = rstd ((i = j) - ∂mean/∂x_i) + (x_j - mean) ∂rstd/∂x_i
+                   = rstd ((i = j) - 1 / n - x_hat_j x_hat_i / n)
+    dx_i           = sum_j h_j ∂x_hat_j/∂x_i + dmean ∂mean/∂x_i + dvariance ∂variance/∂x_i
+                   = rstd (h_i - mean_h - x_hat_i mean_hx)
+
 The n elements that share a statistic lie along the reduced axes; scale and bias vary along the
 feature axes. The statistics are outputs as well, and dmean and dvariance are their cotangents.
 

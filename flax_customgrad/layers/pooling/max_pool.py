@@ -219,6 +219,11 @@ def min_pool(
     Raises:
         TypeError: an argument is not of whole numbers.
         ValueError: the arguments do not fit each other or the inputs.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_customgrad as fcg
+        >>> fcg.min_pool(jnp.arange(6.0).reshape(6, 1), (2,), (2,)).ravel()
+        Array([0., 2., 4.], dtype=float32)
     """
     return _pool_extreme(MIN, inputs, window_shape, strides, padding)
 

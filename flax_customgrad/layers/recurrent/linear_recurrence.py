@@ -6,6 +6,13 @@
               dh_0 = a_1 l_1
     kept      a, h and h_0
 
+A state h_t reaches the loss as an output and through the next state; l_t is the sum of both:
+
+    l_t  = g_t + l_{t+1} ∂h_{t+1}/∂h_t = g_t + a_{t+1} l_{t+1}
+    db_t = l_t ∂h_t/∂b_t = l_t
+    da_t = l_t ∂h_t/∂a_t = l_t h_{t-1}
+    dh_0 = l_1 ∂h_1/∂h_0 = a_1 l_1
+
 Nothing is conjugated: so JAX defines the cotangent of a complex array. Autodiff of
 `jax.lax.associative_scan` keeps two arrays for each of its log2(T) levels.
 

@@ -9,6 +9,9 @@
               dc  = dc' f
     kept      i, f, g, o, and c
 
+That is the product rule, from the last line of the forward to the first: c' reaches the loss as the
+next memory and through h', so that its two cotangents are added before they go on to i, f, g and c.
+
 Here a is the projection of the input and u that of h, and what is left is said in `recurrence`. The
 sigmoid is `gate` and tanh is `act`, unless the cell was given other activations.
 

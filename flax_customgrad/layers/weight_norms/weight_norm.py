@@ -7,6 +7,12 @@
               dv     = scale r (g - s v_hat sum_gv)
     kept      v and scale, as they came, and r: one number per feature
 
+As for any vector of length 1, with (i = j) 1 where it holds, else 0, and s = 1:
+
+    ∂r/∂v_i       = -r^3 v_i = -r^2 v_hat_i
+    ∂v_hat_j/∂v_i = r ((i = j) - v_hat_j v_hat_i)
+    dv_i          = scale sum_j g_j ∂v_hat_j/∂v_i = scale r (g_i - v_hat_i sum_gv)
+
 `r` and its slope `s` are those of `unit_norm`: in float32, not lost to epsilon where v is small,
 not overflowing where it is large; `s` is 1 but for v of a norm below 1e-3. nnx computes in the
 dtype of v: for a float16 kernel filled with 300 its output and its gradient are 0.

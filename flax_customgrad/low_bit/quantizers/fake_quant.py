@@ -6,6 +6,9 @@
     backward    dx = g where the range holds x, else 0
     kept        nothing where the range is that of x itself; else a bit an element
 
+Straight-through, the slope of round is taken as 1. Within the range that of y is then s / s = 1,
+beyond it y is a constant.
+
 Scale s and zero point z come from the range (`calibration`), a constant to the gradient: a gradient
 of the scale is what `LSQ` is for. Halves are rounded to the even integer, and the ends of
 the range are inside of it. With 8 bits the largest magnitude is 127 steps; qwix and AQT make it

@@ -6,6 +6,12 @@
               G  = 1 / sqrt(N high)
     kept      x and p
 
+Straight-through, round(v) has the slope 1, and clip its own:
+
+    ∂y/∂x = s ∂round(v)/∂v ∂v/∂x = s / s = 1                          inside
+    ∂y/∂s = round(v) + s ∂v/∂s = round(v) - s x / s^2 = round(v) - v  inside
+    y     = s low or s high:  ∂y/∂x = 0,  ∂y/∂s = low or high         outside
+
 The parameter p is the scale. One that an optimizer drives to zero or below is used by its
 magnitude, at 0 by the least normal number, with the gradient that p has from above: it can grow
 again on either side. The ends of the range are inside of it. The integers are -2^(bits-1) to

@@ -51,8 +51,8 @@ class Scheme(Elementwise):
             *parameters: such as a scale; float arrays that fit the shape of x.
 
         Returns:
-            The values, an array like x, and their codes, an array of that shape: the integers
-            minus `low`, uint8 for at most 8 bits, else uint16.
+            The values, an array like x, and their codes, an array of that shape, which are the
+            integers minus `low`, uint8 for at most 8 bits, else uint16.
         """
         return elementwise_surrogate(x, parameters, self)
 
