@@ -22,9 +22,12 @@ from flax_customgrad.layers.conv.geometry import Geometry
 from flax_customgrad.layers.conv.lowerings.depthwise_sums import sum_all_at_once, sum_by_blocks
 from flax_customgrad.layers.conv.lowerings.lowering import Lowering
 from flax_customgrad.numerics.accumulation import fusion_barrier
+from flax_customgrad.numerics.sizes import is_known
 
-# A window of more elements is summed by one reduction, of which a program holds one alone.
+# Sums written out take half a second to compile, and gain nothing where there is little to sum.
 _MAX_UNROLLED_TAPS = 16
+_MIN_ELEMENTS = 1 << 16
+_MIN_ELEMENTS_IN_LOOP = 1 << 19
 
 
 class DepthwiseLowering(Lowering):
@@ -55,13 +58,21 @@ class DepthwiseLowering(Lowering):
     def kernel_gradient(self, x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
         """For each element of the window the sum of a shifted copy times g."""
         ins, outs = _features_per_group(geometry)
-        few = math.prod(geometry.window) <= _MAX_UNROLLED_TAPS
-        sums: Callable[..., jax.Array] = sum_by_blocks if few else sum_all_at_once
+        sums = _sums(g, geometry)
         rows = [
             _interleave([sums(x[..., c::ins], g[..., f::outs], geometry) for f in range(outs)])
             for c in range(ins)
         ]
         return jnp.stack(rows, -2).reshape(*geometry.window, ins, geometry.out_features)
+
+
+def _sums(g: jax.Array, geometry: Geometry) -> Callable[..., jax.Array]:
+    """What sums a kernel's gradient, for the size of g and of the window."""
+    in_loop = math.prod(geometry.window) > _MAX_UNROLLED_TAPS
+    least = _MIN_ELEMENTS_IN_LOOP if in_loop else _MIN_ELEMENTS
+    if is_known(g.size) and g.size < least:
+        return sum_all_at_once
+    return functools.partial(sum_by_blocks, in_loop=in_loop)
 
 
 def _features_per_group(geometry: Geometry) -> tuple[int, int]:
