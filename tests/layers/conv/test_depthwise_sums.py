@@ -19,8 +19,6 @@ GEOMETRIES = {
 
 
 def _kernel_gradient(x, g, geometry):
-    size = geometry.size
-
     def correlate(w):
         return jax.lax.conv_general_dilated(
             x,
