@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from flax_customgrad.command import (
-    audit,
+    auditing,
     bench,
     check,
     codebooks,
@@ -25,7 +25,7 @@ _COMMANDS = {
     "codebooks": codebooks,
     "list": listing,
     "check": check,
-    "audit": audit,
+    "audit": auditing,
     "bench": bench,
 }
 

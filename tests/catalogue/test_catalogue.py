@@ -20,6 +20,8 @@ FAMILIES = {".".join(p.parent.relative_to(PACKAGE).parts): p for p in PACKAGE.rg
 
 # What is public beside layers: what they hold, and what is done with them.
 NO_LAYERS = {
+    "Audit",
+    "AuditRow",
     "BackwardState",
     "BackwardStateError",
     "BlockKernel",
@@ -45,6 +47,7 @@ NO_LAYERS = {
     "Scheme",
     "Size",
     "SizeReport",
+    "audit",
     "backward_state",
     "begin_step",
     "calibrate",
