@@ -100,8 +100,8 @@ def bind(rules: Rules) -> Rule:
         )
         if rules.is_pure:
             of_arrays = of_arrays._replace(
-                forward=_traced_once(f"{rules.name}_fwd", of_arrays.forward),
-                backward=_traced_once(f"{rules.name}_bwd", of_arrays.backward, static_argnums=2),
+                forward=_forward_traced_once(of_arrays, types),
+                backward=_backward_traced_once(of_arrays),
             )
         if rules.shared is None:
             return _operation(of_arrays, types)
@@ -138,19 +138,53 @@ def _named(name: str, function: Rule) -> Rule:
     return named
 
 
-def _traced_once(name: str, rule: Rule, static_argnums: int | tuple[int, ...] = ()) -> Rule:
-    """A rule that the layers of a model trace once.
+def _forward_traced_once(rules: Rules, types: tuple[Any, ...]) -> Rule:
+    """A forward that the layers of a model trace once.
 
-    Its operations become those of the caller: a call would hide what it keeps of its arguments, and
-    XLA would keep more. Outside of a trace it runs as it is: there XLA drops nothing of that.
+    Its operations become those of the caller; of a call XLA would keep more. What it keeps of its
+    arguments, or returns as well, stays the same array. Outside of a trace it runs as it is: there
+    XLA drops nothing of what it keeps.
     """
-    traced = jax.jit(_named(name, rule), static_argnums=static_argnums, inline=True)
 
-    def once(*args: Any) -> Any:
-        is_inside = any(map(compat.is_traced, jax.tree.leaves(args)))
-        return traced(*args) if is_inside else rule(*args)
+    @functools.cache
+    def traced() -> tuple[Rule, list[int], Any]:
+        program, shapes = jax.make_jaxpr(rules.forward, return_shape=True)(*types)
+        variables = list(map(id, program.jaxpr.invars))
+        computed = []
+        for place, variable in enumerate(map(id, program.jaxpr.outvars)):
+            if variable not in variables:
+                variables.append(variable)
+                computed.append(place)
+        places = [variables.index(id(variable)) for variable in program.jaxpr.outvars]
+        flat = jax.extend.core.jaxpr_as_fun(program)
 
-    return once
+        def of_computed(*arrays: Any) -> list[Any]:
+            out = flat(*arrays)
+            return [out[place] for place in computed]
+
+        name = f"{rules.name}_fwd"
+        return jax.jit(_named(name, of_computed), inline=True), places, jax.tree.structure(shapes)
+
+    def forward(*arrays: Any) -> tuple[Any, Any]:
+        if not any(map(compat.is_traced, arrays)):
+            return rules.forward(*arrays)
+        compute, places, structure = traced()
+        values = [*arrays, *compute(*arrays)]
+        return structure.unflatten([values[place] for place in places])
+
+    return forward
+
+
+def _backward_traced_once(rules: Rules) -> Rule:
+    """A backward that the layers of a model trace once, as `_forward_traced_once` does."""
+    compute = jax.jit(_named(f"{rules.name}_bwd", rules.backward), static_argnums=2, inline=True)
+
+    def backward(residuals: Any, g: Any, differentiated: Any) -> Any:
+        is_inside = any(map(compat.is_traced, jax.tree.leaves((residuals, g))))
+        rule = compute if is_inside else rules.backward
+        return rule(residuals, g, differentiated)
+
+    return backward
 
 
 def _by_custom_vjp(rules: Rules) -> Rule:
