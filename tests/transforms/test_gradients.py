@@ -59,7 +59,11 @@ def checks_of(entry, nth, name):
 
 
 EXAMPLES = [
-    pytest.param(entry, make, *checks_of(entry, nth, name), id=f"{entry.name}, {name}")
+    pytest.param(
+        *(entry, make, *checks_of(entry, nth, name)),
+        id=f"{entry.name}, {name}",
+        marks=[pytest.mark.every_stack] if (entry.name, name) in HERE else [],
+    )
     for entry in catalogue.entries()
     for nth, (name, make) in enumerate(entry.examples.items())
 ]
