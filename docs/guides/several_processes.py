@@ -8,7 +8,7 @@ starts two processes on this machine, which share four simulated devices, and
 
 goes on with one. On a cluster that JAX knows, start it once for each process, without --processes:
 
-    srun --nodes=4 --ntasks-per-node=1 python several_processes.py --checkpoint /shared/model
+    srun --nodes=2 --ntasks-per-node=8 python several_processes.py --checkpoint /shared/model
 """
 
 import argparse
