@@ -139,9 +139,12 @@ attention.defvjp(_fwd, _bwd)
 @inline_jit()
 def _forward(config: AttentionConfig, *args: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The output, and m and l of shape (..., K, G, T), of the arguments of `attention`."""
-    *batch, place, _, _ = explicit_spec(args[0])
-    of_rows = PartitionSpec(*batch, None, None, place)
-    specs = PartitionSpec(*batch, place, None, None), of_rows, of_rows
+    q, k, *_ = args
+    *batch, place, heads, _ = explicit_spec(q)
+    # Of fewer heads of keys there may be fewer than devices that share those of the queries.
+    of_keys = heads if k.shape[-2] == q.shape[-2] else None
+    of_rows = PartitionSpec(*batch, of_keys, None, place)
+    specs = PartitionSpec(*batch, place, heads, None), of_rows, of_rows
     return with_auto_axes(functools.partial(_attend, config), specs, *args)
 
 

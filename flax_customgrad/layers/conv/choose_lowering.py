@@ -4,7 +4,9 @@ On a CPU each of the three passes goes through the table below, by the first row
 and transposed convolutions are taken apart, and their parts go through the table again. Of the 78
 shapes of `benchmarks.convolutions` none took 1.05 times as long as by XLA. Elsewhere it is XLA's
 own, with the gradients that JAX has for it. `jax.lax.platform_dependent` decides when a program is
-lowered, so an exported program chooses where it runs.
+lowered, so an exported program chooses where it runs. With Explicit axes of a mesh it is XLA's own
+everywhere. With Auto axes on CPUs a lowering that cuts an image or a kernel up may gather it more
+often than XLA's own would: `use_lowering("xla")`.
 
     patch        windows that do not overlap, and 1 x 1    one matrix product
     depthwise    groups of one or two features             shifted copies, blockwise sums
@@ -175,8 +177,9 @@ def correlate_gradients(
     def by_xla(x: jax.Array, w: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         # The input and the kernel of each device: their gradients are summed later.
         g, x, w = g.astype(x.dtype), varying_like(x, g), varying_like(w, g)
-        dx = xla_input_gradient(g, w, geometry, x, precision=precision)
-        return dx, xla_kernel_gradient(x, g, geometry, w, precision=precision).astype(wide)
+        of_output = {"precision": precision, "out_sharding": explicit_sharding(jax.typeof(g))}
+        dx = xla_input_gradient(g, w, geometry, x, **of_output)
+        return dx, xla_kernel_gradient(x, g, geometry, w, **of_output).astype(wide)
 
     return _on_this_platform(geometry, by_shape, by_xla, x, w, g)
 

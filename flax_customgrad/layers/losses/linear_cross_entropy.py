@@ -50,6 +50,11 @@ def linear_cross_entropy(
     gradients from the same chunk, and the backward scales them. For "none", and under `jax.vmap`
     with one head for all examples, the backward computes the logits again: 1.3 times the time.
 
+    On a mesh that splits the rows use Explicit axes, or `jax.shard_map`: there each device loops
+    over its own rows, and the gradient of the kernel is summed over the devices once. With Auto
+    axes XLA sums it in every chunk. A "mean" exchanges one number more than a "sum", how many rows
+    count.
+
     Args:
         hidden: array of shape (..., features), float.
         head: an `nnx.Linear`; an `nnx.Embed`, whose table is multiplied as its `attend` does; or a
@@ -64,8 +69,8 @@ def linear_cross_entropy(
         z_loss: weight of the square of the logarithm of the softmax's denominator, which is added.
         ignore_index: the label of rows that do not count: loss and gradient are 0, whatever they
             hold.
-        chunk_rows: how many rows of logits exist at a time. By default 128, or more where that is
-            less than 32 MB.
+        chunk_rows: how many rows of logits exist at a time, on a mesh with Explicit axes that split
+            the rows on each device. By default 128, or more where that is less than 32 MB.
         dtype: dtype of the product, for a head that is a kernel; None for the promoted one.
         precision: `jax.lax.Precision` of the products, for a head that is a kernel.
 

@@ -124,6 +124,11 @@ class BatchNorm(nnx.BatchNorm, Norm):
     it has: the result is that of one device with the whole batch. (nnx weighs a device with a mask
     like one without.)
 
+    Without `axis_name`, where a mesh splits the batch under `jax.jit`, the statistics are those of
+    the whole batch too. A step then takes three collectives, because the mean, one number for each
+    feature, is exchanged before the squares about it. nnx takes two, and four with
+    `use_fast_variance=False`. Inside of `jax.shard_map`, with `axis_name`, both take two.
+
     Args:
         residual: what the backward keeps, "input" or "output". The output costs nothing where the
             next layer keeps it anyway, as a Linear does, but needs a scale without zeros.

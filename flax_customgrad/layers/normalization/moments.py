@@ -24,7 +24,13 @@ where no mean is further from 0 than about four standard deviations, so that `E[
 four of 24 bits at most, and no square overflows. A branch computes what is above for all else.
 
 Devices that share statistics exchange their own (count, shift, correction, squares), in one
-collective, and combine them exactly; a device without any element weighs nothing.
+collective, and combine them exactly; a device without any element weighs nothing. That is where
+they are named, by `axis_name`. Where a mesh splits the batch of a BatchNorm under `jax.jit`, the
+program is that of one device, and the mean has to be known before it can be subtracted. This is a
+collective of its own, of one number for each feature: with the backward's there are three, where
+nnx has two with the textbook's formulas, its default, and four with `use_fast_variance=False`. The
+textbook's sums would lose the same digits here, and no shift that all devices know without a
+collective, such as the running mean, is near the mean when training starts.
 """
 
 from dataclasses import dataclass

@@ -184,8 +184,12 @@ def normalize_bwd(
     # dvariance is divided twice by rstd, because 1 / rstd^2 may overflow.
     rstd = jnp.where(found.rstd > 0, found.rstd, 1)
     dmean, dvariance = (config.devices.own(ct, like=g) for ct in (dmean, dvariance))
-    sum_h = axes.sum_features(scale * sum_g) - dmean / rstd
-    sum_hx = axes.sum_features(scale * sum_gx) - 2 * (dvariance / rstd) / rstd
+    h = scale * g
+    # Where every reduced axis has features, both sums are of h: on a mesh that splits the scale it
+    # is gathered once.
+    of_h, of_hx = (scale * sum_g, scale * sum_gx) if axes.plain else (h, h * x_hat)
+    sum_h = axes.sum_features(of_h) - dmean / rstd
+    sum_hx = axes.sum_features(of_hx) - 2 * (dvariance / rstd) / rstd
     n = jnp.maximum(found.n, 1)
     mean_h, mean_hx = (s / n for s in config.devices.sum(sum_h, sum_hx))
 
@@ -199,7 +203,6 @@ def normalize_bwd(
         subtracted = subtracted + axes.spread(mean_h, g.shape)
     if res.mask is not None:
         subtracted = jnp.where(res.mask, subtracted, 0)
-    h = scale * g
     dx = axes.spread(again.rstd, g.shape) * (h - subtracted)
     return nnx.State(grads), dx, None, None
 

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import flax_customgrad as fcg
 
@@ -294,3 +296,16 @@ def test_large_scores_cost_no_digits_of_a_gradient():
     keys = 100 * jnp.eye(4, D).reshape(1, 4, 1, D)
     *_, dv = value_and_gradients(fcg.dot_product_attention, 3 * keys + 1, keys + 1, keys)
     np.testing.assert_allclose(dv[..., 0], jnp.cos(jnp.arange(4.0) * D)[None, :, None], rtol=1e-6)
+
+
+@pytest.mark.parametrize("of_keys", [4, 2])
+def test_heads_that_are_split_over_devices_stay_split(of_keys):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    split = P("data", None, "model", None)
+    with jax.set_mesh(mesh):
+        # Two heads of keys cannot be split over four devices.
+        q, k = (
+            jax.ShapeDtypeStruct((4, T, n, D), "float32", sharding=NamedSharding(mesh, spec))
+            for n, spec in ((4, split), (of_keys, split if of_keys == 4 else P("data")))
+        )
+        assert jax.eval_shape(fcg.dot_product_attention, q, k, k).sharding.spec == split

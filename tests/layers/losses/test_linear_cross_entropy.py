@@ -1,11 +1,15 @@
 """The loss of an output layer: that of its logits, which are never all there."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import flax_customgrad as fcg
 
@@ -178,6 +182,28 @@ def test_no_array_of_all_logits(reduction):
 
 def products(f, *argnums):
     return program(f, *argnums).as_text().count(" dot(")
+
+
+def test_devices_add_the_gradient_of_the_kernel_once():
+    def loss(kernel, hidden, labels):
+        return fcg.linear_cross_entropy(hidden, kernel, labels, reduction="sum", chunk_rows=2)
+
+    rng = np.random.default_rng(0)
+    arrays = rng.normal(size=(4, 6)), rng.normal(size=(64, 4)), rng.integers(0, 6, 64)
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    expected = step(*arrays)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        specs = P(None, "model"), P("data"), P("data")
+        arrays = jax.device_put(arrays, tuple(NamedSharding(mesh, spec) for spec in specs))
+        program = step.lower(*arrays).compile()
+        got = program(*arrays)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    # The kernel of a device, 4 x 3, is not exchanged in the loop over its 8 chunks.
+    added = re.findall(r"f32\[4,3\].* all-reduce\(.*", program.as_text())
+    assert len(added) == 1
+    assert "while" not in added[0]
 
 
 def test_nothing_is_computed_that_is_not_asked_for():
