@@ -169,6 +169,11 @@ def _forward_traced_once(rules: Rules, types: tuple[Any, ...]) -> Rule:
         if not any(map(compat.is_traced, arrays)):
             return rules.forward(*arrays)
         compute, places, structure = traced()
+        # JAX hands over a number as it was, and an array of NumPy in a dtype of its own.
+        arrays = tuple(
+            a if getattr(a, "dtype", None) == aval.dtype else jnp.asarray(a, aval.dtype)
+            for a, aval in zip(arrays, types, strict=True)
+        )
         values = [*arrays, *compute(*arrays)]
         return structure.unflatten([values[place] for place in places])
 
