@@ -6,21 +6,17 @@ machine does slows both alike.
 """
 
 import argparse
-import dataclasses
-import datetime
-import json
 import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import flax
 import jax
 
 from flax_customgrad import catalogue
 from flax_customgrad.command import common
+from flax_customgrad.command.benchmark import record
 from flax_customgrad.command.benchmark.paired import pin_allocator
 from flax_customgrad.command.benchmark.workloads import SLOWER, Measurement, measure
 from flax_customgrad.model.audit_report import nbytes_text
@@ -105,24 +101,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _save(args: argparse.Namespace, done: Sequence[Measurement]) -> None:
     if args.json is not None:
-        _save_json(args.json, done)
+        record.save(args.json, workloads=done)
     if args.out is not None:
         from flax_customgrad.command.benchmark import chart
 
         chart.save(done, args.out)
-
-
-def _save_json(path: Path, done: Sequence[Measurement]) -> None:
-    """The measurements, and what they were made with."""
-    record: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "device": jax.devices()[0].device_kind,
-        "cpus": os.cpu_count(),
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "workloads": [dataclasses.asdict(measured) for measured in done],
-    }
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _table(done: Sequence[Measurement]) -> "Table":

@@ -5,6 +5,7 @@ configurations as well. `pack_tree` splits any such tree into its arrays and a `
 knows how to put the arrays back; the contract does this for arguments and for residuals alike.
 """
 
+import functools
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -167,12 +168,25 @@ def is_array(value: Any) -> bool:
 
 def is_module(value: Any) -> bool:
     """Whether a value is split into its graph and its arrays: a Module, random streams."""
-    return isinstance(value, _MODULES)
+    return _holds_modules(type(value))
 
 
 def is_written(value: Any) -> bool:
     """Whether what a function writes to a value is carried out of it: a Module, a Variable."""
-    return is_module(value) or isinstance(value, nnx.Variable)
+    return _may_be_written(type(value)) and (is_module(value) or isinstance(value, nnx.Variable))
+
+
+# Every node of every call is asked for these two, which took more than half of an eager call.
+
+
+@functools.lru_cache(4096)
+def _holds_modules(cls: type) -> bool:
+    return issubclass(cls, _MODULES)
+
+
+@functools.lru_cache(4096)
+def _may_be_written(cls: type) -> bool:
+    return issubclass(cls, (*_MODULES, nnx.Variable, *compat.POSING_AS_VARIABLES))
 
 
 def is_parameters(argument: Any) -> bool:

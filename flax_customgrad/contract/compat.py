@@ -30,6 +30,10 @@ def is_traced(value: Any) -> bool:
     return isinstance(value, Tracer)
 
 
+POSING_AS_VARIABLES: tuple[type, ...] = (Tracer, nnx.variablelib.HijaxVariable)
+"""Classes with instances that are an `nnx.Variable` for `isinstance`, though the class is none."""
+
+
 def varying_axes(array: Any) -> frozenset[Any]:
     """The axes of a `shard_map` over which an array varies, or its type, `jax.typeof(array)`."""
     aval = array if hasattr(array, "manual_axis_type") else jax.typeof(array)

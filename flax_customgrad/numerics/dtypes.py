@@ -16,6 +16,8 @@ _SUPPORTED = (*_HALF, jnp.float32, jnp.float64)
 
 def as_array(x: Any) -> Any:
     """An array of NumPy or a Variable as an array of JAX; anything else as it is."""
+    if isinstance(x, jax.Array):
+        return x
     return jnp.asarray(x) if isinstance(x, np.ndarray | np.generic | nnx.Variable) else x
 
 

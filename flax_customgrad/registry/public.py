@@ -22,7 +22,8 @@ def publish(namespace: Mapping[str, Any], names: Iterable[str]) -> None:
         value = namespace.get(name)
         if inspect.isclass(value) or inspect.isfunction(value):
             value.__module__ = namespace["__name__"]
-        if inspect.isclass(value) and issubclass(value, nnx.Module):
+        # Not `issubclass`, which asks all subclasses of an abstract class before it says no.
+        if inspect.isclass(value) and nnx.Module in value.__mro__:
             value.__nnx_repr__ = _repr  # type: ignore[method-assign]
             value.__signature__ = _ConstructorSignature()  # type: ignore[attr-defined]
 

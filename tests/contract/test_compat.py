@@ -13,6 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import flax_customgrad as fcg
 from flax_customgrad.contract import compat
+from flax_customgrad.contract.arguments import is_written
 
 PACKAGE = Path(fcg.__file__).parent
 
@@ -45,6 +46,19 @@ def test_the_line_that_an_equation_comes_from():
     assert compat.source_line(equation, ("jax",)) == f"test_compat.py:{line}"
     here = Path(__file__).parent.name
     assert not compat.source_line(equation, ("jax", here)).startswith("test_compat")
+
+
+def test_a_variable_of_a_class_that_poses_as_one_is_written():
+    variable, plain = nnx.Param(jnp.ones(2)), jnp.ones(2)
+    with nnx.var_defaults(hijax=True):
+        posing = nnx.Param(jnp.ones(2))
+    assert type(posing) in compat.POSING_AS_VARIABLES
+    seen = []
+    jax.jit(lambda *args: seen.extend(map(is_written, args)))(posing, plain)
+    assert seen == [True, False]
+    assert [is_written(value) for value in (variable, posing, plain, nnx.Rngs(0), (plain,), 1)] == [
+        *(True, True, False, True, False, False)
+    ]
 
 
 def test_a_reference_is_told_from_an_array():

@@ -4,7 +4,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,9 +72,19 @@ def paired(
             jax.block_until_ready(functions[name]())
             times[name].append(time.perf_counter() - began)
         n += 1
+    return compared(times)
+
+
+def compared(times: Mapping[str, Sequence[float]]) -> dict[str, Timing]:
+    """What several things took in the same rounds, each compared with the first.
+
+    Args:
+        times: seconds of each round, by name.
+    """
+    baseline = next(iter(times.values()))
     result = {}
-    for name in names:
-        ratios = [a / b for a, b in zip(times[names[0]], times[name], strict=True)]
+    for name, seconds in times.items():
+        ratios = [a / b for a, b in zip(baseline, seconds, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        result[name] = Timing(1e3 * statistics.median(times[name]), middle, low, high)
+        result[name] = Timing(1e3 * statistics.median(seconds), middle, low, high)
     return result
