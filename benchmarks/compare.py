@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(name, type=_measurements, metavar=f"{name.upper()}.json")
     args = parser.parse_args(arguments)
     for name, measured in (("old", args.old), ("new", args.new)):
-        about = (f"{key} {value}" for key, value in measured.items() if not isinstance(value, list))
-        print(f"{name}: {', '.join(about)}")
+        of = ", ".join(f"{package} {number}" for package, number in measured["versions"].items())
+        print(f"{name}: {measured['machine']}, {measured['date']}, {of}")
     old, new = dict(ratios(args.old)), dict(ratios(args.new))
     both = old.keys() & new.keys()
     worse = sorted(
@@ -78,9 +78,10 @@ def ratios(measured: dict[str, Any]) -> Iterator[tuple[str, Ratio]]:
     Args:
         measured: what the file holds.
     """
-    for row in measured.get("models", ()):
-        yield f"{row['model']}: {row['quantity']}, {row['form']}", _times(row)
-    for row in measured.get("workloads", ()):
+    for row in measured["rows"]:
+        if "model" in row:
+            yield f"{row['model']}: {row['quantity']}, {row['form']}", _times(row)
+            continue
         label = f"{row['layer']}: {row['workload']}"
         yield label, _times(row)
         for memory in ("kept", "temporary"):
@@ -105,10 +106,11 @@ def _measurements(text: str) -> dict[str, Any]:
         measured = json.loads(Path(text).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"cannot read {text}: {error}") from None
-    if not isinstance(measured, dict) or not {"models", "workloads"} & measured.keys():
+    rows = measured.get("rows", ()) if isinstance(measured, dict) else ()
+    if not rows or not all("ratio" in row for row in rows):
         raise argparse.ArgumentTypeError(
-            f"{text} was saved neither by benchmarks.models nor by bench: it has no `models` and "
-            "no `workloads`"
+            f"{text} was saved neither by benchmarks.models nor by bench: it has no rows with a "
+            "ratio to flax.nnx"
         )
     return measured
 

@@ -16,6 +16,7 @@ first. `benchmarks.compare` compares two files of `--json`.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ import jax
 from benchmarks import programs
 from benchmarks.zoo import TASKS
 from benchmarks.zoo.task import Task
-from flax_customgrad.command.benchmark import record
+from flax_customgrad.command import measurements
 from flax_customgrad.command.benchmark.paired import compared, paired, pin_allocator
 from flax_customgrad.command.benchmark.workloads import SLOWER
 
@@ -79,7 +80,7 @@ def main() -> None:
         rows += measure(name, lambda name=name: TASKS[name](args.tiny), args.seconds, args.rounds)
     print("\n".join(lines(rows)))
     if args.json is not None:
-        record.save(args.json, models=rows)
+        measurements.write(args.json, map(dataclasses.asdict, rows))
 
 
 def measure(name: str, make: Callable[[], Task], seconds: float, rounds: int) -> list[Row]:

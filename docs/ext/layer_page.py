@@ -208,7 +208,7 @@ def _error(error: float | None, allowed: float | None) -> tuple[str, str]:
 
 def _benchmark(entry: catalogue.Entry, benchmarks: dict[str, Any]) -> Iterator[str]:
     """The rows of `bench --json` that are of this layer."""
-    rows = [row for row in benchmarks.get("workloads", ()) if row["layer"] == entry.name]
+    rows = [row for row in benchmarks.get("rows", ()) if row["layer"] == entry.name]
     if not rows:
         return
     theirs = entry.stands_for or "autodiff"
@@ -234,10 +234,8 @@ def _benchmark(entry: catalogue.Entry, benchmarks: dict[str, Any]) -> Iterator[s
 
 def _provenance(measured: dict[str, Any]) -> str:
     """On what machine, with what versions and when something was measured."""
-    machine = measured.get("machine") or f"{measured['device']}, {measured['cpus']} cores"
-    versions = measured.get("versions") or {name: measured[name] for name in ("jax", "flax")}
-    of = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return f"on {machine} with {of}, {measured['date']}"
+    of = ", ".join(f"{name} {number}" for name, number in measured["versions"].items())
+    return f"on {measured['machine']} with {of}, {measured['date']}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -6,6 +6,7 @@ machine does slows both alike.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -15,8 +16,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from flax_customgrad import catalogue
-from flax_customgrad.command import common
-from flax_customgrad.command.benchmark import record
+from flax_customgrad.command import common, measurements
 from flax_customgrad.command.benchmark.paired import pin_allocator
 from flax_customgrad.command.benchmark.workloads import SLOWER, Measurement, measure
 from flax_customgrad.model.audit_report import nbytes_text
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _save(args: argparse.Namespace, done: Sequence[Measurement]) -> None:
     if args.json is not None:
-        record.save(args.json, workloads=done)
+        measurements.write(args.json, map(dataclasses.asdict, done))
     if args.out is not None:
         from flax_customgrad.command.benchmark import chart
 

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.compare import main
 from benchmarks.models import Row
-from flax_customgrad.command.benchmark import record
+from flax_customgrad.command import measurements
 from flax_customgrad.command.benchmark.workloads import Measurement, Pair
 
 STEP = Row("ResNet", "step", "converted", "ms", 10.0, 8.0, 1.25, 1.2, 1.3)
@@ -17,7 +17,7 @@ NORM = Measurement(
 
 def _compared(folder, capsys, old, new):
     for name, measured in (("old", old), ("new", new)):
-        record.save(folder / f"{name}.json", **measured)
+        measurements.write(folder / f"{name}.json", map(dataclasses.asdict, measured))
     status = main([str(folder / "old.json"), str(folder / "new.json")])
     return status, capsys.readouterr().out.splitlines()
 
@@ -25,10 +25,11 @@ def _compared(folder, capsys, old, new):
 def test_what_stayed_is_not_listed(tmp_path, capsys):
     noisy = dataclasses.replace(STEP, ratio=1.15, low=1.0, high=1.21)
     faster = dataclasses.replace(NORM, ratio=3.0, low=2.9, high=3.1)
-    old = {"models": [STEP], "workloads": [NORM]}
-    status, lines = _compared(tmp_path, capsys, old, {"models": [noisy], "workloads": [faster]})
+    old = [STEP, NORM]
+    status, lines = _compared(tmp_path, capsys, old, [noisy, faster])
     assert status == 0
-    assert lines[0].startswith("old: date ")
+    assert lines[0].startswith("old: ")
+    assert ", jax " in lines[0]
     assert lines[2:] == ["none of 4 worse"]
 
 
@@ -37,8 +38,8 @@ def test_what_is_worse_comes_first_where_it_is_worst(tmp_path, capsys):
     halved = dataclasses.replace(
         NORM, ratio=1.0, low=0.9, high=1.1, temporary_bytes=Pair(128, 80), kept_bytes=Pair(64, 32)
     )
-    old = {"models": [STEP], "workloads": [NORM]}
-    status, lines = _compared(tmp_path, capsys, old, {"models": [slower], "workloads": [halved]})
+    old = [STEP, NORM]
+    status, lines = _compared(tmp_path, capsys, old, [slower, halved])
     assert status == 1
     assert [line.split("  ")[0] for line in lines[2:-1]] == [
         "LayerNorm: 8x4, kept memory",
@@ -52,7 +53,7 @@ def test_what_is_worse_comes_first_where_it_is_worst(tmp_path, capsys):
 
 
 def test_rows_that_are_missing_are_counted(tmp_path, capsys):
-    status, lines = _compared(tmp_path, capsys, {"models": [STEP]}, {"workloads": [NORM]})
+    status, lines = _compared(tmp_path, capsys, [STEP], [NORM])
     assert status == 0
     assert lines[-1] == "none of 0 worse; 1 of the old file are missing"
 

@@ -67,8 +67,8 @@ def test_it_is_saved(capsys, tmp_path):
     saved, chart = tmp_path / "bench.json", tmp_path / "bench.svg"
     assert main(["bench", "silu", "--json", str(saved), "--out", str(chart)]) == 0
     record = json.loads(saved.read_text())
-    assert {"date", "device", "cpus", "jax", "flax"} < set(record)
-    (workload,) = record["workloads"]
+    assert set(record) == {"machine", "date", "versions", "rows"}
+    (workload,) = record["rows"]
     assert (workload["layer"], workload["baseline"]) == ("silu", "nnx")
     assert workload["kept_bytes"]["ours"] == 0
     assert "silu, 8x4" in chart.read_text()
@@ -88,7 +88,7 @@ def test_it_can_be_interrupted(capsys, monkeypatch, tmp_path):
     out, err = capsys.readouterr()
     assert out.splitlines()[-1].startswith("interrupted; 1 of 3 workloads, none below 0.97")
     assert err == ""
-    assert len(json.loads(saved.read_text())["workloads"]) == 1
+    assert len(json.loads(saved.read_text())["rows"]) == 1
 
 
 @pytest.mark.parametrize(
