@@ -31,7 +31,12 @@ from jax import lax
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, given, parameters
 from flax_customgrad.layers.normalization.axes import NormAxes
-from flax_customgrad.layers.normalization.normalize import Norm, NormResidual, Statistics
+from flax_customgrad.layers.normalization.normalize import (
+    Norm,
+    NormConfig,
+    NormResidual,
+    Statistics,
+)
 from flax_customgrad.numerics.dtypes import as_array
 
 
@@ -40,52 +45,47 @@ class Residuals(NamedTuple):
 
     params: Parameters
     x: jax.Array
-    axes: NormAxes
-    epsilon: float
+    config: NormConfig
 
 
 @custom_vjp(leading_axes=True)
-def normalize_by(
-    params: Parameters, x: jax.Array, axes: NormAxes, epsilon: float, dtype: Any
-) -> jax.Array:
+def normalize_by(params: Parameters, x: jax.Array, config: NormConfig) -> jax.Array:
     """Normalizes an input by given statistics, then scales and shifts it.
 
     Args:
         params: `mean` and `var`, and `scale` and `bias` or without, float, each of as many elements
             as the feature axes have.
         x: input of any shape, float.
-        axes: the feature axes, and as reduced ones the others.
-        epsilon: added to `var`.
-        dtype: dtype of the output.
+        config: axes, epsilon and dtype.
 
     Returns:
-        Array of x's shape in `dtype`.
+        Array of x's shape in `config.dtype`.
     """
-    y = _x_hat(params, x, axes, epsilon)
+    axes = config.axes
+    y = _x_hat(params, x, config)
     if "scale" in params:
         y = y * axes.along(params["scale"], x.shape)
     if "bias" in params:
         y = y + axes.along(params["bias"], x.shape)
-    return y.astype(dtype)
+    return y.astype(config.dtype)
 
 
-def _fwd(
-    params: Parameters, x: jax.Array, axes: NormAxes, epsilon: float, dtype: Any
-) -> tuple[jax.Array, Residuals]:
-    return normalize_by(params, x, axes, epsilon, dtype), Residuals(params, x, axes, epsilon)
+def _fwd(params: Parameters, x: jax.Array, config: NormConfig) -> tuple[jax.Array, Residuals]:
+    return normalize_by(params, x, config), Residuals(params, x, config)
 
 
-def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None, None]:
-    params, x, axes, epsilon = res
+def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None]:
+    params, x, config = res
+    axes = config.axes
     F = math.prod(x.shape[i] for i in axes.features)
     chex.assert_shape(g, x.shape)
     chex.assert_size(list(params.values()), F)
 
-    x_hat = _x_hat(params, x, axes, epsilon)
+    x_hat = _x_hat(params, x, config)
     g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
     sum_g, sum_gx = (axes.parameter_sum(a, params["mean"]).reshape(F) for a in (g, g * x_hat))
 
-    rstd = _rstd(params, x, epsilon).reshape(F)
+    rstd = _rstd(params, x, config.epsilon).reshape(F)
     rstd_scale = rstd * params["scale"].reshape(F) if "scale" in params else rstd
     grads = {
         "mean": -rstd_scale * sum_g,
@@ -96,7 +96,7 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None
     grads = nnx.State({name: grads[name].reshape(p.shape) for name, p in params.items()})
     chex.assert_trees_all_equal_shapes(grads, nnx.State(dict(params)))
     dx = axes.along(rstd_scale, x.shape) * g
-    return grads, dx, None, None, None
+    return grads, dx, None
 
 
 normalize_by.defvjp(_fwd, _bwd)
@@ -107,9 +107,10 @@ def _rstd(params: Parameters, x: jax.Array, epsilon: float) -> jax.Array:
     return lax.rsqrt(params["var"].astype(wide) + epsilon)
 
 
-def _x_hat(params: Parameters, x: jax.Array, axes: NormAxes, epsilon: float) -> jax.Array:
+def _x_hat(params: Parameters, x: jax.Array, config: NormConfig) -> jax.Array:
     """The normalized input, in float32 or wider."""
-    mean, rstd = (axes.along(a, x.shape) for a in (params["mean"], _rstd(params, x, epsilon)))
+    rstd = _rstd(params, x, config.epsilon)
+    mean, rstd = (config.axes.along(a, x.shape) for a in (params["mean"], rstd))
     return (x - mean) * rstd
 
 
@@ -230,7 +231,7 @@ class BatchNorm(nnx.BatchNorm, Norm):
     def _normalize_by_running_statistics(self, x: jax.Array, axes: NormAxes) -> jax.Array:
         params = nnx.State({**self._scale_and_bias(), **parameters(self, "mean", "var")})
         dtype = dtypes.canonicalize_dtype(x, *params.values(), dtype=self.dtype)
-        return normalize_by(params, x, axes, float(self.epsilon), dtype)
+        return normalize_by(params, x, NormConfig(axes, float(self.epsilon), dtype))
 
     def _update_running_statistics(self, found: Statistics, is_all: bool) -> None:
         """Mixes in those of a batch, unless it has no element that counts.
