@@ -206,13 +206,15 @@ def test_a_scan_over_layers_keeps_codes():
 
 def test_elsewhere_than_on_a_cpu_the_backward_dequantizes_after_the_gradient(monkeypatch):
     layer, x = made(*LAYERS["QLoRALinear"]), jnp.asarray(normal(4, 7))
+    untraced = jax.make_user_context(default_value=False)
 
     def gradient(x):
         return jax.grad(lambda x: jnp.sum(layer(x) ** 2))(x)
 
     assert "optimization_barrier" not in str(jax.make_jaxpr(gradient)(x))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert "optimization_barrier" in str(jax.make_jaxpr(gradient)(x[:3]))
+    with untraced(True):
+        assert "optimization_barrier" in str(jax.make_jaxpr(gradient)(x))
 
 
 @pytest.mark.parametrize("name", ["Int4Linear, zero points", "QLoRALinear"])
