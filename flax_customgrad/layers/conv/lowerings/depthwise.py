@@ -24,10 +24,10 @@ from flax_customgrad.layers.conv.lowerings.lowering import Lowering
 from flax_customgrad.numerics.accumulation import fusion_barrier
 from flax_customgrad.numerics.sizes import is_known
 
-# Sums written out take half a second to compile, and gain nothing where there is little to sum.
+# A window of more elements is summed by one reduction, of which a program holds one alone. So is an
+# array of fewer: sums written out take half a second to compile, and gain nothing there.
 _MAX_UNROLLED_TAPS = 16
 _MIN_ELEMENTS = 1 << 16
-_MIN_ELEMENTS_IN_LOOP = 1 << 19
 
 
 class DepthwiseLowering(Lowering):
@@ -68,11 +68,9 @@ class DepthwiseLowering(Lowering):
 
 def _sums(g: jax.Array, geometry: Geometry) -> Callable[..., jax.Array]:
     """What sums a kernel's gradient, for the size of g and of the window."""
-    in_loop = math.prod(geometry.window) > _MAX_UNROLLED_TAPS
-    least = _MIN_ELEMENTS_IN_LOOP if in_loop else _MIN_ELEMENTS
-    if is_known(g.size) and g.size < least:
-        return sum_all_at_once
-    return functools.partial(sum_by_blocks, in_loop=in_loop)
+    few = math.prod(geometry.window) <= _MAX_UNROLLED_TAPS
+    is_small = is_known(g.size) and g.size < _MIN_ELEMENTS
+    return sum_by_blocks if few and not is_small else sum_all_at_once
 
 
 def _features_per_group(geometry: Geometry) -> tuple[int, int]:
