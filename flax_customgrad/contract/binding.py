@@ -33,6 +33,7 @@ Rule = Callable[..., Any]
 _Primitive: Any = getattr(hijax, "HiPrim", None) or getattr(hijax, "VJPHiPrimitive", object)
 
 HAS_PRIMITIVES = _Primitive is not object
+_Primitive = compat.with_fast_calls(_Primitive) if HAS_PRIMITIVES else object
 """Whether this JAX has primitives with rules of their own, and with them forward mode."""
 
 _KEPT_PROGRAMS = 256

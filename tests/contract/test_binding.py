@@ -4,6 +4,7 @@ The backward here is 10 times too large, so that it shows which derivative was t
 """
 
 import gc
+import sys
 import threading
 import weakref
 
@@ -370,6 +371,19 @@ def test_an_operation_of_the_library_is_traced_once_for_arguments_of_a_kind(prim
     layer = fcg.Linear(7, 7, rngs=nnx.Rngs(0))
     jax.jit(lambda x: layer(layer(layer(x)))).lower(jnp.ones((2, 7)))
     assert len(traced) == 1
+
+
+def test_a_compiled_function_is_called_without_python(primitive):
+    layer = fcg.Linear(7, 7, rngs=nnx.Rngs(0))
+    function, x = jax.jit(lambda x: fcg.gelu(layer(x))), jnp.ones((2, 7))
+    function(x)
+    calls = []
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code) if event == "call" else None)
+    try:
+        function(x)
+    finally:
+        sys.setprofile(None)
+    assert not calls
 
 
 def test_outside_of_a_trace_a_call_is_one_program_unless_it_has_a_rate(primitive):
