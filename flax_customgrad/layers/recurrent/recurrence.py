@@ -1,6 +1,7 @@
 """`recurrence`: the operation of every recurrent cell over time, and its gradient.
 
-    forward   a_t   = x_t W                           of all steps one product, before the scan
+    forward   a_t   = x_t W                           of all steps one product, before the scan,
+                                                      if there is a backward to come
               u_t   = h_{t-1} U                       the bias b is added to a_t or to u_t
               s_t   = step(a_t, u_t, s_{t-1})         the states of the cell; h_t is the last
     backward  da_t, ds_{t-1} = step.backward(ds_t + the cotangent of s_t),  du_t from da_t
@@ -160,7 +161,21 @@ def _run(
             states, kept = step.forward(a, u, states)
             return states, (states, kept if keeps else ())
 
-        _, (states, kept) = over_time(advance, carry, _project(x, W, config), config.unroll)
+        def projected_at_once(x: jax.Array) -> Any:
+            return over_time(advance, carry, _project(x, W, config), config.unroll)
+
+        def projected_in_steps(x: jax.Array) -> Any:
+            return over_time(
+                lambda states, x: advance(states, _project(x, W, config)), carry, x, config.unroll
+            )
+
+        if keeps:
+            _, (states, kept) = projected_at_once(x)
+        else:
+            # A CPU computes the projection of a step faster than it reads it from that of all.
+            _, (states, kept) = lax.platform_dependent(
+                x, cpu=projected_in_steps, default=projected_at_once
+            )
         return tuple(map(config.time_in_place, states)), kept
 
     *rows, _ = explicit_spec(x)
