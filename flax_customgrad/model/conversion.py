@@ -181,7 +181,7 @@ def function_rows(model: Any) -> Iterator[ConversionRow]:
         if known in theirs or known in ours:
             names = theirs.get(known) or ours[known]
             yield ConversionRow(held.paths, "function", *names, known in ours)
-        else:
+        elif not held.is_in_config:  # every layer may hold a config, and that initializers
             name = _short_name(getattr(function, "__qualname__", type(function).__qualname__))
             reason = "no function of flax.nnx or jax.nn with a drop-in"
             yield ConversionRow(held.paths, "function", name, remark=reason)

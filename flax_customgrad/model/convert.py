@@ -52,9 +52,10 @@ def convert(
 
     A function of flax.nnx or jax.nn that a layer holds becomes that of this library as well:
     `self.act = nnx.gelu`, an entry of `nnx.Sequential`, of a list, dict or tuple, the function of a
-    `functools.partial`. What belongs to a layer of nnx itself stays, as the `attention_fn` of
-    `nnx.MultiHeadAttention`, and so does what is held by a class or by an object that is no Module,
-    such as a config. Functions that are called by name are reached by `flax_customgrad.functions`;
+    `functools.partial`, a field of a dataclass such as a config, of which the layer then holds a
+    copy. What belongs to a layer of nnx itself stays, as the `attention_fn` of
+    `nnx.MultiHeadAttention`, and so does what is held by a class or by another object that is no
+    Module. Functions that are called by name are reached by `flax_customgrad.functions`;
     `flax_customgrad.conversion` lists all of them.
 
     An optimizer goes on. If a rule changes the parameters, as a learned scale does, make the

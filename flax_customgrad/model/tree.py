@@ -1,5 +1,7 @@
 """The Modules of a model, and the functions that they hold, with the paths to them."""
 
+import copy
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -67,7 +69,7 @@ class HeldFunction:
         paths: every path at which it is held, such as `blocks/0/act`.
         holder: the Module; in a model that is a list or dict, that.
         keys: the way from the holder to the function: the name of an attribute, then indices and
-            keys of containers, and "func" into a `functools.partial`.
+            keys of containers, names of fields, and "func" into a `functools.partial`.
         function: the function.
     """
 
@@ -77,7 +79,9 @@ class HeldFunction:
     function: Callable[..., Any]
 
     def replace(self, function: Callable[..., Any]) -> None:
-        """Puts another function in its place; a tuple or a partial on the way is built anew.
+        """Puts another function in its place.
+
+        A tuple, a partial or a dataclass on the way is built anew: other models may hold it.
 
         Args:
             function: the other function.
@@ -91,6 +95,11 @@ class HeldFunction:
             self.holder[name] = new
         else:
             setattr(self.holder, str(name), new)
+
+    @property
+    def is_in_config(self) -> bool:
+        """Whether it is a field of a dataclass, such as a config."""
+        return any(isinstance(key, _Field) for key in self.keys)
 
 
 def held_functions(model: Any) -> list[HeldFunction]:
@@ -116,6 +125,10 @@ def held_functions(model: Any) -> list[HeldFunction]:
                 places = tuple("/".join([path, *tail] if path else tail) for path in paths)
                 found.append(HeldFunction(places, holder, (name, *keys), function))
     return found
+
+
+class _Field(str):
+    """The name of a field of a dataclass."""
 
 
 _FUNC = "func"
@@ -171,6 +184,9 @@ def _functions_in(value: Any) -> Iterator[tuple[tuple[Any, ...], Callable[..., A
         inside: list[tuple[Any, Any]] = [(_FUNC, value.func)]
     elif isinstance(value, list | tuple | dict):
         inside = children(value)
+    elif _is_config(value):
+        fields = (_Field(field.name) for field in dataclasses.fields(value))
+        inside = [(name, getattr(value, name, None)) for name in fields]
     else:
         function = original_of(value)
         owner = getattr(function, "__self__", None)
@@ -183,6 +199,11 @@ def _functions_in(value: Any) -> Iterator[tuple[tuple[Any, ...], Callable[..., A
             yield (key, *keys), function
 
 
+def _is_config(value: Any) -> bool:
+    """Whether a value is a dataclass that is neither a class nor a Module."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type | nnx.Pytree)
+
+
 def _with_item(value: Any, keys: Sequence[Any], new: Any) -> Any:
     """What a Module holds, with a function in it replaced; lists and dicts are changed in place."""
     if not keys:
@@ -191,6 +212,11 @@ def _with_item(value: Any, keys: Sequence[Any], new: Any) -> Any:
     if isinstance(value, functools.partial):
         func = _with_item(value.func, rest, new)
         return functools.partial(func, *value.args, **_known_keywords(func, value.keywords))
+    if isinstance(key, _Field):
+        copied = copy.copy(value)
+        # Not `dataclasses.replace`, which runs a constructor again; and a config may be frozen.
+        object.__setattr__(copied, key, _with_item(getattr(value, key), rest, new))
+        return copied
     item = _with_item(value[key], rest, new)
     if not isinstance(value, tuple):
         value[key] = item

@@ -1,7 +1,7 @@
 """convert and revert: what changes, what stays, and what is said when nothing matched."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -369,9 +369,24 @@ class Pair(NamedTuple):
     second: Any
 
 
-@dataclass(frozen=True)
 class Config:
+    """An object that is neither a Module nor a dataclass."""
+
+    def __init__(self):
+        self.act = nnx.gelu
+
+
+@dataclass(frozen=True)
+class Inner:
+    head: tuple = (nnx.softmax, "name")
+
+
+@dataclass(frozen=True)
+class Settings:
+    width: int = 8
     act: Any = nnx.gelu
+    init: Any = nnx.initializers.zeros
+    inner: Inner = field(default_factory=Inner)
 
 
 class Cell(nnx.LSTMCell):
@@ -399,6 +414,7 @@ class Holder(nnx.Module):
         self.mixed = nnx.data((nnx.Linear(4, 4, rngs=rngs), nnx.glu))
         self.own = jnp.sin
         self.config = Config()
+        self.settings = Settings()
         self.attention = nnx.MultiHeadAttention(2, 4, 4, decode=False, rngs=rngs)
         self.cell = Cell(rngs=rngs)
         self.lstm = nnx.LSTMCell(4, 4, rngs=rngs)
@@ -420,13 +436,15 @@ def held(model):
         "layers/1": model.layers[1],
         "by_name/act": model.by_name["act"],
         "mixed/1": model.mixed[1],
+        "settings/act": model.settings.act,
+        "settings/inner/head/0": model.settings.inner.head[0],
         "cell/act": model.cell.act,
     }
 
 
 def test_functions_that_layers_hold_are_converted_and_reverted():
     model = Holder(nnx.Rngs(0))
-    before = held(model)
+    before, settings = held(model), model.settings
     linear, attention, gate = model.mixed[0], model.attention.attention_fn, model.cell.gate_fn
     fcg.convert(model)
     ours = catalogue.drop_in_functions()
@@ -434,6 +452,7 @@ def test_functions_that_layers_hold_are_converted_and_reverted():
     assert held(model)["act"] is fcg.gelu
     assert model.partial.keywords == {"negative_slope": 0.1}
     assert (model.tuple[1], model.tuple[2][1], type(model.named)) == (3, "name", Pair)
+    assert (settings, model.settings.width) == (Settings(), 8)
     # What belongs to a layer of nnx, to an object that is no Module, or to a class is left.
     # That layer holds the same function, and reads it as ours.
     assert vars(model.attention)["attention_fn"] is attention
@@ -450,6 +469,13 @@ def test_functions_that_layers_hold_are_converted_and_reverted():
     fcg.revert(model)
     assert all(a is b for a, b in zip(held(model).values(), before.values(), strict=True))
     assert type(model.mixed[0]) is nnx.Linear
+    assert model.settings == settings
+
+
+def test_a_config_keeps_its_other_functions_out_of_the_report():
+    rows = {row.paths[0]: row for row in fcg.conversion(Holder(nnx.Rngs(0))).rows}
+    assert "settings/act" in rows
+    assert "settings/init" not in rows
 
 
 @pytest.mark.parametrize("graph", [True, False])
