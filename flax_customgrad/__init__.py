@@ -86,6 +86,9 @@ from flax_customgrad.layers.activation.smooth import (
 )
 from flax_customgrad.layers.activation.softmax import softmax
 from flax_customgrad.layers.attention.dot_product_attention import dot_product_attention
+from flax_customgrad.layers.attention.dot_product_attention_with_rope import (
+    dot_product_attention_with_rope,
+)
 from flax_customgrad.layers.attention.multi_head_attention import MultiHeadAttention
 from flax_customgrad.layers.conv.choose_lowering import use_lowering
 from flax_customgrad.layers.conv.conv import Conv
@@ -320,6 +323,7 @@ __all__ = [
     "ctc_loss",
     "custom_vjp",
     "dot_product_attention",
+    "dot_product_attention_with_rope",
     "dropout",
     "elu",
     "few_bit_gelu",

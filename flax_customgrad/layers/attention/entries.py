@@ -9,6 +9,10 @@ from flax import nnx
 
 from flax_customgrad.layers.attention.attention import attention
 from flax_customgrad.layers.attention.dot_product_attention import dot_product_attention
+from flax_customgrad.layers.attention.dot_product_attention_with_rope import (
+    dot_product_attention_with_rope,
+    rope_of_nnx,
+)
 from flax_customgrad.layers.attention.multi_head_attention import MultiHeadAttention
 from flax_customgrad.registry.entry import Entry, Example
 from flax_customgrad.registry.examples import RANDOM_BIAS, applied, made, normal
@@ -69,6 +73,14 @@ def _shared_draws(function: Any) -> tuple[Any, ...]:
     return (dropped, *(x() for x in _qkv((8, 5, 2, 3), (8, 6, 2, 3), (8, 6, 2, 7))))
 
 
+def _rope(x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+    """Rotates pairs of features by an angle that grows with the place."""
+    places = jnp.arange(x.shape[-2]) if positions is None else positions
+    sin, cos = (f(places / 7)[:, None].astype(x.dtype) for f in (jnp.sin, jnp.cos))
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
 def _heads(*shape: int, dtype: Any = jnp.float32) -> Any:
     return _qkv(shape, shape, shape, dtype=dtype)
 
@@ -102,6 +114,29 @@ ENTRIES = (
                 *_heads(2, 1024, 8, 64, dtype=jnp.bfloat16), is_causal=True
             ),
             "32x128, 8 heads of 64": applied(*_heads(32, 128, 8, 64)),
+        },
+    ),
+    Entry(
+        "dot_product_attention_with_rope",
+        "attention",
+        dot_product_attention_with_rope,
+        rope_of_nnx,
+        "exact",
+        keeps="what `dot_product_attention` keeps; cosines and sines",
+        gain="no array of all weights; positions of each example",
+        source="arXiv:2104.09864",
+        examples={
+            "causal, grouped heads": applied(
+                *_qkv((8, 5, 4, 6), (8, 5, 2, 6), (8, 5, 2, 3)),
+                rope=_rope,
+                is_causal=True,
+                **_EXACT,
+            ),
+        },
+        workloads={
+            "2x1024, 8 heads of 64, causal": applied(
+                *_heads(2, 1024, 8, 64), rope=_rope, is_causal=True
+            ),
         },
     ),
     Entry(

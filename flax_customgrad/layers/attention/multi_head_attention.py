@@ -3,6 +3,7 @@
 Each of the projections is a `LinearGeneral`; what lies between them is `dot_product_attention`.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +17,10 @@ from flax.typing import DotGeneralT, Dtype, Initializer, PrecisionLike, PromoteD
 
 from flax_customgrad.contract.compat import set_class
 from flax_customgrad.layers.attention.dot_product_attention import dot_product_attention, of_nnx
+from flax_customgrad.layers.attention.dot_product_attention_with_rope import (
+    dot_product_attention_with_rope,
+    rope_of_nnx,
+)
 from flax_customgrad.layers.linear.linear_general import LinearGeneral
 from flax_customgrad.layers.normalization.layer_norm import LayerNorm
 
@@ -25,10 +30,10 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
 
     Constructor, parameters, initial values, cache and results are those of
     `flax.nnx.MultiHeadAttention`; its projections are `LinearGeneral`s of this library. Where the
-    `attention_fn` is that of nnx, `dot_product_attention` of this library computes; one of the
-    user's own is called as nnx calls it, such as
-    `functools.partial(fcg.dot_product_attention, window=256)`. With `sow_weights` attention
-    computes as nnx does.
+    `attention_fn` is that of nnx, with or without rotary position embeddings, or a
+    `functools.partial` of one, that of this library computes; one of the user's own is called as
+    nnx calls it, such as `functools.partial(fcg.dot_product_attention, window=256)`. With
+    `sow_weights` attention computes as nnx does.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -129,10 +134,20 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         The layer holds what it was given, so that it is the same layer when `revert` makes it one
         of nnx again.
         """
-        held = vars(self)["attention_fn"]
-        return dot_product_attention if held is of_nnx else held
+        return _ours(vars(self)["attention_fn"])
 
     @attention_fn.setter
     def attention_fn(self, function: Callable[..., jax.Array]) -> None:
         """Sets what attends."""
         vars(self)["attention_fn"] = function
+
+
+def _ours(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The attention of this library in the place of that of nnx, also within a partial."""
+    if isinstance(function, functools.partial):
+        ours = _ours(function.func)
+        is_own = ours is function.func
+        return function if is_own else functools.partial(ours, *function.args, **function.keywords)
+    if function is of_nnx:
+        return dot_product_attention
+    return function if function is not rope_of_nnx else dot_product_attention_with_rope

@@ -106,6 +106,14 @@ def test_a_function_of_the_users_own_is_called():
     np.testing.assert_allclose(layer(X), layer.out(layer.value(X)), atol=1e-6)
 
 
+def test_a_partial_of_the_function_of_nnx_is_one_of_ours():
+    attend = functools.partial(nnx.dot_product_attention, bias=jnp.ones(()))
+    layer = made(fcg, 2, 6, attention_fn=attend)
+    assert layer.attention_fn.func is fcg.dot_product_attention
+    assert layer.attention_fn.keywords == attend.keywords
+    assert vars(layer)["attention_fn"] is attend
+
+
 def test_what_it_holds_is_what_it_was_given():
     """So that it is a layer of nnx again when its class is."""
     model = nnx.Sequential(made(nnx, 2, 6))
