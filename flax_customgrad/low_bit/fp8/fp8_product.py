@@ -57,6 +57,7 @@ from flax_customgrad.low_bit.fp8.fp8_scaling import (
 )
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.broadcasting import sum_to_shape
+from flax_customgrad.numerics.ordering import wait_for
 from flax_customgrad.numerics.products import MatmulConfig
 from flax_customgrad.numerics.sharding import varying_like
 
@@ -167,9 +168,10 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None
         s_g = lax.stop_gradient(s_g)
     elif res.delayed is not None:
         record_amax(res.delayed, res.snapshot, jnp.stack([*res.amax, finite_amax(g)]))
-    x, w, _ = config.matmul.promote(res.x, params["kernel"], params.get("bias"))
+    g, (codes_x, kernel) = wait_for(g, (res.q_x, params["kernel"]))
+    x, w, _ = config.matmul.promote(res.x, kernel, params.get("bias"))
     wide = accumulator(g, w)
-    codes_x = lax.bitcast_convert_type(res.q_x, FORWARD_DTYPE)
+    codes_x = lax.bitcast_convert_type(codes_x, FORWARD_DTYPE)
     q_x = _of_derivative(codes_x, x, s_x, wide)
     q_w = _of_derivative(_kernel_codes(w, s_w, res.packed), w, s_w, wide)
     q_g = _of_derivative(encode_fp8(g, s_g, GRADIENT_DTYPE), g, s_g, wide)

@@ -37,6 +37,7 @@ from flax_customgrad.layers.stacked import for_each, stack_axes, unstack
 from flax_customgrad.low_bit.frozen.frozen_variable import Frozen
 from flax_customgrad.numerics.accumulation import total
 from flax_customgrad.numerics.dtypes import as_array
+from flax_customgrad.numerics.ordering import wait_for
 from flax_customgrad.numerics.products import MatmulConfig, input_gradient
 
 
@@ -66,7 +67,7 @@ def dequantize_after(g: jax.Array, stored: Parameters, form: Form) -> tuple[jax.
     """A cotangent, and the kernel that is stored, dequantized once the cotangent is there."""
     # On a CPU there would be two of each kernel at once.
     if jax.default_backend() != "cpu":
-        g, stored = lax.optimization_barrier((g, stored))
+        g, stored = wait_for(g, stored)
     return g, form.dequantize(stored)
 
 

@@ -47,6 +47,7 @@ from flax_customgrad.contract.residual_storage import with_derivative_of
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.low_bit.int8.int8_codes import Int8Array, encode_int8
 from flax_customgrad.numerics.accumulation import total
+from flax_customgrad.numerics.ordering import wait_for
 from flax_customgrad.numerics.products import MatmulConfig
 
 
@@ -172,8 +173,9 @@ def _fwd(
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None, None, None]:
-    op, backward, w = res.op, res.rounding.backward, res.params["kernel"]
-    x = res.x.values(res.dtype) if isinstance(res.x, Int8Array) else res.x
+    op, backward = res.op, res.rounding.backward
+    g, codes, w = _wait(res, g)
+    x = res.x if codes is None else codes.values(res.dtype)
     int8_w = res.packed or encode_kernel(op.matmul.promote(x, w)[1], res.rounding)
     q_w, s_w, _ = int8_w
     dims = chex.Dimensions(O=w.shape[-1])
@@ -200,8 +202,8 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None
     if backward == "switchback":
         return in_float(x, w, g)[0], dx, None, None, None, None
 
-    assert isinstance(res.x, Int8Array)
-    q_x, s_x, _ = int8_x = res.x
+    assert codes is not None
+    q_x, s_x, _ = int8_x = codes
     v = g * s_x
     q_v, s_v, _ = int8_v = encode_int8(v, _all_but_last(g.ndim), key_v)
     dw = op.kernel_gradient(q_x, w, q_v, s_v.dtype) * _by_channel(s_v)
@@ -218,6 +220,16 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None
 
 
 int8_product.defvjp(_fwd, _bwd)
+
+
+def _wait(res: Residuals, g: jax.Array) -> tuple[jax.Array, Int8Array | None, jax.Array]:
+    """The cotangent, and the codes of x, if any, and the kernel, which wait for it."""
+    codes = res.x if isinstance(res.x, Int8Array) else None
+    if codes is None:
+        g, kernel = wait_for(g, res.params["kernel"])
+        return g, None, kernel
+    g, (q, scale, kernel) = wait_for(g, (codes.codes, codes.scale, res.params["kernel"]))
+    return g, codes._replace(codes=q, scale=scale), kernel
 
 
 def _encode_input(x: jax.Array, op: BilinearOp, rounding: Int8Rounding) -> Int8Array:

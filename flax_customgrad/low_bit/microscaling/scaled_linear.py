@@ -52,6 +52,7 @@ from flax_customgrad.low_bit.microscaling.scaled_blocks import (
     split_blocks,
 )
 from flax_customgrad.numerics.accumulation import accumulator, total
+from flax_customgrad.numerics.ordering import wait_for
 from flax_customgrad.numerics.products import MatmulConfig, parameter_gradient
 from flax_customgrad.numerics.sharding import explicit_sharding
 
@@ -172,7 +173,10 @@ def _fwd(
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None, None]:
     params, config, precision = res.params, res.config, res.matmul.precision
-    kernel, last = params["kernel"], g.ndim - 1
+    last = g.ndim - 1
+    g, (kernel, codes) = wait_for(g, (params["kernel"], res.codes and res.codes[:2]))
+    if codes is not None:
+        res = res._replace(codes=res.codes._replace(elements=codes[0], scales=codes[1]))
     dims = chex.Dimensions(I=kernel.shape[0], O=kernel.shape[1])
     batch = res.x_aval.shape[:-1]
     chex.assert_shape(g, (*batch, *dims["O"]))

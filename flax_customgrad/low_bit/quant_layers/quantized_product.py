@@ -20,6 +20,7 @@ from flax import nnx
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.low_bit.quantizers.codes import Codes, PackedCodes, pack_codes, unpack_codes
+from flax_customgrad.numerics.ordering import wait_for
 from flax_customgrad.numerics.sharding import varying_like
 
 
@@ -91,7 +92,13 @@ def _fwd(
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
-    kernel, x = (unpack_codes(a) if isinstance(a, PackedCodes) else a for a in (res.kernel, res.x))
+    kernel, x = res.kernel, res.x
+    held = [a.packed for a in (kernel, x) if isinstance(a, PackedCodes)]
+    g, held = wait_for(g, held)
+    kernel, x = (
+        unpack_codes(a._replace(packed=held.pop(0))) if isinstance(a, PackedCodes) else a
+        for a in (kernel, x)
+    )
     # Of this forward only its residuals are read, which are these operands: XLA drops the rest.
     y, pull = jax.vjp(res.f, nnx.State({**res.others, res.f.kernel: kernel}), x)
     # What is kept has the shapes and dtypes of the operands.

@@ -23,6 +23,7 @@ from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Scheme
 from flax_customgrad.numerics.argument_checks import check_bits
 from flax_customgrad.numerics.hyperbolic import sech_squared
+from flax_customgrad.numerics.ordering import wait_for
 from flax_customgrad.numerics.packing import masked, pack_mask
 from flax_customgrad.numerics.scaling import quotient
 from flax_customgrad.numerics.sharding import AxisName
@@ -54,7 +55,7 @@ class DoReFaWeightScheme(Scheme):
 
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
         """`g` times the derivative of `tanh(w) / M`."""
-        w, M = kept
+        g, (w, M) = wait_for(g, kept)
         return (g * sech_squared(w) / M,)
 
 

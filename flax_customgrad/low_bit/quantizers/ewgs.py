@@ -29,6 +29,7 @@ from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Scheme
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import check_bits
+from flax_customgrad.numerics.ordering import wait_for
 from flax_customgrad.numerics.scaling import abs_floor, abs_floor_slope, magnitude, quotient
 
 
@@ -63,7 +64,7 @@ class EWGSScheme(Scheme):
 
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
         """The cotangents of x, l, u and a, of which the last three are summed afterwards."""
-        x, l, u, a = kept
+        g, (x, l, u, a) = wait_for(g, kept)
         width = _width(l, u, a)
         r = _place(x, l, u, a)
         inside = (r >= 0) & (r <= 1)

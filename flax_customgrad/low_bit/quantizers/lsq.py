@@ -38,6 +38,7 @@ from flax_customgrad.low_bit.quantizers.scheme import Scheme, integer_range
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import check_bits
 from flax_customgrad.numerics.broadcasting import broadcasts, sum_to_shape
+from flax_customgrad.numerics.ordering import wait_for
 from flax_customgrad.numerics.scaling import abs_floor, abs_floor_slope, quotient
 from flax_customgrad.numerics.sizes import is_known
 
@@ -80,7 +81,7 @@ class LSQScheme(Scheme):
 
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
         """The cotangents of x and p."""
-        x, p = kept
+        g, (x, p) = wait_for(g, kept)
         v = quotient(x, self.scale(p))
         inside = (v >= self.low) & (v <= self.high)
         slope = jnp.where(inside, jnp.round(v) - v, jnp.clip(v, self.low, self.high))
