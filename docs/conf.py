@@ -22,6 +22,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "coverage_check",
     "docstrings",
+    "formula_directive",
     "gallery",
     "layer_pages",
     "lean_highlighting",

@@ -1,4 +1,5 @@
-"""A Sphinx extension: the build fails on a page that is too large, and on a broken link.
+"""A Sphinx extension: the build fails on a page that is too large, loads from another site, or has
+a broken link.
 
 Sphinx checks the references that it resolves itself. This looks at the pages as they were written,
 so that it sees links in generated HTML too, to other pages and to their parts.
@@ -10,13 +11,18 @@ Configuration:
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from sphinx.application import Sphinx
-from sphinx.errors import ExtensionError
+if TYPE_CHECKING:  # The tests call the checks, and need no Sphinx.
+    from sphinx.application import Sphinx
 
 _EXEMPT = ("_modules/", "genindex", "py-modindex", "search")
+# An element with an address, a link to click on aside; and what a stylesheet names.
+_LOADED = re.compile(
+    r"(?P<tag><(?!a\s)\w+\s[^>]*?(?:src|href)=[\"']?(?:https?:)?//[^>]*>)"
+    r"|(?P<css>(?:url\(|@import)\s*[\"']?(?:https?:)?//[^)\"';\s]*)"
+)
 
 
 def too_large(pages: dict[str, str], limit: int) -> list[str]:
@@ -32,6 +38,21 @@ def too_large(pages: dict[str, str], limit: int) -> list[str]:
         for path, size in sizes.items()
         if size > limit and not path.startswith(_EXEMPT)
     ]
+
+
+def loaded_from_elsewhere(files: dict[str, str]) -> list[str]:
+    """What to say of scripts, styles, fonts and pictures that come from another site.
+
+    Args:
+        files: the text of each page and each stylesheet by its path.
+    """
+    found = (
+        (path, match["tag"] or match["css"])
+        for path, text in files.items()
+        if not path.startswith("_modules/")
+        for match in _LOADED.finditer(text)
+    )
+    return [f"{path} loads from another site: {what}" for path, what in found]
 
 
 def broken_links(pages: dict[str, str], files: Iterable[str]) -> list[str]:
@@ -71,7 +92,7 @@ def _joined(page: str, link: str) -> str:
     return "/".join(parts)
 
 
-def _check(app: Sphinx, exception: Exception | None) -> None:
+def _check(app: "Sphinx", exception: Exception | None) -> None:
     if exception is not None or app.builder.format != "html":
         return
     root = Path(app.outdir)
@@ -79,12 +100,16 @@ def _check(app: Sphinx, exception: Exception | None) -> None:
     # The theme has templates of its own among the static files.
     written = (f for f in files if f.endswith(".html") and not f.startswith("_static/"))
     pages = {path: (root / path).read_text() for path in written}
+    styles = {path: (root / path).read_text() for path in files if path.endswith(".css")}
     problems = too_large(pages, app.config.page_limit) + broken_links(pages, files)
+    problems += loaded_from_elsewhere({**pages, **styles})
     if problems:
+        from sphinx.errors import ExtensionError
+
         raise ExtensionError("the pages that were built:\n" + "\n".join(problems))
 
 
-def setup(app: Sphinx) -> dict[str, Any]:
+def setup(app: "Sphinx") -> dict[str, Any]:
     """Registers the checks, which run once all pages are written."""
     app.add_config_value("page_limit", 100_000, "", [int])
     # After the theme, which writes files then too.

@@ -50,13 +50,15 @@ def run(args: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
+    if args.out is not None and (missing := common.missing_package("plot")):
+        return common.print_error("audit", missing)
     try:
         model, *inputs = _made_by(args.factory)
         with _in_one_line(f"{args.factory}: the model cannot be traced on its inputs"):
             report = audit(model, *inputs, compiled=args.compile)
         if args.out is not None:
             report.save(args.out)
-    except (_Failure, ImportError) as failure:
+    except _Failure as failure:
         return common.print_error("audit", str(failure))
     if args.markdown:
         print(report.to_markdown())

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    if args.out is not None and (missing := common.missing_package()):
+    if args.out is not None and (missing := common.missing_package("plot")):
         return common.print_error("bench", missing)
     if sys.argv[1:2] == ["bench"]:
         pin_allocator("flax_customgrad")

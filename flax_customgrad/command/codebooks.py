@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         The exit status: 2 if a package is missing, else 0.
     """
-    if missing := common.missing_package():
+    if missing := common.missing_package("train"):
         return common.print_error("codebooks", missing)
     from rich.console import Console
 

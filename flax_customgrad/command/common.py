@@ -1,4 +1,4 @@
-"""What several commands share: error lines, the packages of the extra `train`, and arguments."""
+"""What several commands share: error lines, the packages of the extras, and arguments."""
 
 import argparse
 import importlib
@@ -7,13 +7,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from flax_customgrad import catalogue
 
 INTERRUPTED = 130
 """The exit status of a command that was stopped by Ctrl-C, as shells have it."""
 
-_EXTRA = ("sklearn", "matplotlib", "optax")
+_EXTRAS = {"plot": ("matplotlib",), "train": ("sklearn", "matplotlib", "optax")}
+"""What Python imports of each extra of `pyproject.toml` that a command may need."""
 
 
 def print_error(command: str, reason: str, status: int = 2) -> int:
@@ -31,13 +33,17 @@ def print_error(command: str, reason: str, status: int = 2) -> int:
     return status
 
 
-def missing_package() -> str:
-    """Names the first package of the extra `train` that is not installed; "" if all are."""
-    for package in _EXTRA:
+def missing_package(extra: Literal["plot", "train"]) -> str:
+    """Names the first package of an extra that is not installed; "" if all are.
+
+    Args:
+        extra: "plot" for pictures, "train" for training.
+    """
+    for package in _EXTRAS[extra]:
         try:
             importlib.import_module(package)
         except ModuleNotFoundError as error:
-            return f'{error.name} is not installed: pip install "flax-customgrad[train]"'
+            return f'{error.name} is not installed: pip install "flax-customgrad[{extra}]"'
     return ""
 
 

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         The exit status: 1 if an estimator is less than 5 points ahead of its control, 2 if a
         package or an estimator is missing, else 0.
     """
-    if missing := common.missing_package():
+    if missing := common.missing_package("train"):
         return common.print_error("estimators", missing)
     from rich.console import Console
 

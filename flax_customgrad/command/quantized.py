@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         The exit status: 1 if a network is further behind float32 than its recipe allows, or less
         than 5 points ahead of its control; 2 if a package or a recipe is missing; else 0.
     """
-    if missing := common.missing_package():
+    if missing := common.missing_package("train"):
         return common.print_error("quantized", missing)
     from rich.console import Console
 

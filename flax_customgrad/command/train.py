@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         The exit status: 1 if the two runs disagree, 2 if a package is missing, else 0.
     """
-    if missing := common.missing_package():
+    if missing := common.missing_package("train"):
         return common.print_error("train", missing)
     from rich.console import Console
 

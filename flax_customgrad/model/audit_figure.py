@@ -57,7 +57,7 @@ def _drawn(report: Audit) -> "Figure":
         from matplotlib.ticker import FuncFormatter
     except ModuleNotFoundError as error:
         raise ImportError(
-            'the picture needs matplotlib: pip install "flax-customgrad[train]"'
+            'the picture needs matplotlib: pip install "flax-customgrad[plot]"'
         ) from error
     bars = _bars(report)
     # A Figure of its own, without pyplot, is drawn by Agg and needs no display.

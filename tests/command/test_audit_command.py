@@ -1,5 +1,7 @@
 """`audit` on the command line: the table of a factory's model, and errors of one line."""
 
+import sys
+
 import pytest
 
 from flax_customgrad.__main__ import main
@@ -49,6 +51,19 @@ def test_prints_the_table(capsys, monkeypatch, tmp_path, columns):
     assert "layers/1  nnx.gelu" in out
     assert out.endswith("figure: kept.svg\n")
     assert "<svg" in (tmp_path / "kept.svg").read_text()
+
+
+def test_a_picture_needs_the_extra_plot_alone(capsys, monkeypatch):
+    for package in ("sklearn", "optax"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert main(["audit", "factories_of_test:small", "--out", "kept.svg"]) == 0
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    capsys.readouterr()
+    assert main(["audit", "factories_of_test:small", "--out", "kept.svg"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert 'matplotlib is not installed: pip install "flax-customgrad[plot]"' in err
+    assert main(["audit", "factories_of_test:small"]) == 0
 
 
 def test_prints_markdown(capsys):

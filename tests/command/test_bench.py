@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import jax.numpy as jnp
 import pytest
@@ -73,6 +74,19 @@ def test_it_is_saved(capsys, tmp_path):
     assert workload["kept_bytes"]["ours"] == 0
     assert "silu, 8x4" in chart.read_text()
     assert capsys.readouterr().err == ""
+
+
+def test_a_chart_needs_the_extra_plot_alone(capsys, monkeypatch, tmp_path):
+    for package in ("sklearn", "optax"):
+        monkeypatch.setitem(sys.modules, package, None)
+    chart = str(tmp_path / "bench.svg")
+    assert main(["bench", "silu", "--out", chart]) == 0
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    capsys.readouterr()
+    assert main(["bench", "silu", "--out", chart]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert 'matplotlib is not installed: pip install "flax-customgrad[plot]"' in err
 
 
 def test_it_can_be_interrupted(capsys, monkeypatch, tmp_path):

@@ -10,7 +10,9 @@ import pytest
 import flax_customgrad
 
 ROOT = Path(__file__).parents[2]
-MATHEMATICS = runpy.run_path(str(ROOT / "docs/ext/mathematics.py"))
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(ROOT / "docs/ext")  # where Sphinx finds the modules that it imports
+    MATHEMATICS = runpy.run_path(str(ROOT / "docs/ext/mathematics.py"))
 formula, table = MATHEMATICS["formula"], MATHEMATICS["table"]
 
 

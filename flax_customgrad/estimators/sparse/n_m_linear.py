@@ -206,11 +206,16 @@ class NMSparseLinear(Linear, PackableKernel):
     def from_layer(cls, layer: nnx.Linear, *, n: int = 2, m: int = 4, decay: Any = 2e-4) -> Self:
         """Turns a linear layer into one that is pruned, in place: the large weights are used.
 
+        `layer` itself changes and is returned: pass `nnx.clone(layer)` to keep the original.
+
         Args:
             layer: an `nnx.Linear`, trained or not.
             n: as for the constructor.
             m: as for the constructor.
             decay: as for the constructor.
+
+        Returns:
+            `layer`, which is now of this class.
 
         Raises:
             TypeError: the layer is no `nnx.Linear`, or computes something else.

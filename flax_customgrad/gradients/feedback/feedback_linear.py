@@ -118,11 +118,16 @@ class FeedbackLinear(Linear):
     ) -> Self:
         """Turns a layer into one with feedback alignment, in place.
 
+        `layer` itself changes and is returned: pass `nnx.clone(layer)` to keep the original.
+
         Args:
             layer: an `nnx.Linear`, trained or not.
             rngs: random number generators; the feedback is drawn from `params`.
             feedback_init: as for the constructor.
             feedback_metadata: as for the constructor.
+
+        Returns:
+            `layer`, which is now of this class.
 
         Raises:
             TypeError: the layer is no `nnx.Linear`, or computes something else.

@@ -209,6 +209,8 @@ class LoRALinear(nnx.LoRALinear, Linear):
     ) -> Self:
         """Adds a product of low rank to a linear layer, in place.
 
+        `layer` itself changes and is returned: pass `nnx.clone(layer)` to keep the original.
+
         Args:
             layer: an `nnx.Linear`, trained or not.
             lora_rank: as for the constructor, as are all others.
@@ -221,6 +223,9 @@ class LoRALinear(nnx.LoRALinear, Linear):
             rngs: the random streams for their initial values.
             a_metadata: metadata of `lora_a`.
             b_metadata: metadata of `lora_b`.
+
+        Returns:
+            `layer`, which is now of this class.
 
         Raises:
             TypeError: the layer is no `nnx.Linear`, or has a `__call__` of its own, or a product of

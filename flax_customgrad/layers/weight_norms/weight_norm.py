@@ -171,11 +171,13 @@ class WeightNorm(nnx.WeightNorm):
     def from_layer(cls, layer: nnx.WeightNorm) -> nnx.WeightNorm:
         """Turns a layer of nnx into this one, in place; its scales become Params.
 
+        `layer` itself changes and is returned: pass `nnx.clone(layer)` to keep the original.
+
         Args:
             layer: a layer of nnx.
 
         Returns:
-            The layer.
+            `layer`, which is now of this class.
         """
         set_class(layer, cls)
         _hold_params(layer)

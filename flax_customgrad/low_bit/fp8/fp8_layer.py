@@ -46,6 +46,8 @@ class Fp8Layer(PackableKernel):
     ) -> Self:
         """Turns a layer of nnx, or a drop-in, into one that multiplies in fp8, in place.
 
+        `layer` itself changes and is returned: pass `nnx.clone(layer)` to keep the original.
+
         Args:
             layer: of the class of nnx that this one subclasses, `nnx.Linear` for `Fp8Linear`.
             scaling: as for the constructor.
@@ -53,7 +55,7 @@ class Fp8Layer(PackableKernel):
             margin: as for the constructor.
 
         Returns:
-            The layer.
+            `layer`, which is now of this class.
 
         Raises:
             TypeError: the layer is of another class of nnx, or computes something else.

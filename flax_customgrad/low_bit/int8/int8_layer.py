@@ -75,6 +75,8 @@ class Int8Layer(PackableKernel):
     ) -> Self:
         """Turns a layer of nnx, or a drop-in, into one that multiplies in int8, in place.
 
+        `layer` itself changes and is returned: pass `nnx.clone(layer)` to keep the original.
+
         Args:
             layer: of the class of nnx that this one subclasses, `nnx.Linear` for `Int8Linear`.
             backward: as for the constructor.
@@ -86,7 +88,7 @@ class Int8Layer(PackableKernel):
             rngs: random numbers for stochastic rounding alone.
 
         Returns:
-            The layer.
+            `layer`, which is now of this class.
 
         Raises:
             TypeError: the layer is of another class of nnx, or computes something else.

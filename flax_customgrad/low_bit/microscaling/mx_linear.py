@@ -227,6 +227,8 @@ class MXLinear(Linear, PackableKernel):
     ) -> "MXLinear":
         """Turns a linear layer into one whose products are of MX blocks, in place.
 
+        `layer` itself changes and is returned: pass `nnx.clone(layer)` to keep the original.
+
         Args:
             layer: an `nnx.Linear` or a subclass.
             format: as for the constructor.
@@ -236,7 +238,7 @@ class MXLinear(Linear, PackableKernel):
             residuals: as for the constructor.
 
         Returns:
-            The layer.
+            `layer`, which is now of this class.
 
         Raises:
             TypeError: the layer is no `nnx.Linear`, or computes something else.

@@ -202,6 +202,8 @@ class NVFP4Linear(Linear, PackableKernel):
     ) -> "NVFP4Linear":
         """Turns a linear layer into one whose products are of NVFP4 blocks, in place.
 
+        `layer` itself changes and is returned: pass `nnx.clone(layer)` to keep the original.
+
         Args:
             layer: an `nnx.Linear` or a subclass.
             stochastic_rounding: as for the constructor.
@@ -213,7 +215,7 @@ class NVFP4Linear(Linear, PackableKernel):
                 `rules={nnx.Linear: lambda layer: NVFP4Linear.from_layer(layer, rngs=rngs)}`.
 
         Returns:
-            The layer.
+            `layer`, which is now of this class.
 
         Raises:
             TypeError: the layer is no `nnx.Linear`, or computes something else.

@@ -133,6 +133,8 @@ class BitLinear(QuantLinear):
     ) -> Self:
         """Turns a linear layer into a `BitLinear`, in place.
 
+        `layer` itself changes and is returned: pass `nnx.clone(layer)` to keep the original.
+
         Args:
             layer: an `nnx.Linear` or a subclass.
             norm: as for the constructor.
@@ -141,6 +143,9 @@ class BitLinear(QuantLinear):
             bias: as for the constructor.
             gradient: as for the constructor.
             residuals: as for the constructor.
+
+        Returns:
+            `layer`, which is now of this class.
 
         Raises:
             TypeError: `layer` is another layer, or an argument is one that the constructor refuses.

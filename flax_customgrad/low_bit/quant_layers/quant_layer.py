@@ -69,6 +69,8 @@ class QuantLayer:
     ) -> Self:
         """Turns a layer of nnx, or a drop-in, into a quantized one, in place.
 
+        `layer` itself changes and is returned: pass `nnx.clone(layer)` to keep the original.
+
         Args:
             layer: a layer of the class of nnx that this one subclasses.
             weight: as for the constructor.
@@ -76,6 +78,9 @@ class QuantLayer:
             bias: as for the constructor.
             gradient: as for the constructor.
             residuals: as for the constructor.
+
+        Returns:
+            `layer`, which is now of this class.
 
         Raises:
             TypeError: `layer` is another layer, `weight`, `activation` or `bias` is no `Quantizer`,
