@@ -174,8 +174,7 @@ def _fwd(
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None, None, None]:
     op, backward = res.op, res.rounding.backward
-    g, codes, w = _wait(res, g)
-    x = res.x if codes is None else codes.values(res.dtype)
+    g, codes, x, w = _wait(res, g)
     int8_w = res.packed or encode_kernel(op.matmul.promote(x, w)[1], res.rounding)
     q_w, s_w, _ = int8_w
     dims = chex.Dimensions(O=w.shape[-1])
@@ -222,14 +221,15 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None
 int8_product.defvjp(_fwd, _bwd)
 
 
-def _wait(res: Residuals, g: jax.Array) -> tuple[jax.Array, Int8Array | None, jax.Array]:
-    """The cotangent, and the codes of x, if any, and the kernel, which wait for it."""
-    codes = res.x if isinstance(res.x, Int8Array) else None
-    if codes is None:
-        g, kernel = wait_for(g, res.params["kernel"])
-        return g, None, kernel
-    g, (q, scale, kernel) = wait_for(g, (codes.codes, codes.scale, res.params["kernel"]))
-    return g, codes._replace(codes=q, scale=scale), kernel
+def _wait(res: Residuals, g: jax.Array) -> tuple[jax.Array, Int8Array | None, jax.Array, jax.Array]:
+    """The cotangent; and the codes of x, if any, x or x_hat, and the kernel, which wait for it."""
+    kernel = res.params["kernel"]
+    if not isinstance(res.x, Int8Array):
+        g, kernel = wait_for(g, kernel)
+        return g, None, res.x, kernel
+    g, (q, scale, kernel) = wait_for(g, (res.x.codes, res.x.scale, kernel))
+    codes = res.x._replace(codes=q, scale=scale)
+    return g, codes, codes.values(res.dtype), kernel
 
 
 def _encode_input(x: jax.Array, op: BilinearOp, rounding: Int8Rounding) -> Int8Array:

@@ -174,9 +174,11 @@ def _fwd(
 def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None, None]:
     params, config, precision = res.params, res.config, res.matmul.precision
     last = g.ndim - 1
-    g, (kernel, codes) = wait_for(g, (params["kernel"], res.codes and res.codes[:2]))
-    if codes is not None:
-        res = res._replace(codes=res.codes._replace(elements=codes[0], scales=codes[1]))
+    stored = None if res.codes is None else (res.codes.elements, res.codes.scales)
+    g, (kernel, stored) = wait_for(g, (params["kernel"], stored))
+    if res.codes is not None and stored is not None:
+        elements, scales = stored
+        res = res._replace(codes=res.codes._replace(elements=elements, scales=scales))
     dims = chex.Dimensions(I=kernel.shape[0], O=kernel.shape[1])
     batch = res.x_aval.shape[:-1]
     chex.assert_shape(g, (*batch, *dims["O"]))
