@@ -4,6 +4,8 @@ Such a layer cannot call an operation of the user's own, takes floating arrays o
 layer that holds the same parameters.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import jax
@@ -88,8 +90,12 @@ def _bias_shape(layer: Any, kernel: tuple[int, ...]) -> tuple[int, ...]:
     return kernel[-1:]
 
 
-def adopt(cls: type[L], layer: Any, reference: type) -> L:
+@contextmanager
+def adopted(cls: type[L], layer: Any, reference: type) -> Iterator[L]:
     """Turns a layer of nnx, or a drop-in, into another class with the same parameters, in place.
+
+    What the class has beyond its parameters is set inside of the context; if that fails, the layer
+    is what it was.
 
     Args:
         cls: the class that the layer becomes.
@@ -97,7 +103,7 @@ def adopt(cls: type[L], layer: Any, reference: type) -> L:
         reference: the class of nnx that the layer must be an instance of.
 
     Returns:
-        The layer itself.
+        A context manager, which gives the layer itself.
 
     Raises:
         TypeError: the layer is not an instance of `reference`, or its class has a `__call__` of
@@ -115,8 +121,15 @@ def adopt(cls: type[L], layer: Any, reference: type) -> L:
             f"which would be lost; pass an nnx.{reference.__name__}"
         )
     refuse_injected(cls.__name__, layer)
+    before, held = type(layer), dict(vars(layer))
     set_class(layer, cls)
-    return layer
+    try:
+        yield layer
+    except BaseException:
+        set_class(layer, before)
+        vars(layer).clear()
+        vars(layer).update(held)
+        raise
 
 
 def refuse_injected(name: str, layer: Any) -> None:

@@ -41,7 +41,7 @@ from flax_customgrad.layers.drop_in import (
 )
 from flax_customgrad.layers.linear.linear import Linear, linear
 from flax_customgrad.layers.packed_weights import PackableKernel
-from flax_customgrad.layers.replaced_matmul import adopt
+from flax_customgrad.layers.replaced_matmul import adopted
 from flax_customgrad.layers.stacked import Index
 from flax_customgrad.numerics.accumulation import total
 from flax_customgrad.numerics.dtypes import as_array
@@ -223,8 +223,8 @@ class NMSparseLinear(Linear, PackableKernel):
         """
         check_pattern(cls.__name__, n, m, "in_features", layer.in_features)
         check_decay(cls.__name__, decay)
-        sparse = adopt(cls, layer, nnx.Linear)
-        sparse.n, sparse.m, sparse.decay = n, m, decay
+        with adopted(cls, layer, nnx.Linear) as sparse:
+            sparse.n, sparse.m, sparse.decay = n, m, decay
         return sparse
 
     @property

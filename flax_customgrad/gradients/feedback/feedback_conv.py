@@ -37,7 +37,7 @@ from flax_customgrad.layers.conv.conv_arguments import (
     parameters_with_mask_applied,
 )
 from flax_customgrad.layers.conv.convolution import convolution
-from flax_customgrad.layers.replaced_matmul import adopt
+from flax_customgrad.layers.replaced_matmul import adopted
 
 
 class FeedbackConv(Conv):
@@ -167,8 +167,8 @@ class FeedbackConv(Conv):
             TypeError: the layer is no `nnx.Conv`, or computes something else.
             ValueError: an operation is injected.
         """
-        aligned = adopt(cls, layer, nnx.Conv)
-        aligned.feedback = random_feedback(aligned, rngs, feedback_init, feedback_metadata)
+        with adopted(cls, layer, nnx.Conv) as aligned:
+            aligned.feedback = random_feedback(aligned, rngs, feedback_init, feedback_metadata)
         return aligned
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:

@@ -26,7 +26,7 @@ from flax_customgrad.gradients.feedback.alignment import apply_with_feedback, ch
 from flax_customgrad.gradients.feedback.feedback_variable import random_feedback
 from flax_customgrad.layers.drop_in import parameters
 from flax_customgrad.layers.linear.linear import Linear, linear
-from flax_customgrad.layers.replaced_matmul import adopt
+from flax_customgrad.layers.replaced_matmul import adopted
 from flax_customgrad.numerics.products import MatmulConfig
 
 
@@ -133,8 +133,8 @@ class FeedbackLinear(Linear):
             TypeError: the layer is no `nnx.Linear`, or computes something else.
             ValueError: an operation is injected.
         """
-        aligned = adopt(cls, layer, nnx.Linear)
-        aligned.feedback = random_feedback(aligned, rngs, feedback_init, feedback_metadata)
+        with adopted(cls, layer, nnx.Linear) as aligned:
+            aligned.feedback = random_feedback(aligned, rngs, feedback_init, feedback_metadata)
         return aligned
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:

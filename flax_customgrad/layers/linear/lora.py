@@ -30,7 +30,7 @@ from flax_customgrad.contract.compat import set_class
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, given, has_custom_product, parameters
 from flax_customgrad.layers.linear.linear import Linear
-from flax_customgrad.layers.replaced_matmul import adopt
+from flax_customgrad.layers.replaced_matmul import adopted
 from flax_customgrad.layers.stacked import Index, for_each, stack_axes
 from flax_customgrad.numerics.dtypes import as_array
 from flax_customgrad.numerics.products import MatmulConfig, input_gradient, parameter_gradient
@@ -254,9 +254,9 @@ class LoRALinear(nnx.LoRALinear, Linear):
                 f"{cls.__name__}.from_layer: a {type(layer).__name__} has a product of low rank "
                 "already; flax_customgrad.convert(model) makes it a drop-in"
             )
-        adopted = adopt(cls, layer, nnx.Linear)
-        adopted.lora = for_each(low_rank, stack_axes(layer))
-        return adopted
+        with adopted(cls, layer, nnx.Linear) as adapted:
+            adapted.lora = for_each(low_rank, stack_axes(layer))
+        return adapted
 
     def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the linear layer, and adds the product of low rank.

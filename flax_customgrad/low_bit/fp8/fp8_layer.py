@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal, Self
 from flax import nnx
 
 from flax_customgrad.layers.packed_weights import PackableKernel
-from flax_customgrad.layers.replaced_matmul import adopt, refuse_injected
+from flax_customgrad.layers.replaced_matmul import adopted, refuse_injected
 from flax_customgrad.layers.stacked import Index, stack_axes
 from flax_customgrad.low_bit.fp8.fp8_codes import Fp8Codes
 from flax_customgrad.low_bit.fp8.fp8_kernel import Fp8Kernel
@@ -61,8 +61,9 @@ class Fp8Layer(PackableKernel):
             TypeError: the layer is of another class of nnx, or computes something else.
             ValueError: as for the constructor.
         """
-        fp8: Any = adopt(cls, layer, cls._reference)  # type: ignore[type-var]
-        fp8._set_scaling(scaling, history, margin)
+        fp8: Any
+        with adopted(cls, layer, cls._reference) as fp8:  # type: ignore[type-var]
+            fp8._set_scaling(scaling, history, margin)
         return fp8
 
     def _set_scaling(self, scaling: Scaling, history: int, margin: int) -> None:

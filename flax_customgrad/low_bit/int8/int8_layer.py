@@ -8,7 +8,7 @@ from flax import nnx
 
 from flax_customgrad.layers.drop_in import Parameters, parameters
 from flax_customgrad.layers.packed_weights import PackableKernel
-from flax_customgrad.layers.replaced_matmul import adopt, refuse_injected
+from flax_customgrad.layers.replaced_matmul import adopted, refuse_injected
 from flax_customgrad.layers.stacked import Index, repeated, stack_axes
 from flax_customgrad.low_bit.int8.int8_codes import Int8Array
 from flax_customgrad.low_bit.int8.int8_kernel import Int8Kernel
@@ -94,16 +94,17 @@ class Int8Layer(PackableKernel):
             TypeError: the layer is of another class of nnx, or computes something else.
             ValueError: as for the constructor, or stochastic rounding has no `rngs`.
         """
-        int8: Any = adopt(cls, layer, cls._reference)  # type: ignore[type-var]
-        int8._set_rounding(
-            backward,
-            residuals,
-            activation_scale,
-            weight_scale,
-            stochastic_rounding,
-            rng_collection,
-            rngs,
-        )
+        int8: Any
+        with adopted(cls, layer, cls._reference) as int8:  # type: ignore[type-var]
+            int8._set_rounding(
+                backward,
+                residuals,
+                activation_scale,
+                weight_scale,
+                stochastic_rounding,
+                rng_collection,
+                rngs,
+            )
         return int8
 
     def _set_rounding(

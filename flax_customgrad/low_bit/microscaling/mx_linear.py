@@ -48,7 +48,7 @@ from jax import lax
 
 from flax_customgrad.layers.linear.linear import Linear
 from flax_customgrad.layers.packed_weights import PackableKernel
-from flax_customgrad.layers.replaced_matmul import adopt, operands, refuse_injected
+from flax_customgrad.layers.replaced_matmul import adopted, operands, refuse_injected
 from flax_customgrad.layers.stacked import Index
 from flax_customgrad.low_bit.microscaling.block_kernel import BlockKernel
 from flax_customgrad.low_bit.microscaling.scaled_blocks import (
@@ -245,8 +245,8 @@ class MXLinear(Linear, PackableKernel):
             ValueError: as for the constructor.
         """
         _check("MXLinear", format, gradient, block, scale, residuals)
-        mx = adopt(cls, layer, nnx.Linear)
-        mx._set_format(format, gradient, block, scale, residuals)
+        with adopted(cls, layer, nnx.Linear) as mx:
+            mx._set_format(format, gradient, block, scale, residuals)
         return mx
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:

@@ -46,7 +46,7 @@ from jax import lax
 
 from flax_customgrad.layers.linear.linear import Linear
 from flax_customgrad.layers.packed_weights import PackableKernel
-from flax_customgrad.layers.replaced_matmul import adopt, operands, refuse_injected
+from flax_customgrad.layers.replaced_matmul import adopted, operands, refuse_injected
 from flax_customgrad.layers.stacked import Index, repeated, stack_axes
 from flax_customgrad.low_bit.microscaling.block_kernel import BlockKernel
 from flax_customgrad.low_bit.microscaling.scaled_blocks import (
@@ -222,9 +222,9 @@ class NVFP4Linear(Linear, PackableKernel):
             ValueError: as for the constructor.
         """
         check_word("NVFP4Linear", "residuals", residuals, RESIDUALS)
-        nvfp4 = adopt(cls, layer, nnx.Linear)
         rngs = nnx.Rngs(0) if rngs is None else rngs
-        nvfp4._set_rounding(stochastic_rounding, hadamard, residuals, rng_collection, rngs)
+        with adopted(cls, layer, nnx.Linear) as nvfp4:
+            nvfp4._set_rounding(stochastic_rounding, hadamard, residuals, rng_collection, rngs)
         return nvfp4
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:

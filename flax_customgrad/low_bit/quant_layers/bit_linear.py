@@ -152,6 +152,7 @@ class BitLinear(QuantLinear):
             ValueError: an operation is injected, or `residuals` is neither "quantized" nor
                 "original".
         """
+        _check_norm(norm)
         quantized = super().from_layer(
             layer,
             weight=weight,
@@ -167,8 +168,7 @@ class BitLinear(QuantLinear):
         if norm is True:
             # Without a scale it draws nothing.
             norm = RMSNorm(self.in_features, use_scale=False, dtype=self.dtype, rngs=nnx.Rngs(0))
-        if norm is not False and not callable(norm):
-            raise TypeError(f"BitLinear: norm={norm!r} must be a layer, True or False")
+        _check_norm(norm)
         self.norm = nnx.data(None if norm is False else repeated(norm, stack_axes(self)))
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
@@ -186,3 +186,8 @@ class BitLinear(QuantLinear):
         """
         x = inputs if self.norm is None else self.norm(inputs)
         return super().__call__(x, out_sharding)
+
+
+def _check_norm(norm: Any) -> None:
+    if not isinstance(norm, bool) and not callable(norm):
+        raise TypeError(f"BitLinear: norm={norm!r} must be a layer, True or False")

@@ -10,7 +10,7 @@ from flax import nnx
 
 from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.layers.drop_in import Parameters, parameters
-from flax_customgrad.layers.replaced_matmul import adopt, checked, refuse_injected
+from flax_customgrad.layers.replaced_matmul import adopted, checked, refuse_injected
 from flax_customgrad.layers.stacked import repeated, stack, stack_axes, unstack
 from flax_customgrad.low_bit.quant_layers.packed_kernel import PackedKernel
 from flax_customgrad.low_bit.quant_layers.quantized_bias import int32_bias
@@ -88,8 +88,9 @@ class QuantLayer:
             ValueError: an operation is injected, `residuals` is neither "quantized" nor "original",
                 or `bias` is "int32" and kernel or input have no quantizer.
         """
-        quantized: Any = adopt(cls, layer, _of_nnx(cls))  # type: ignore[type-var]
-        quantized._set_quantizers(weight, activation, gradient, residuals, bias)
+        quantized: Any
+        with adopted(cls, layer, _of_nnx(cls)) as quantized:  # type: ignore[type-var]
+            quantized._set_quantizers(weight, activation, gradient, residuals, bias)
         return quantized
 
     @classmethod
