@@ -26,6 +26,7 @@ extensions = [
     "gallery",
     "layer_pages",
     "lean_highlighting",
+    "model_table",
     "page_checks",
 ]
 exclude_patterns = ["_build", "ext"]
