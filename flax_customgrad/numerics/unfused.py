@@ -28,7 +28,10 @@ def unfused(static_argnums: int) -> Callable[[Callable[..., Any]], Callable[...,
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:
-            with set_xla_metadata(inlineable="false"):
+            # JAX sets the mesh in a backward, to that which there is: without it a trace of the
+            # forward would be another one.
+            mesh = jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh())
+            with mesh, set_xla_metadata(inlineable="false"):
                 return jitted(*args)
 
         return call
