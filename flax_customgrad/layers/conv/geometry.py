@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_customgrad.numerics.unfused import unfused
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -85,6 +87,11 @@ class Geometry:
             padding=tuple(padding),
             input_dilation=self.strides,
         )
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether groups are too narrow for a product of matrices."""
+        return self.in_features * self.out_features // self.groups**2 <= 4
 
     @property
     def taps(self) -> Iterator[tuple[int, ...]]:
@@ -196,6 +203,48 @@ def pad_space(x: jax.Array, padding: tuple[tuple[int, int], ...]) -> jax.Array:
     if not any(map(any, padding)):
         return x
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*p, 0) for p in padding), (0, 0, 0)])
+
+
+@unfused(static_argnums=1)
+def stored_pad_space(x: jax.Array, padding: tuple[tuple[int, int], ...]) -> jax.Array:
+    """What `pad_space` returns, computed once for all that use it.
+
+    It pads rows of numbers: with an axis for the features XLA on a CPU compiles a pad up to 5 times
+    as long, 0.18 s for images of 28 x 28 x 64, and runs it a tenth slower.
+
+    Args:
+        x: array of shape (batch, *space, features).
+        padding: (low, high) for each axis of space, none of them negative.
+    """
+    if not any(map(any, padding)):
+        return x
+    *leading, n, c = x.shape
+    low, high = padding[-1]
+    rows = x.reshape(*leading, n * c, 1)
+    rows = pad_space(rows, (*padding[:-1], (low * c, high * c)))
+    return rows.reshape(*rows.shape[:-2], n + low + high, c)
+
+
+def pad_once(x: jax.Array, geometries: Sequence[Geometry]) -> tuple[jax.Array, list[Geometry]]:
+    """An input with all the zeros that several maps of it need, stored, and those maps of it.
+
+    Args:
+        x: array of shape (batch, *size, features), not dilated.
+        geometries: the maps, each of an input of that size.
+    """
+    sides = zip(*(itertools.chain(*geometry.padding) for geometry in geometries), strict=True)
+    added = [max(0, *side) for side in sides]
+    added = tuple(zip(added[::2], added[1::2], strict=True))
+
+    def of_padded(geometry: Geometry) -> Geometry:
+        axes = list(zip(geometry.size, geometry.padding, added, strict=True))
+        return replace(
+            geometry,
+            size=tuple(n + low + high for n, _, (low, high) in axes),
+            padding=tuple((a - low, b - high) for _, (a, b), (low, high) in axes),
+        )
+
+    return stored_pad_space(x, added), list(map(of_padded, geometries))
 
 
 def mirror_kernel(kernel: jax.Array, groups: int) -> jax.Array:

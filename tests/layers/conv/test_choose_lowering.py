@@ -17,6 +17,11 @@ SHAPES = {
         {"features": 32, "window": (2, 3), "groups": 32},
     ),
     "depthwise, many taps": ((2, 9, 8, 4), {"features": 4, "window": (5, 4), "groups": 4}),
+    "depthwise, strided": (
+        (2, 9, 8, 4),
+        {"features": 4, "window": (5, 6), "strides": 2, "groups": 4},
+    ),
+    "depthwise, two in": ((2, 9, 8, 8), {"features": 4, "window": (3, 2), "groups": 4}),
     "grouped": ((2, 5, 4, 12), {"features": 8, "window": (3, 3), "groups": 4}),
     "grouped, many": ((1, 4, 40), {"features": 360, "window": (3,), "groups": 20}),
     "transposed": ((2, 4, 3, 3), {"features": 2, "window": (3, 5), "spread": 2, "dilation": 3}),

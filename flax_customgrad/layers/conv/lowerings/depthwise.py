@@ -6,7 +6,9 @@ With one feature in and out per group, for each element t of the window:
     dw[t, c]   = sum_{n, o} x[n, o s + t d - low, c] g[n, o, c]
 
 `y` is one pass over the images: k shifted copies of x, scaled and added, which XLA turns into
-vector code along the features. The sums of `dw` are in `depthwise_sums`.
+vector code along the features. Each of these copies is a part of the program, so they are computed
+once (`unfused`), in one call for `y` and `dx`, which is traced and compiled once for layers of one
+shape. The sums of `dw` are in `depthwise_sums`.
 
 Groups of several features are taken apart: into pairs of one input and one output each.
 """
@@ -17,17 +19,21 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from flax_customgrad.layers.conv.geometry import Geometry
+from flax_customgrad.layers.conv.geometry import Geometry, pad_once
 from flax_customgrad.layers.conv.lowerings.depthwise_sums import sum_all_at_once, sum_by_blocks
 from flax_customgrad.layers.conv.lowerings.lowering import Lowering
-from flax_customgrad.numerics.accumulation import fusion_barrier
 from flax_customgrad.numerics.sizes import is_known
+from flax_customgrad.numerics.unfused import unfused
 
 # A window of more elements is summed by one reduction, of which a program holds one alone. So is an
 # array of fewer: sums written out take half a second to compile, and gain nothing there.
 _MAX_UNROLLED_TAPS = 16
 _MIN_ELEMENTS = 1 << 16
+
+# A convolution of more elements is computed once, of fewer in each of the passes that use it.
+_MAX_FUSED_TAPS = 4
 
 
 class DepthwiseLowering(Lowering):
@@ -35,25 +41,16 @@ class DepthwiseLowering(Lowering):
 
     def fits(self, geometry: Geometry) -> bool:
         """Whether groups are narrow and the input is not dilated."""
-        pairs = geometry.in_features * geometry.out_features // geometry.groups**2
-        return pairs <= 4 and all(d == 1 for d in geometry.input_dilation)
+        return geometry.is_depthwise and all(d == 1 for d in geometry.input_dilation)
 
     def correlate(self, x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
         """Shifted copies of the input, scaled and added."""
-        x = geometry.pad(x)
-        ins, outs = _features_per_group(geometry)
-        parts = [
-            functools.reduce(
-                jnp.add,
-                (
-                    geometry.slice_at(tap, x[..., c::ins]) * w[tap][c, f::outs]
-                    for c in range(ins)
-                    for tap in geometry.taps
-                ),
-            )
-            for f in range(outs)
-        ]
-        return fusion_barrier(_interleave(parts))
+        scaled_copies = _scaled_copies
+        if math.prod(geometry.window) > _MAX_FUSED_TAPS:
+            scaled_copies = _unfused_scaled_copies
+            x, (geometry,) = pad_once(x, [geometry])
+        _, outs = _features_per_group(geometry)
+        return _interleave([scaled_copies(x, w[..., f::outs], geometry) for f in range(outs)])
 
     def kernel_gradient(self, x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
         """For each element of the window the sum of a shifted copy times g."""
@@ -64,6 +61,29 @@ class DepthwiseLowering(Lowering):
             for c in range(ins)
         ]
         return jnp.stack(rows, -2).reshape(*geometry.window, ins, geometry.out_features)
+
+
+def _scaled_copies(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
+    """One output feature of each group: the sum of shifted copies of x, each times its scale.
+
+    Args:
+        x: array of shape (batch, *size, features).
+        w: array of shape (*window, features per group, groups).
+        geometry: where the windows lie.
+    """
+    x = geometry.pad(x)
+    *window, ins, groups = w.shape
+    n = math.prod(window) * ins
+    scales = iter(lax.split(w.reshape(n, *[1] * (x.ndim - 1), groups), [1] * n))
+    copies = [
+        geometry.slice_at(tap, x[..., c::ins]) * lax.squeeze(next(scales), [0])
+        for tap in geometry.taps
+        for c in range(ins)
+    ]
+    return functools.reduce(jnp.add, copies)
+
+
+_unfused_scaled_copies = unfused(static_argnums=2)(_scaled_copies)
 
 
 def _sums(g: jax.Array, geometry: Geometry) -> Callable[..., jax.Array]:

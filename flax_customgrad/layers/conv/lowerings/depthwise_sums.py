@@ -20,12 +20,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_customgrad.layers.conv.geometry import Geometry, pad_space
+from flax_customgrad.layers.conv.geometry import Geometry, pad_once, pad_space
 from flax_customgrad.numerics.accumulation import fusion_barrier
+from flax_customgrad.numerics.unfused import unfused
 
 _CACHE_BYTES = 1 << 19
 
 
+@unfused(static_argnums=2)
 def sum_all_at_once(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
     """One reduction with an operand for each element of the window.
 
@@ -37,6 +39,7 @@ def sum_all_at_once(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array
     Returns:
         Array of shape (elements of the window, features).
     """
+    x, (geometry,) = pad_once(x, [geometry])
     x = geometry.pad(x)
     products = [geometry.slice_at(tap, x) * g for tap in geometry.taps]
     zeros = [jnp.zeros((), g.dtype)] * len(products)
@@ -47,6 +50,7 @@ def sum_all_at_once(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array
     return jnp.stack(lax.reduce(products, zeros, add, tuple(range(g.ndim - 1))))
 
 
+@unfused(static_argnums=2)
 def sum_by_blocks(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
     """Sums over blocks written out, in a loop over images, and a reduction of what is left.
 
