@@ -1,4 +1,4 @@
-"""A Sphinx extension: `{models} FILE`, the table of a file that `benchmarks.models --json` wrote."""
+"""A Sphinx extension: `{models} FILE`, a table of what `benchmarks.models --json` has saved."""
 
 import json
 from collections.abc import Iterator

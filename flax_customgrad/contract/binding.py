@@ -27,6 +27,7 @@ from jax.experimental import hijax
 
 from flax_customgrad.contract import compat
 from flax_customgrad.contract.arguments import Static
+from flax_customgrad.contract.ordering import transposing
 
 Rule = Callable[..., Any]
 
@@ -334,7 +335,8 @@ class _Operation(_Primitive):
             return [cts[i] for i in of_arrays]
 
         try:
-            transposed = jax.linear_transpose(backward, *(g[i] for i in of_g))
+            with transposing():
+                transposed = jax.linear_transpose(backward, *(g[i] for i in of_g))
             found = transposed([tangents[i] for i in of_arrays])
         except Exception as error:
             raise TypeError(

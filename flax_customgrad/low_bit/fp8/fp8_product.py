@@ -37,6 +37,7 @@ from flax import nnx
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.contract.ordering import wait_for
 from flax_customgrad.contract.residual_storage import keep_for_second_order, with_derivative_of
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.low_bit.fp8.fp8_codes import (
@@ -57,7 +58,6 @@ from flax_customgrad.low_bit.fp8.fp8_scaling import (
 )
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.broadcasting import sum_to_shape
-from flax_customgrad.numerics.ordering import wait_for
 from flax_customgrad.numerics.products import MatmulConfig
 from flax_customgrad.numerics.sharding import varying_like
 

@@ -25,6 +25,7 @@ from jax import lax
 
 from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.contract.ordering import wait_for
 from flax_customgrad.layers.drop_in import (
     Parameters,
     has_custom_backward,
@@ -37,7 +38,6 @@ from flax_customgrad.layers.stacked import for_each, stack_axes, unstack
 from flax_customgrad.low_bit.frozen.frozen_variable import Frozen
 from flax_customgrad.numerics.accumulation import total
 from flax_customgrad.numerics.dtypes import as_array
-from flax_customgrad.numerics.ordering import wait_for
 from flax_customgrad.numerics.products import MatmulConfig, input_gradient
 
 

@@ -43,11 +43,11 @@ from jax import lax
 
 from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.contract.ordering import wait_for
 from flax_customgrad.contract.residual_storage import with_derivative_of
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.low_bit.int8.int8_codes import Int8Array, encode_int8
 from flax_customgrad.numerics.accumulation import total
-from flax_customgrad.numerics.ordering import wait_for
 from flax_customgrad.numerics.products import MatmulConfig
 
 

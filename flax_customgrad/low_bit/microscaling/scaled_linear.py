@@ -41,6 +41,7 @@ from jax import lax
 
 from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.contract.ordering import wait_for
 from flax_customgrad.contract.residual_storage import keep_for_second_order, with_derivative_of
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.low_bit.microscaling.scaled_blocks import (
@@ -52,7 +53,6 @@ from flax_customgrad.low_bit.microscaling.scaled_blocks import (
     split_blocks,
 )
 from flax_customgrad.numerics.accumulation import accumulator, total
-from flax_customgrad.numerics.ordering import wait_for
 from flax_customgrad.numerics.products import MatmulConfig, parameter_gradient
 from flax_customgrad.numerics.sharding import explicit_sharding
 

@@ -18,9 +18,9 @@ import jax
 from flax import nnx
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.contract.ordering import wait_for
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.low_bit.quantizers.codes import Codes, PackedCodes, pack_codes, unpack_codes
-from flax_customgrad.numerics.ordering import wait_for
 from flax_customgrad.numerics.sharding import varying_like
 
 

@@ -17,13 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flax_customgrad.contract.ordering import wait_for
 from flax_customgrad.low_bit.quantizers.calibration import granularity_of, measured_range
 from flax_customgrad.low_bit.quantizers.codes import Codes, to_codes
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Scheme
 from flax_customgrad.numerics.argument_checks import check_bits
 from flax_customgrad.numerics.hyperbolic import sech_squared
-from flax_customgrad.numerics.ordering import wait_for
 from flax_customgrad.numerics.packing import masked, pack_mask
 from flax_customgrad.numerics.scaling import quotient
 from flax_customgrad.numerics.sharding import AxisName

@@ -24,12 +24,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from flax_customgrad.contract.ordering import wait_for
 from flax_customgrad.low_bit.quantizers.codes import Codes, to_codes
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Scheme
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import check_bits
-from flax_customgrad.numerics.ordering import wait_for
 from flax_customgrad.numerics.scaling import abs_floor, abs_floor_slope, magnitude, quotient
 
 

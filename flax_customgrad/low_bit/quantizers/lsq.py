@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from flax_customgrad.contract.ordering import wait_for
 from flax_customgrad.low_bit.quantizers.calibration import Axis, granularity_of, mean_where
 from flax_customgrad.low_bit.quantizers.codes import Codes, to_codes
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
@@ -38,7 +39,6 @@ from flax_customgrad.low_bit.quantizers.scheme import Scheme, integer_range
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.argument_checks import check_bits
 from flax_customgrad.numerics.broadcasting import broadcasts, sum_to_shape
-from flax_customgrad.numerics.ordering import wait_for
 from flax_customgrad.numerics.scaling import abs_floor, abs_floor_slope, quotient
 from flax_customgrad.numerics.sizes import is_known
 

@@ -28,7 +28,6 @@ from flax_customgrad.low_bit.quantizers.lsq import (
 )
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.broadcasting import sum_to_shape
-from flax_customgrad.numerics.ordering import wait_for
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class LSQPlusScheme(LSQScheme):
 
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
         """The cotangents of x, p and b."""
-        g, (x, p, b) = wait_for(g, kept)
+        x, p, b = kept
         dx, dp = super().cotangents(g, x - b, p)
         return dx, dp, self.gain(x.shape, b) * sum_to_shape(g - dx, b.shape)
 

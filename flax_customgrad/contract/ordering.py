@@ -1,5 +1,7 @@
 """When XLA computes what a backward computes anew."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import TypeVar
 
 import jax
@@ -8,6 +10,16 @@ from jax import lax
 from flax_customgrad.contract.compat import is_traced
 
 Arrays = TypeVar("Arrays")
+
+# A context that JAX knows of, because it decides what a trace holds: see `autodiff`.
+_transposing = jax.make_user_context(default_value=False)
+
+
+@contextlib.contextmanager
+def transposing() -> Iterator[None]:
+    """Inside, nothing waits: what waits for g would be linear in it, to `jax.linear_transpose`."""
+    with _transposing(True):
+        yield
 
 
 def wait_for(g: jax.Array, arrays: Arrays) -> tuple[jax.Array, Arrays]:
@@ -22,4 +34,6 @@ def wait_for(g: jax.Array, arrays: Arrays) -> tuple[jax.Array, Arrays]:
         g: the cotangent, float.
         arrays: a tree of arrays, each of which the backward reads: XLA holds what it is given here.
     """
-    return lax.optimization_barrier((g, arrays)) if is_traced(g) else (g, arrays)
+    if not is_traced(g) or _transposing.value:
+        return g, arrays
+    return lax.optimization_barrier((g, arrays))

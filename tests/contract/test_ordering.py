@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import flax_customgrad as fcg
-from flax_customgrad.numerics.ordering import wait_for
+from flax_customgrad.contract.ordering import wait_for
 
 N, ROWS, FEATURES = 8, 256, 128
 FLOAT = 4 * ROWS * FEATURES
@@ -46,6 +46,22 @@ def test_layers_one_after_the_other_hold_codes(name):
     step = jax.jit(jax.grad(loss, argnums=(0, 1)))
     memory = step.lower(params, jnp.ones((ROWS, FEATURES))).compile().memory_analysis()
     assert memory.temp_size_in_bytes < most * FLOAT
+
+
+def test_the_transpose_of_a_surrogate_does_not_wait():
+    """Forward mode is the transpose of the backward, in which what waits would be linear."""
+    quantizer = fcg.LSQ(3)
+    graphdef, params = nnx.split(quantizer)
+
+    def function(params, x):
+        return nnx.merge(graphdef, params)(x)
+
+    x = jnp.array([0.3, -2.0, 0.7])
+    args, tangents = (params, x), (jax.tree.map(jnp.ones_like, params), jnp.ones_like(x))
+    _, tangent = jax.jit(lambda *args: jax.jvp(function, args, tangents))(*args)
+    gradient = jax.jit(jax.grad(lambda *args: function(*args).sum(), argnums=(0, 1)))(*args)
+    total = sum(map(jnp.sum, jax.tree.leaves(gradient)))
+    np.testing.assert_allclose(tangent.sum(), total, rtol=1e-6)
 
 
 def test_it_changes_nothing_else():
