@@ -261,3 +261,54 @@ def test_large_kernels_and_for_older_versions_few_rows(monkeypatch):
     monkeypatch.setattr(module, "_MOST_ROWS", None)
     assert module._gains((1000,), 100)
     assert module._gains((), 100)
+
+
+def _conv(shape=(ROWS, 5, 5, 4), window=(3, 3), axis=None, **kwargs):
+    quantizers = {"weight": fcg.FakeQuant(4, axis=-1), "activation": fcg.FakeQuant(8, axis=axis)}
+    layer = fcg.QuantConv(shape[-1], 7, window, **quantizers, **kwargs, rngs=nnx.Rngs(0))
+    layer.bias[...] = _normal(7, seed=1)
+    return layer, _normal(*shape)
+
+
+def _convolves_integers(layer, x):
+    program = jax.jit(lambda x: layer(x)).lower(x).as_text()
+    return bool(re.search(r"convolution.*xi8>", program))
+
+
+CONVS = {
+    "strides": {"strides": 2},
+    "an image a scale": {"axis": 0, "padding": "VALID"},
+    "circular": {"padding": "CIRCULAR", "kernel_dilation": 2},
+}
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_convolutions_of_integers(name, monkeypatch):
+    monkeypatch.setattr(module, "_MOST_ROWS", None)
+    layer, x = _conv(**CONVS[name])
+    assert _convolves_integers(layer, x)
+    y, packed = _called(layer, x), fcg.pack(layer)
+    assert _convolves_integers(packed, x)
+    np.testing.assert_array_equal(_called(packed, x), y)
+    plain = fcg.Conv(
+        4, 7, (3, 3), **{k: v for k, v in CONVS[name].items() if k != "axis"}, rngs=nnx.Rngs(0)
+    )
+    plain.kernel[...], plain.bias[...] = layer.weight(layer.kernel[...]), layer.bias[...]
+    np.testing.assert_allclose(y, plain(layer.activation(x)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"shape": (ROWS, 5, 4), "window": (3,)},
+        {"window": (1, 3)},
+        {"feature_group_count": 1, "mask": jnp.ones((3, 3, 4, 7))},
+        {"shape": (2, 3, 5, 5, 4)},
+        {"input_dilation": 2, "padding": "VALID"},
+        {"axis": "token"},
+    ],
+    ids=["one axis", "not square", "mask", "two batch axes", "dilated", "tokens"],
+)
+def test_other_convolutions_are_of_floats(kwargs, monkeypatch):
+    monkeypatch.setattr(module, "_MOST_ROWS", None)
+    assert not _convolves_integers(*_conv(**kwargs))
