@@ -6,15 +6,19 @@ python -m benchmarks.quantized [--features N] [--rows N] [--layers N] [--seconds
     kept   bytes that the backward of one layer keeps beyond its arguments, as JAX lists them
     temp   what XLA sets aside for a step in which a scan goes through the layers
 
+Then the packed network is served: called alone, with a scale of the input that was recorded, for
+one row, for 64, and for all.
+
 A step is the value and the gradient of sum(network(x) * g) for the parameters and x. The network is
 one of square linear layers with a rectifier behind each; every system fake-quantizes kernels, one
-scale for each output, and inputs, one scale for all, and multiplies in float32 unless it is said
-otherwise. qwix and AQT multiply in int8.
+scale for each output, and inputs, one scale for all, and multiplies in float32 or int8 as it
+chooses. qwix and AQT multiply in int8.
 """
 
 import argparse
 import importlib.util
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -52,6 +56,14 @@ def main() -> None:
         for name, make in found.items():
             kept, temp = (f"{n / 1e6:8.2f} MB" for n in memory(make, args))
             print(f"  {name:34} {times[name]}  kept {kept}  temp {temp}", flush=True)
+    for rows in sorted({1, 64, args.rows}):
+        print(f"served, {rows} rows")
+        served = {"float32": serve(next(systems(args.features, 8))[1], args, rows)}
+        for bits in args.bits:
+            make = partial(_static, args.features, bits)
+            served[f"packed, W{bits}A8"] = serve(make, args, rows)
+        for name, timing in paired(served, args.seconds / 10, rounds=7).items():
+            print(f"  {name:34} {timing}", flush=True)
 
 
 def systems(features: int, bits: int) -> Iterator[tuple[str, Callable[[nnx.Rngs], Any]]]:
@@ -128,6 +140,32 @@ def step(make: Callable[[nnx.Rngs], Any], args: argparse.Namespace) -> Callable[
 
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, x).compile()
     return lambda: compiled(params, x)
+
+
+def _static(features: int, bits: int, rngs: nnx.Rngs) -> fcg.QuantLinear:
+    """A packed layer that measures no scale."""
+    activation = fcg.FakeQuant(8, dynamic=False)
+    activation.observe(jnp.array([3.0]))
+    weight = fcg.FakeQuant(bits, axis=-1)
+    layer = fcg.QuantLinear(features, features, weight=weight, activation=activation, rngs=rngs)
+    return fcg.pack(layer)
+
+
+def serve(
+    make: Callable[[nnx.Rngs], Any], args: argparse.Namespace, rows: int
+) -> Callable[[], Any]:
+    """A compiled call of the network."""
+    rngs = nnx.Rngs(0)
+    graphdef, state = nnx.split(nnx.List([make(rngs) for _ in range(args.layers)]))
+    x = jax.random.normal(jax.random.key(0), (rows, args.features))
+
+    def apply(state: nnx.State, x: jax.Array) -> jax.Array:
+        for layer in nnx.merge(graphdef, state):
+            x = jax.nn.relu(layer(x))
+        return x
+
+    compiled = jax.jit(apply).lower(state, x).compile()
+    return lambda: compiled(state, x)
 
 
 def memory(make: Callable[[nnx.Rngs], Any], args: argparse.Namespace) -> tuple[int, int]:

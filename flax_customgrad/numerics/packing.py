@@ -72,6 +72,19 @@ def unpack_bits(packed: jax.Array, bits: int, n: int) -> jax.Array:
     return codes.reshape(*packed.shape[:-1], packed.shape[-1] * per_byte)[..., :n]
 
 
+def unpack_places(packed: jax.Array, bits: int) -> list[jax.Array]:
+    """The codes in each place of the bytes, from the lowest bits on: a part of them an array.
+
+    Args:
+        packed: uint8 array, of `pack_bits`.
+        bits: 1, 2 or 4.
+
+    Returns:
+        uint8 arrays of the shape of `packed`: of the k-th, column j is code `j 8 / bits + k`.
+    """
+    return [(packed >> shift) & jnp.uint8(2**bits - 1) for shift in range(0, 8, bits)]
+
+
 def is_packable(shape: tuple[int, ...], sharding: Any = None) -> bool:
     """Whether the last axis can be packed: there is one, and no mesh splits it.
 

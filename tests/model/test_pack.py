@@ -67,7 +67,7 @@ def test_outputs_are_the_same_to_the_bit(bits):
     model.eval()
     np.testing.assert_array_equal(_forward(packed, X), _forward(model, X))
     kernel = packed.layers[0].kernel
-    assert kernel.codes[...].dtype == jnp.uint8
+    assert kernel.codes[...].dtype == (jnp.int8 if bits == 8 else jnp.uint8)
     assert kernel.codes[...].shape == (6, -(-9 * kernel.bits // 8))
     assert isinstance(model.layers[0].kernel, nnx.Param)
 

@@ -11,14 +11,13 @@
 
     kept        q_x and s_x: a byte an element; x with residuals="original", and for switchback
 
-That is the operation `int8_product` of the product below; codes and scales are in `int8_codes`.
+That is the operation `int8_product` of the product in `int8_matmul`; codes and scales are in
+`int8_codes`.
 
 Source: arXiv:2105.03536 (backward="int8"), arXiv:2304.13013 (backward="switchback")
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -30,10 +29,8 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import lax
 
-from flax_customgrad.layers.drop_in import Parameters
-from flax_customgrad.layers.linear.linear import Linear, linear
+from flax_customgrad.layers.linear.linear import Linear
 from flax_customgrad.layers.replaced_matmul import checked
-from flax_customgrad.low_bit.int8.int8_codes import sum_products
 from flax_customgrad.low_bit.int8.int8_layer import (
     ActivationScale,
     Backward,
@@ -41,60 +38,9 @@ from flax_customgrad.low_bit.int8.int8_layer import (
     Kept,
     WeightScale,
 )
+from flax_customgrad.low_bit.int8.int8_matmul import MatmulOp
 from flax_customgrad.low_bit.int8.int8_product import int8_product
-from flax_customgrad.numerics import products
 from flax_customgrad.numerics.products import MatmulConfig
-
-
-@dataclass(frozen=True)
-class MatmulOp:
-    """Rows times a kernel, a `BilinearOp`.
-
-    Attributes:
-        matmul: dtype, precision and sharding.
-    """
-
-    matmul: MatmulConfig
-
-    def __call__(self, params: Parameters, x: jax.Array) -> jax.Array:
-        """`x w + b`, in float."""
-        return linear(params, x, self.matmul)
-
-    def row_axes(self, ndim: int) -> tuple[int, ...]:
-        """The last axis."""
-        return (ndim - 1,)
-
-    def output(self, x: jax.Array, w: jax.Array, wide: Any) -> jax.Array:
-        """`y[..., o] = sum_i x[..., i] w[i, o]`."""
-        numbers = (((x.ndim - 1,), (0,)), ((), ()))
-
-        def multiply(dtype: Any, x: jax.Array, w: jax.Array) -> jax.Array:
-            sharding = self.matmul.out_sharding
-            return lax.dot_general(
-                x, w, numbers, preferred_element_type=dtype, out_sharding=sharding
-            )
-
-        return sum_products(multiply, x, w, terms=w.shape[0], wide=wide)
-
-    def input_gradient(self, x: jax.Array, w: jax.Array, g: jax.Array, wide: Any) -> jax.Array:
-        """`dx[..., i] = sum_o g[..., o] w[i, o]`."""
-        numbers = (((g.ndim - 1,), (1,)), ((), ()))
-
-        def multiply(dtype: Any, g: jax.Array, w: jax.Array) -> jax.Array:
-            return products.product(g, w, numbers, dtype, like=x)
-
-        return sum_products(multiply, g, w, terms=w.shape[1], wide=wide)
-
-    def kernel_gradient(self, x: jax.Array, w: jax.Array, g: jax.Array, wide: Any) -> jax.Array:
-        """`dw[i, o] = sum_... x[..., i] g[..., o]`."""
-        rows = tuple(range(g.ndim - 1))
-
-        def multiply(dtype: Any, x: jax.Array, g: jax.Array) -> jax.Array:
-            return products.product(x, g, ((rows, rows), ((), ())), dtype, like=w)
-
-        # XLA on a CPU takes 2 to 6 times as long for int8 whose first axes meet.
-        terms = math.prod(g.shape[:-1])
-        return sum_products(multiply, x, g, terms=terms, wide=wide, in_float_on=("cpu",))
 
 
 class Int8Linear(Linear, Int8Layer):

@@ -31,24 +31,23 @@ rounding taken for the identity.
 Source: arXiv:2105.03536
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.contract.ordering import wait_for
 from flax_customgrad.contract.residual_storage import with_derivative_of
 from flax_customgrad.layers.drop_in import Parameters
+from flax_customgrad.low_bit.int8.bilinear_op import BilinearOp, by_channel, product_of_codes
 from flax_customgrad.low_bit.int8.int8_codes import Int8Array, encode_int8
 from flax_customgrad.numerics.accumulation import total
-from flax_customgrad.numerics.products import MatmulConfig
 
 
 @dataclass(frozen=True)
@@ -66,40 +65,6 @@ class Int8Rounding:
     residuals: str
     activation_scale: str
     weight_scale: str
-
-
-class BilinearOp(Protocol):
-    """A product of an input and a kernel, linear in each: of floats, and of codes.
-
-    The methods take codes of the input x, of the kernel w and of the output's cotangent g, and
-    return sums of products, exact where `wide` holds them. Each takes all three that there are, if
-    only for their shapes.
-    """
-
-    @property
-    def matmul(self) -> MatmulConfig:
-        """dtype, precision and sharding."""
-        ...
-
-    def __call__(self, params: Parameters, x: jax.Array) -> jax.Array:
-        """The product of floats, and a bias; with its own gradient."""
-        ...
-
-    def row_axes(self, ndim: int) -> Sequence[int]:
-        """The axes of a row, of an input or an output with so many axes."""
-        ...
-
-    def output(self, x: jax.Array, w: jax.Array, wide: Any) -> jax.Array:
-        """The product, x . w."""
-        ...
-
-    def input_gradient(self, x: jax.Array, w: jax.Array, g: jax.Array, wide: Any) -> jax.Array:
-        """The transpose for x: g .^T w."""
-        ...
-
-    def kernel_gradient(self, x: jax.Array, w: jax.Array, g: jax.Array, wide: Any) -> jax.Array:
-        """The transpose for w: x .^T g."""
-        ...
 
 
 class Residuals(NamedTuple):
@@ -147,13 +112,8 @@ def int8_product(
         The output of the product, in the dtype of the computation.
     """
     x, w, b = op.matmul.promote(x, params["kernel"], params.get("bias"))
-    q_x, s_x, _ = _encode_input(x, op, rounding)
-    q_w, s_w, _ = packed or encode_kernel(w, rounding)
-    y = op.output(q_x, q_w, s_x.dtype) * _by_channel(s_w) * s_x
-    dtype = op.matmul.preferred_element_type or x.dtype
-    if b is None:
-        return y.astype(dtype)
-    return (y + lax.expand_dims(b, range(y.ndim - 1))).astype(jnp.result_type(dtype, b))
+    int8_w = packed or encode_kernel(w, rounding)
+    return product_of_codes(op, _encode_input(x, op, rounding), int8_w, b, x.dtype)
 
 
 def _fwd(
@@ -191,7 +151,7 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None
         w_hat = w if res.rounding.residuals == "original" else int8_w.values(w.dtype)
         return *in_float(x, w_hat, g), None, None, None, None
 
-    u = g * _by_channel(s_w)
+    u = g * by_channel(s_w)
     q_u, s_u, _ = int8_u = encode_int8(u, op.row_axes(g.ndim), key_u)
     dx = op.input_gradient(x, q_w, q_u, s_u.dtype) * s_u
     chex.assert_equal_shape([dx, x])
@@ -205,7 +165,7 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None, None
     q_x, s_x, _ = int8_x = codes
     v = g * s_x
     q_v, s_v, _ = int8_v = encode_int8(v, _all_but_last(g.ndim), key_v)
-    dw = op.kernel_gradient(q_x, w, q_v, s_v.dtype) * _by_channel(s_v)
+    dw = op.kernel_gradient(q_x, w, q_v, s_v.dtype) * by_channel(s_v)
     chex.assert_type([q_x, q_w, q_u, q_v], jnp.int8)
     chex.assert_equal_shape([dw, w])
     dw = _with_derivative(
@@ -249,11 +209,6 @@ def encode_kernel(kernel: jax.Array, rounding: Int8Rounding) -> Int8Array:
 
 def _all_but_last(ndim: int) -> tuple[int, ...]:
     return tuple(range(ndim - 1))
-
-
-def _by_channel(scale: jax.Array) -> jax.Array:
-    """A scale along the last axis, or of everything, as it broadcasts to any array."""
-    return lax.squeeze(scale, _all_but_last(scale.ndim))
 
 
 def _with_derivative(rounded: jax.Array, in_float: Callable[[], jax.Array]) -> jax.Array:

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from flax_customgrad.contract.compat import is_traced
@@ -26,9 +27,10 @@ class PackedKernel(PackedWeights):
     The values, `kernel[...]`, are those of the quantizer to the bit.
 
     Attributes:
-        codes: uint8, codes of at most 4 bits several to a byte along the last axis; uint16 for more
-            than 8 bits.
+        codes: uint8, codes of at most 4 bits several to a byte along the last axis; for more bits
+            int8, the integers as they are multiplied, where it holds them; else uint8 or uint16.
         parameters: what decodes them, such as a scale.
+        scheme: the scheme of the codes.
         quantizer: what quantized the kernel, for `unpack`.
         kind: the type of its Variable.
         shape: of the kernel.
@@ -44,35 +46,46 @@ class PackedKernel(PackedWeights):
             quantizer: the quantizer of the kernel.
             variable: the Variable of the kernel, whose type and metadata are kept.
         """
-        values, codes, parameters, scheme = quantizer.quantize(kernel)
+        found = quantizer.quantize(kernel)
+        values, codes, parameters, scheme = found
         self.bits = stored_width(scheme, codes)
-        self.codes = Packed.from_metadata(pack_bits(codes, self.bits), variable.get_metadata())
+        in_int8 = self.bits == 8 and scheme.is_int8
+        stored = found.integers() if in_int8 else pack_bits(codes, self.bits)
+        self.codes = Packed.from_metadata(stored, variable.get_metadata())
         self.kind = type(variable)
         self.parameters = nnx.List([Packed(p) for p in parameters])
         self.quantizer = quantizer
         self.shape = values.shape
         self.dtype = values.dtype
-        self._scheme = scheme
+        self.scheme = scheme
 
     def __getitem__(self, key: Any) -> jax.Array:
         """The values, indexed by a key."""
         like = jax.ShapeDtypeStruct(self.shape, self.dtype)
-        parameters = tuple(p[...] for p in self.parameters)
-        return decode_packed(self.codes[...], parameters, self._scheme, self.bits, like)[key]
+        return decode_packed(self.codes[...], self.scheme_parameters, self.scheme, self.bits, like)[
+            key
+        ]
 
     @property
     def decoded(self) -> Codes:
         """The values, and the codes and parameters that they come from."""
         codes = self.codes[...]
+        if codes.dtype == jnp.int8:
+            codes = (codes - jnp.int8(self.scheme.low)).astype(jnp.uint8)
         codes = codes if self.bits >= 8 else unpack_bits(codes, self.bits, self.shape[-1])
-        return Codes(self[...], codes, tuple(p[...] for p in self.parameters), self._scheme)
+        return Codes(self[...], codes, self.scheme_parameters, self.scheme)
+
+    @property
+    def scheme_parameters(self) -> tuple[jax.Array, ...]:
+        """What decodes the codes, as arrays."""
+        return tuple(p[...] for p in self.parameters)
 
     def latent(self) -> jax.Array:
         """Weights that the quantizer turns into these codes again."""
         like = jax.ShapeDtypeStruct(self.shape, self.dtype)
-        parameters = tuple(p[...] for p in self.parameters)
-        operands = unpacked_integers(self.codes[...], parameters, self._scheme, self.bits, like)
-        w = in_dtype(self._scheme.latent(*operands), self.dtype)
+        parameters = self.scheme_parameters
+        operands = unpacked_integers(self.codes[...], parameters, self.scheme, self.bits, like)
+        w = in_dtype(self.scheme.latent(*operands), self.dtype)
         if is_traced(w):
             return w
 
@@ -80,10 +93,8 @@ class PackedKernel(PackedWeights):
             made = self.quantizer.quantize(w)
             return Measured(made.codes, made.parameters)
 
-        codes = self.codes[...]
-        unpacked = codes if self.bits >= 8 else unpack_bits(codes, self.bits, self.shape[-1])
-        granularity = getattr(self._scheme, "granularity", None)
+        granularity = getattr(self.scheme, "granularity", None)
         blocks = (
             {} if granularity is None else {"spread": partial(granularity.spread, shape=self.shape)}
         )
-        return latent_weights(w, Measured(unpacked, parameters), measure, **blocks)
+        return latent_weights(w, Measured(self.decoded.codes, parameters), measure, **blocks)

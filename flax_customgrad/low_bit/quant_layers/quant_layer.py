@@ -12,6 +12,8 @@ from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.layers.drop_in import Parameters, parameters
 from flax_customgrad.layers.replaced_matmul import adopted, checked, refuse_injected
 from flax_customgrad.layers.stacked import repeated, stack, stack_axes, unstack
+from flax_customgrad.low_bit.int8.bilinear_op import ProductOfCodes
+from flax_customgrad.low_bit.quant_layers.integer_product import integer_product
 from flax_customgrad.low_bit.quant_layers.packed_kernel import PackedKernel
 from flax_customgrad.low_bit.quant_layers.quantized_bias import int32_bias
 from flax_customgrad.low_bit.quant_layers.quantized_product import (
@@ -217,7 +219,12 @@ class QuantLayer:
         return checked(self, self._parameters(), x)
 
     def _product(
-        self, params: Parameters, x: jax.Array, op: Callable[..., jax.Array], *statics: Any
+        self,
+        params: Parameters,
+        x: jax.Array,
+        op: Callable[..., jax.Array],
+        *statics: Any,
+        of_codes: ProductOfCodes | None = None,
     ) -> jax.Array:
         """Applies an operation to quantized operands.
 
@@ -226,18 +233,20 @@ class QuantLayer:
             x: the input.
             op: the operation, called as `op(params, x, *statics)`.
             *statics: its arguments that are not arrays.
+            of_codes: the same operation, of int8 codes; None where there is none.
         """
-        kernel = params[self._kernel]
+        kernel, packed = params[self._kernel], getattr(self, self._kernel)
         quantized = [_quantized(self.weight, kernel), _quantized(self.activation, x)]
         _warn_of_zeros(self, quantized[1], x)
         values = [a.values if isinstance(a, Codes) else a for a in quantized]
         kept: list[Any] = quantized if self.residuals == "quantized" else [kernel, x]
+        weights = packed if isinstance(packed, PackedKernel) else quantized[0]
+        integers = integer_product(of_codes, quantized[1], weights, x, kernel)
         params = nnx.State(
             {**params, **self._quantized_bias(params, quantized), self._kernel: values[0]}
         )
-        return self._shaped(
-            quantized_product(params, values[1], *kept, LinearOp(op, statics, self._kernel))
-        )
+        linear_op = LinearOp(op, statics, self._kernel)
+        return self._shaped(quantized_product(params, values[1], *kept, integers, linear_op))
 
     def _quantized_bias(self, params: Parameters, operands: list[Any]) -> dict[str, jax.Array]:
         """The bias, quantized, where there are a bias and a quantizer for it."""

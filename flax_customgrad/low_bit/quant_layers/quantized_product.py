@@ -1,6 +1,7 @@
 """`quantized_product`: an operation of quantized operands, which keeps their codes and no floats.
 
     forward   y  = f(W_q, x_q) + b       f linear in each operand: a product, einsum or convolution
+                 = f(q_w, q_x) s_w s_x + b    of integers, where `integer_product` says so
     backward  dW_q, db, dx_q = the backward of f, at what is kept; g is its cotangent
     kept      "quantized": the codes of W_q and x_q, decoded again   the derivative of the forward
               "original":  W and x as they came                      the convention of qwix and AQT
@@ -20,6 +21,7 @@ from flax import nnx
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.contract.ordering import wait_for
 from flax_customgrad.layers.drop_in import Parameters
+from flax_customgrad.low_bit.quant_layers.integer_product import IntegerProduct
 from flax_customgrad.low_bit.quantizers.codes import Codes, PackedCodes, pack_codes, unpack_codes
 from flax_customgrad.numerics.sharding import varying_like
 
@@ -58,6 +60,7 @@ def quantized_product(
     x: jax.Array,
     kernel_kept: Codes | jax.Array,
     x_kept: Codes | jax.Array,
+    integers: IntegerProduct | None,
     f: LinearOp,
 ) -> jax.Array:
     """Applies a linear operation to quantized operands.
@@ -67,12 +70,13 @@ def quantized_product(
         x: the quantized input, float, of a shape that `f` takes.
         kernel_kept: what the backward takes for the kernel, its codes or an array like it.
         x_kept: what the backward takes for the input, its codes or an array like it.
+        integers: the product of the integers, which is the output; None to multiply the floats.
         f: the operation.
 
     Returns:
         The output of `f`.
     """
-    return f(params, x)
+    return f(params, x) if integers is None else integers(params, x, f.kernel)
 
 
 def _fwd(
@@ -80,6 +84,7 @@ def _fwd(
     x: jax.Array,
     kernel_kept: Codes | jax.Array,
     x_kept: Codes | jax.Array,
+    integers: IntegerProduct | None,
     f: LinearOp,
 ) -> tuple[jax.Array, Residuals]:
     # In a shard_map the gradient goes where the array lives that it is taken at: the operand's.
@@ -88,7 +93,10 @@ def _fwd(
         for kept, operand in ((kernel_kept, params[f.kernel]), (x_kept, x))
     )
     others = nnx.State({name: p for name, p in params.items() if name != f.kernel})
-    return f(params, x), Residuals(kernel, x_, others, f)
+    # Integers have no derivative: for a second one y has that of this function.
+    args = (params, x, kernel_kept, x_kept, integers, f)
+    y = f(params, x) if integers is None else quantized_product(*args)
+    return y, Residuals(kernel, x_, others, f)
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
@@ -105,7 +113,7 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
     chex.assert_shape(g, y.shape)
     chex.assert_type(g, y.dtype)
     dparams, dx = pull(g)
-    return dparams, dx, None, None, None
+    return dparams, dx, None, None, None, None
 
 
 quantized_product.defvjp(_fwd, _bwd)

@@ -62,6 +62,11 @@ class Codes(NamedTuple):
         width = packed_width(max(self.scheme.bits, 8))
         return decode_packed(self.codes, self.parameters, self.scheme, width, like)
 
+    def integers(self) -> jax.Array:
+        """The integers of a scheme that is in int8, an int8 array of the shape of `codes`."""
+        # Codes above 127 wrap around, and the sum comes back.
+        return self.codes.astype(jnp.int8) + jnp.int8(self.scheme.low)
+
 
 def to_codes(x: jax.Array, parameters: tuple[jax.Array, ...], scheme: Scheme) -> Codes:
     """Quantizes an array, with the gradient of the scheme.
@@ -142,7 +147,7 @@ def decode_packed(
     """The values that packed codes encode.
 
     Args:
-        packed: uint8 array, packed along the last axis; or uint16.
+        packed: uint8 array, packed along the last axis; uint16; or int8, the integers themselves.
         parameters: the parameters of the scheme.
         scheme: the scheme that decodes the values.
         bits: how many bits a code takes.
@@ -158,7 +163,7 @@ def unpacked_integers(
     """The integers of packed codes and the parameters, as floats of float32 or wider.
 
     Args:
-        packed: uint8 array, packed along the last axis.
+        packed: uint8 array, packed along the last axis; uint16; or int8, the integers themselves.
         parameters: the parameters of the scheme.
         scheme: the scheme of the codes.
         bits: how many bits a code takes.
@@ -166,4 +171,5 @@ def unpacked_integers(
     """
     q = packed if bits >= 8 else unpack_bits(packed, bits, like.shape[-1])
     wide = jnp.result_type(jnp.float32, like.dtype)
-    return list(widened(like.dtype, q.astype(wide) + scheme.low, *parameters))
+    low = 0 if q.dtype == jnp.int8 else scheme.low
+    return list(widened(like.dtype, q.astype(wide) + low, *parameters))

@@ -79,6 +79,10 @@ class FakeQuantScheme(Scheme):
         """`s`; of blocks there is none for a sum."""
         return parameters[0] if self.granularity.block is None else None
 
+    def zero_point(self, *parameters: jax.Array) -> jax.Array | int | None:
+        """`z`, or 0."""
+        return parameters[1] if self.low == 0 else 0
+
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
         """Which elements the range holds."""
         if not self.clips:

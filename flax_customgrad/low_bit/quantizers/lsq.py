@@ -75,6 +75,10 @@ class LSQScheme(Scheme):
         """`s`."""
         return self.scale(parameters[0])
 
+    def zero_point(self, *parameters: jax.Array) -> jax.Array | int | None:
+        """0."""
+        return 0
+
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
         """`x` and the parameters."""
         return x, *parameters

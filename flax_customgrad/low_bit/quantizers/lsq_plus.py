@@ -46,6 +46,10 @@ class LSQPlusScheme(LSQScheme):
         most = super().decode(jnp.asarray(self.high, q.dtype), p)
         return jnp.minimum(super().decode(q, p), most) + b
 
+    def zero_point(self, *parameters: jax.Array) -> jax.Array | int | None:
+        """None: the offset is no multiple of s."""
+        return None
+
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[Any, ...]:
         """The cotangents of x, p and b."""
         x, p, b = kept

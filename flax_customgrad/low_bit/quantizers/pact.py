@@ -43,6 +43,10 @@ class PACTScheme(Scheme):
         """`s`."""
         return self._scale(*parameters)
 
+    def zero_point(self, *parameters: jax.Array) -> jax.Array | int | None:
+        """0."""
+        return 0
+
     def keep(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, ...]:
         """Which elements lie inside, and which at the bound or beyond; and p."""
         a = abs_floor(parameters[0])

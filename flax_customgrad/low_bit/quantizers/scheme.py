@@ -43,6 +43,11 @@ class Scheme(Elementwise):
         """How many bits a code takes."""
         return max((self.high - self.low).bit_length(), 1)
 
+    @property
+    def is_int8(self) -> bool:
+        """Whether int8 holds its integers."""
+        return self.low >= -128 and self.high <= 127
+
     def __call__(self, x: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Quantizes an array.
 
@@ -80,6 +85,10 @@ class Scheme(Elementwise):
 
     def step(self, *parameters: jax.Array) -> jax.Array | None:
         """The distance of neighbouring values; None where they have none that is the same."""
+        return None
+
+    def zero_point(self, *parameters: jax.Array) -> jax.Array | int | None:
+        """`z`, where values are `(q - z) step`; None where they are not."""
         return None
 
     def latent(self, q: jax.Array, *parameters: jax.Array) -> jax.Array:

@@ -49,6 +49,10 @@ class TWNScheme(ClippedGradientScheme):
         """`a`."""
         return parameters[0]
 
+    def zero_point(self, *parameters: jax.Array) -> jax.Array | int | None:
+        """0."""
+        return 0
+
 
 @dataclass(frozen=True)
 class AbsMeanScheme(TWNScheme):
