@@ -1,4 +1,4 @@
-"""The table of whole models on the site: a row for each model of the committed measurements."""
+"""The tables of whole models, on the site and in the README: the committed measurements."""
 
 import json
 import sys
@@ -24,3 +24,16 @@ def test_a_row_for_each_model(stack, monkeypatch):
     assert [row.split("|")[1].strip() for row in rows] == list(TASKS)
     assert {row.count("|") for row in rows} == {head.count("|")}
     monkeypatch.delitem(sys.modules, "model_table")
+
+
+def test_the_readme_shows_these_measurements():
+    measured = json.loads((DOCS / "data" / "models_jax_0_12.json").read_text())
+    readme = (DOCS.parent / "README.md").read_text()
+    ratios = {
+        (row["model"], row["quantity"]): f"{row['ratio']:.2f}"
+        for row in measured["rows"]
+        if row["form"] == "functions"
+    }
+    for model in TASKS:
+        shown = [ratios[model, of] for of in ("step", "forward", "trace", "compile")]
+        assert f"| {model} | {' | '.join(shown)} |" in readme
