@@ -117,7 +117,7 @@ ENTRIES = (
         examples={
             "integers, all terms": applied(_few, _labels, -1, _mask, ignore_index=-1, **_ALL_TERMS),
             "distributions, all terms": applied(_few, _distributions, -1, _mask, **_ALL_TERMS),
-            "distributions over two axes": applied(_few, _distributions, (0, -1)),
+            "distributions over two axes": applied(lambda: 2 * _few(), _distributions, (0, -1)),
         },
         operations={
             cross_entropy_of_labels: "integers, all terms",
