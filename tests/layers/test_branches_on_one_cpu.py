@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import flax_customgrad as fcg
+from flax_customgrad.layers.conv.geometry import stored_pad_space
 
 ROWS, FEATURES = 1040, 64
 
@@ -95,3 +96,14 @@ def test_rows_have_the_limits_that_few_of_them_have(name):
         np.testing.assert_allclose(a[:504], b, rtol=1e-5, atol=1e-6)
     assert np.isfinite(large[1][500:503]).all()
     assert np.isfinite(large[3][500:503]).all()
+
+
+@pytest.mark.parametrize("padding", [((1, 2),), ((0, 0), (3, 1)), ((2, 0), (0, 0))])
+def test_images_are_padded_as_rows_of_numbers(padding):
+    x = jnp.arange(2.0 * 3 * 4 * 5).reshape(2, *((12,) if len(padding) == 1 else (3, 4)), 5)
+    expected = np.pad(x, ((0, 0), *padding, (0, 0)))
+    # A context of its own: the call is traced once for all.
+    with jax.make_user_context(default_value=False)(True):
+        padded = jax.jit(lambda x: stored_pad_space(x, padding))
+        np.testing.assert_array_equal(padded(x), expected)
+        assert "x1xf32>" in padded.lower(x).as_text()

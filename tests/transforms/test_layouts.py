@@ -199,3 +199,27 @@ def test_gradients_are_those_of_one_device_and_as_much_is_exchanged_as_by_nnx(
     (number, size), (their_number, their_size) = map(collectives, (program, theirs))
     assert number <= their_number + len(norms)
     assert size <= their_size + sum(4 * norm.num_features for norm in norms)
+
+
+@pytest.mark.parametrize("window", [(3, 3), (5, 5)])
+def test_a_depthwise_convolution_gathers_no_features(window):
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AUTO,))
+    found = []
+    for m in (nnx, fcg):
+        conv = m.Conv(16, 16, window, feature_group_count=16, rngs=nnx.Rngs(0))
+        graphdef, params = nnx.split(conv)
+
+        def loss(params, x, graphdef=graphdef):
+            return jnp.sum(nnx.merge(graphdef, params)(x) ** 2)
+
+        params = jax.tree.map(
+            lambda a: jax.device_put(a, NamedSharding(mesh, P(*[None] * (a.ndim - 1), "model"))),
+            params,
+        )
+        x = jax.device_put(
+            jnp.ones((2, 6, 6, 16)), NamedSharding(mesh, P(None, None, None, "model"))
+        )
+        program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, x).compile()
+        found.append(collectives(program)[0])
+    theirs, ours = found
+    assert ours <= theirs
