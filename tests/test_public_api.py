@@ -131,6 +131,10 @@ def _documented():
                 not no_signature,
                 [member for member in re.split(r"[,\s]+", members) if member],
             )
+        # A union of types, whose docstring would be that of Python's unions.
+        written = r"^\.\. py:data:: (\w+)\n   :module: ([\w.]+)\n"
+        for name, module in re.findall(written, page, re.MULTILINE):
+            yield f"{module}.{name}", False, []
     for entry in catalogue.entries():
         members = [] if entry.is_function else documented_methods(entry.module)
         yield f"flax_customgrad.{entry.name}", True, members
