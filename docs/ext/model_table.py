@@ -53,7 +53,8 @@ def _cell(row: dict[str, Any]) -> str:
     if row["unit"] == "MB":
         return f"{row['nnx']:.3g} → {row['ours']:.3g} MB"
     spread = f"{row['low']:.2f} to {row['high']:.2f}"
-    return f"**{row['ratio']:.2f}** ({spread}), {row['ours']:.3g} ms"
+    time = f"{row['ours']:.3g} ms" if row["ours"] < 1000 else f"{row['ours'] / 1000:.2f} s"
+    return f"**{row['ratio']:.2f}** ({spread}), {time}"
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
