@@ -23,6 +23,7 @@ from methods import documented_methods
 from sources import link
 
 from flax_customgrad import BackwardStateError, catalogue
+from flax_customgrad.command.measurements import provenance
 
 _PACKAGE = "flax_customgrad"
 FOLDERS = ("layers", "functions")
@@ -185,7 +186,7 @@ def _checks(entry: catalogue.Entry, checks: dict[str, Any]) -> Iterator[str]:
     yield _title("Check of the gradient", "-")
     yield (
         f":func:`~flax_customgrad.testing.check_vjp` on {row['examples']} "
-        f"example{'s' * (row['examples'] != 1)}, {_provenance(checks)}. An error is relative to "
+        f"example{'s' * (row['examples'] != 1)}, {provenance(checks)}. An error is relative to "
         "the largest expected value; shown is the one that comes closest to what is allowed.\n"
     )
     yield _table(
@@ -214,7 +215,7 @@ def _benchmark(entry: catalogue.Entry, benchmarks: dict[str, Any]) -> Iterator[s
     theirs = entry.stands_for or "autodiff"
     yield _title("Speed", "-")
     yield (
-        f"Value and gradient, compiled, {_provenance(benchmarks)}. *Times as fast* is the time "
+        f"Value and gradient, compiled, {provenance(benchmarks)}. *Times as fast* is the time "
         f"of ``{theirs}`` divided by ours, the median and the quartiles. The memory is what is "
         "allocated beside inputs and outputs.\n"
     )
@@ -230,12 +231,6 @@ def _benchmark(entry: catalogue.Entry, benchmarks: dict[str, Any]) -> Iterator[s
             for row in rows
         ],
     )
-
-
-def _provenance(measured: dict[str, Any]) -> str:
-    """On what machine, with what versions and when something was measured."""
-    of = ", ".join(f"{name} {number}" for name, number in measured["versions"].items())
-    return f"on {measured['machine']} with {of}, {measured['date']}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

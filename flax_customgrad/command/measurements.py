@@ -30,6 +30,16 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     path.write_text(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')
 
 
+def provenance(measured: Mapping[str, Any]) -> str:
+    """On what machine, with what versions and when something was measured.
+
+    Args:
+        measured: what a file holds.
+    """
+    of = ", ".join(f"{name} {number}" for name, number in measured["versions"].items())
+    return f"on {measured['machine']} with {of}, {measured['date']}"
+
+
 def machine() -> str:
     """The processor or accelerator that JAX computes on, and the number of cores."""
     kind = jax.devices()[0].device_kind

@@ -31,11 +31,12 @@ from flax_customgrad.contract.ordering import transposing
 
 Rule = Callable[..., Any]
 
-_Primitive: Any = getattr(hijax, "HiPrim", None) or getattr(hijax, "VJPHiPrimitive", object)
+_OF_JAX: Any = getattr(hijax, "HiPrim", None) or getattr(hijax, "VJPHiPrimitive", object)
 
-HAS_PRIMITIVES = _Primitive is not object
-_Primitive = compat.with_fast_calls(_Primitive) if HAS_PRIMITIVES else object
+HAS_PRIMITIVES = _OF_JAX is not object
 """Whether this JAX has primitives with rules of their own, and with them forward mode."""
+
+_Primitive: Any = compat.with_fast_calls(_OF_JAX) if HAS_PRIMITIVES else object
 
 _KEPT_PROGRAMS = 256
 

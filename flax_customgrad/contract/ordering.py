@@ -28,7 +28,7 @@ def wait_for(g: jax.Array, arrays: Arrays) -> tuple[jax.Array, Arrays]:
     A backward that decodes codes, or rounds a kernel again, needs nothing of the cotangent for it.
     XLA on a CPU would do it as early as it can, for all layers of a model at once, or share the
     floats with the forward, and hold them until then: eight layers W8A8 took 26 MB where they take
-    8 now, and 17 in float32. Before JAX 0.12 XLA takes barriers out too early, and does so still.
+    7 now, and 17 in float32. Before JAX 0.12 XLA takes barriers out too early, and does so still.
 
     Args:
         g: the cotangent, float.

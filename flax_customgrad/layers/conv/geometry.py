@@ -89,6 +89,11 @@ class Geometry:
         )
 
     @property
+    def is_dense(self) -> bool:
+        """Whether all features meet, at places of the input and not at zeros that spread it."""
+        return self.groups == 1 and all(d == 1 for d in self.input_dilation)
+
+    @property
     def is_depthwise(self) -> bool:
         """Whether groups are too narrow for a product of matrices."""
         return self.in_features * self.out_features // self.groups**2 <= 4

@@ -77,8 +77,8 @@ def _correlate(
         return correlate(x, w, geometry, dtype, matmul.precision, matmul.out_sharding)
 
     terms = _places_met(geometry) * geometry.in_features // geometry.groups
-    dense = geometry.groups == 1 and all(d == 1 for d in geometry.input_dilation)
-    if is_exact_in_float(terms, wide) and not (dense and geometry.in_features >= _FEW_FEATURES):
+    has_many_terms = geometry.is_dense and geometry.in_features >= _FEW_FEATURES
+    if is_exact_in_float(terms, wide) and not has_many_terms:
         return multiply(wide, x.astype(wide), w.astype(wide))
     # XLA has few convolutions of int8 on a GPU, https://github.com/jax-ml/jax/issues/7637.
     return sum_products(multiply, x, w, terms=terms, wide=wide, in_float_on=("cuda", "rocm"))

@@ -89,9 +89,8 @@ def _convolution_of_codes(
     """
     geometry = how.geometry
     is_square = len(geometry.window) == 2 and len(set(geometry.window)) == 1
-    is_dense = geometry.groups == 1 and all(d == 1 for d in geometry.input_dilation)
     has_one_batch_axis = x.ndim == params["kernel"].ndim
-    fits = is_square and is_dense and has_one_batch_axis and "mask" not in params
+    fits = is_square and geometry.is_dense and has_one_batch_axis and "mask" not in params
     return ConvolutionOp(how) if fits else None
 
 

@@ -100,12 +100,11 @@ def _fwd(
 
 
 def _bwd(res: Residuals, g: jax.Array) -> tuple[Any, ...]:
-    kernel, x = res.kernel, res.x
-    held = [a.packed for a in (kernel, x) if isinstance(a, PackedCodes)]
-    g, held = wait_for(g, held)
+    kept = res.kernel, res.x
+    g, codes = wait_for(g, [a.packed if isinstance(a, PackedCodes) else None for a in kept])
     kernel, x = (
-        unpack_codes(a._replace(packed=held.pop(0))) if isinstance(a, PackedCodes) else a
-        for a in (kernel, x)
+        unpack_codes(a._replace(packed=packed)) if isinstance(a, PackedCodes) else a
+        for a, packed in zip(kept, codes, strict=True)
     )
     # Of this forward only its residuals are read, which are these operands: XLA drops the rest.
     y, pull = jax.vjp(res.f, nnx.State({**res.others, res.f.kernel: kernel}), x)

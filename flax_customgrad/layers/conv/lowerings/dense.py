@@ -24,7 +24,7 @@ class DenseLowering(Lowering):
 
     def fits(self, geometry: Geometry) -> bool:
         """Whether there is one group and the input is not dilated."""
-        return geometry.groups == 1 and all(d == 1 for d in geometry.input_dilation)
+        return geometry.is_dense
 
     def correlate(self, x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
         """XLA's convolution."""
