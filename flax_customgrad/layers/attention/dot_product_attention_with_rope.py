@@ -1,7 +1,12 @@
 """dot_product_attention_with_rope: attention whose queries and keys are rotated by their places.
 
-It is composed: the rotation is linear in queries and keys, so JAX differentiates it and keeps
-nothing but its cosines and sines; `attention` computes what follows.
+    forward   q' = R_t q,  k' = R_s k        R turns pairs of features, by the place t or s
+              o  = attention(q', k', v)
+    backward  dq', dk', dv as in `attention`
+              dq = R_t^T dq',  dk = R_s^T dk'
+    kept      what `attention` keeps; the cosines and sines of R
+
+It is composed: the rotation is linear in queries and keys, and JAX transposes it.
 """
 
 from collections.abc import Callable
