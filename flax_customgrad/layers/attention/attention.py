@@ -52,6 +52,7 @@ from flax_customgrad.layers.attention.heads import (
     resize,
     split_heads,
     take,
+    turn,
 )
 from flax_customgrad.layers.attention.scores import AttentionConfig, Scores
 from flax_customgrad.layers.attention.tiles import Tile
@@ -160,7 +161,7 @@ def _attend(config: AttentionConfig, *args: Any) -> tuple[jax.Array, jax.Array, 
         shrink, p = jnp.exp(m - m_new), jnp.exp(s - m_new)
         l = shrink * l + jnp.sum(p, -1, keepdims=True)
         zp = scores.dropped(p, tile)
-        o = shrink * o + scores.product("...kgts,...kse->...kgte", zp, part.v)
+        o = shrink * o + scores.product("...kns,...kse->...kne", zp, part.v)
         return tuple(put(a, new, tile.row) for a, new in zip(carry, (m_new, l, o), strict=True))
 
     rows = heads.q.shape[:-1]
@@ -191,28 +192,31 @@ def _cotangents(config: AttentionConfig, *args: Any) -> tuple[Any, ...]:
         resize(a, n_rows, -2, fill)
         for a, fill in zip((g, delta, m[..., None], l[..., None]), fills, strict=True)
     )
+    turned = tuple(turn(a) for a in (heads.q, by_row[0]))
 
     def step(carry: Any, tile: Tile) -> Any:
         dq, dk, dv, dbias = carry
         part = heads.tile(tile)
+        q_turned, g_turned = (take(a, tile.row, tile.n_rows, -1) for a in turned)
         g, delta, m, l = (take(a, tile.row, tile.n_rows) for a in by_row)
         p = jnp.exp(scores.of(part, tile) - m) / l
         zp = scores.dropped(p, tile)
-        dp = scores.dropped(scores.product("...kgte,...kse->...kgts", g, part.v), tile)
+        dp = scores.dropped(scores.product("...kne,...kse->...kns", g, part.v), tile)
         ds = p * (dp - delta)
         if part.bias is not None:
             dbias = add_tile(dbias, sum_to_shape(ds, part.bias.shape), tile)
         return (
-            add(dq, scores.product("...kgts,...ksd->...kgtd", ds, part.k), tile.row),
-            add(dk, scores.product("...kgts,...kgtd->...ksd", ds, part.q), tile.key),
-            add(dv, scores.product("...kgts,...kgte->...kse", zp, g), tile.key),
+            add(dq, scores.product("...kns,...ksd->...knd", ds, part.k), tile.row),
+            add(dk, scores.product("...kdn,...kns->...kds", q_turned, ds), tile.key, -1),
+            add(dv, scores.product("...ken,...kns->...kes", g_turned, zp), tile.key, -1),
             dbias,
         )
 
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, wide), tuple(heads[:4]))
+    shapes = heads.q, heads.k.mT, heads.v.mT, heads.bias
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, wide), shapes)
     dq, dk, dv, dbias = scores.walk(step, zeros, g)
     dq = scores.scale * join_heads(resize(dq, q.shape[-3], -2))
-    dk, dv = (jnp.moveaxis(resize(a, k.shape[-3], -2), -3, -2) for a in (dk, dv))
+    dk, dv = (jnp.moveaxis(resize(a, k.shape[-3], -1), -1, -3) for a in (dk, dv))
     dk = scores.scale * dk
     if dbias is not None:
         dbias = resize(resize(dbias, q.shape[-3], -2), k.shape[-3], -1).reshape(bias.shape)

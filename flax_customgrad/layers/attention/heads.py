@@ -3,7 +3,8 @@
     q (..., K, G, T, D)    k (..., K, S, D)    v (..., K, S, E)    bias and mask (..., K, G, T, S)
 
 T queries, S keys, K heads of keys and values, each for a group of G heads of queries; a bias or a
-mask has 1 for an axis along which it is the same. Products of such arrays need no transposition.
+mask has 1 for an axis along which it is the same. Products with scores over all keys need no
+transposition of such arrays, those over all queries none of turned ones, (..., K, D, G, T).
 """
 
 from typing import Any, NamedTuple
@@ -86,6 +87,27 @@ def join_heads(a: jax.Array) -> jax.Array:
     return jnp.moveaxis(a, -3, -2)
 
 
+def turn(a: jax.Array) -> jax.Array:
+    """Queries, or what is like them, of shape (..., K, G, T, D), as (..., K, D, G, T)."""
+    return jnp.moveaxis(a, -1, -3)
+
+
+def merge_queries(a: jax.Array, axes: str) -> jax.Array:
+    """An array with its axes G and T as one, where the names of its axes have an n for them."""
+    if "n" not in axes:
+        return a
+    n = a.ndim - 2 - (axes[-1] != "n")
+    return a.reshape(*a.shape[:n], a.shape[n] * a.shape[n + 1], *a.shape[n + 2 :])
+
+
+def split_queries(a: jax.Array, axes: str, n_groups: int) -> jax.Array:
+    """The inverse of `merge_queries`."""
+    if "n" not in axes:
+        return a
+    n = a.ndim - 1 - (axes[-1] != "n")
+    return a.reshape(*a.shape[:n], n_groups, a.shape[n] // n_groups, *a.shape[n + 1 :])
+
+
 def _split_scores(a: jax.Array, ndim: int, n_heads: int) -> jax.Array:
     """A bias or a mask, which may lack axes, with all axes of scores."""
     a = lax.expand_dims(a, range(ndim - a.ndim))
@@ -107,9 +129,9 @@ def put(a: jax.Array, part: jax.Array, start: Any, axis: int = -2) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(a, part, start, axis)
 
 
-def add(a: jax.Array, part: jax.Array, start: Any) -> jax.Array:
+def add(a: jax.Array, part: jax.Array, start: Any, axis: int = -2) -> jax.Array:
     """An array of queries or keys to a part of which something is added."""
-    return put(a, take(a, start, part.shape[-2]) + part, start)
+    return put(a, take(a, start, part.shape[axis], axis) + part, start, axis)
 
 
 def take_tile(a: jax.Array, tile: Tile) -> jax.Array:

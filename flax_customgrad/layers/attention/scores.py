@@ -15,7 +15,7 @@ from jax import lax
 
 from flax_customgrad.layers.attention.attention_dropout import Dropout
 from flax_customgrad.layers.attention.band import Band
-from flax_customgrad.layers.attention.heads import Heads
+from flax_customgrad.layers.attention.heads import Heads, merge_queries, split_queries
 from flax_customgrad.layers.attention.tiles import Tile, Tiling
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.sharding import varying_alike
@@ -86,7 +86,7 @@ class Scores:
         Returns:
             Array of shape (..., K, G, n_rows, n_keys), float32 or wider.
         """
-        s = self.scale * self.product("...kgtd,...ksd->...kgts", part.q, part.k)
+        s = self.scale * self.product("...knd,...ksd->...kns", part.q, part.k)
         if part.bias is not None:
             s = s + part.bias.astype(self.dtype)
         seen: Any = self._sees(tile)
@@ -97,10 +97,23 @@ class Scores:
         return s if seen is True else jnp.where(seen, s, -jnp.inf)
 
     def product(self, equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-        """A product whose factors have the dtype of the call, and its result the wider one."""
-        a, b = (x.astype(self.heads.q.dtype) for x in (a, b))
-        precision = self.config.precision
-        return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=self.dtype)
+        """A product whose factors have the dtype of the call, and its result the wider one.
+
+        Args:
+            equation: of `jnp.einsum`, in which n stands for the axes G and T. As two axes they
+                would have XLA write the scores down once more, turned.
+            a: the first factor.
+            b: the second.
+        """
+        *operands, result = equation.replace("->", ",").split(",")
+        a, b = (
+            merge_queries(x.astype(self.heads.q.dtype), axes)
+            for x, axes in zip((a, b), operands, strict=True)
+        )
+        product = jnp.einsum(
+            equation, a, b, precision=self.config.precision, preferred_element_type=self.dtype
+        )
+        return split_queries(product, result, self.heads.q.shape[-3])
 
     def dropped(self, p: jax.Array, tile: Tile) -> jax.Array:
         """The weights of a tile, or their cotangent, times z."""
