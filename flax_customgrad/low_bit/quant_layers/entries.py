@@ -112,6 +112,8 @@ def _formula_of(
             kept = w[...] if mask is None else w[...] * mask
             quantized = w.replace(_quantized(layer.weight, kept))
             merged = nnx.merge(graphdef, nnx.State({**params, kernel: quantized}), rest)
+            if mask is not None:
+                merged.mask = mask != 0  # A second time it only leaves out what it left out.
             x = x if is_integer else _quantized(layer.activation, before(x))
             return method(merged, x)
 
