@@ -32,11 +32,12 @@ def total(g: jax.Array, axes: Sequence[int]) -> jax.Array:
 
 
 def fusion_barrier(x: jax.Array) -> jax.Array:
-    """Barrier: stops XLA on a CPU from fusing what leads to an array into the next sum over it.
+    """Barrier: stops XLA on a CPU from fusing what leads to an array with the sums behind it.
 
-    XLA hands such a sum to a library, together with the products, additions and maxima that lead to
-    it, and stores each of their terms. A rounding stops that, and one to the array's own precision
-    changes no value. Without it, summing 2x2 averages stores 3 arrays and takes 1.7 times as long.
+    XLA hands a sum to a library, together with the products, additions and maxima that lead to it
+    or follow it, and stores each of their terms. A rounding stops that, and one to the array's own
+    precision changes no value. Without it, summing 2x2 averages stores 3 arrays and takes 1.7 times
+    as long.
 
     Args:
         x: array of any shape, float.

@@ -49,6 +49,7 @@ from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.normalization.moments import Devices, Moments, moments
+from flax_customgrad.numerics.accumulation import fusion_barrier
 from flax_customgrad.numerics.argument_checks import integers
 
 NormResidual = Literal["input", "output"]
@@ -173,7 +174,10 @@ def normalize_bwd(
     chex.assert_equal_shape([g, x_hat])
     chex.assert_type([g, x_hat, *found], config.sum_dtype)
     chex.assert_shape([*found[:4], dmean, dvariance], axes.statistic_shape(g.shape))
-    scale = axes.along(params["scale"], g.shape) if "scale" in params else 1
+    scale: Any = 1
+    if "scale" in params:
+        # Barrier: XLA would store the scale spread over the input, to share it with the forward.
+        scale = lax.optimization_barrier(axes.along(params["scale"], g.shape))
 
     # First over the axes without features: dscale and dbias need no more.
     sum_g, sum_gx = axes.sum_plain(g), axes.sum_plain(g * x_hat)
@@ -192,6 +196,9 @@ def normalize_bwd(
     sum_hx = axes.sum_features(of_hx) - 2 * (dvariance / rstd) / rstd
     n = jnp.maximum(found.n, 1)
     mean_h, mean_hx = (s / n for s in config.devices.sum(sum_h, sum_hx))
+    if axes.groups is not None and not axes.plain:
+        # As one pass with the sums over parts of the last axis dx would take twice as long.
+        mean_h, mean_hx = fusion_barrier(mean_h), fusion_barrier(mean_hx)
 
     # Barrier: stops XLA from sharing an rstd spread over the input, and where the sums are a pass
     # of their own x_hat itself, with those passes, which would store them as arrays.
