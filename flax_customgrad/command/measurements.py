@@ -18,14 +18,15 @@ import jax
 _PACKAGES = ("jax", "flax")
 
 
-def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write(path: Path, rows: Iterable[Mapping[str, Any]], others: Iterable[str] = ()) -> None:
     """Writes rows as JSON, one a line, so that a change of a few shows as that.
 
     Args:
         path: the file; one that is there is replaced.
         rows: what was measured, in values that JSON has.
+        others: packages whose versions matter beside those of JAX and Flax.
     """
-    head = json.dumps({"machine": machine(), "date": _today(), "versions": _versions()})
+    head = json.dumps({"machine": machine(), "date": _today(), "versions": _versions(others)})
     lines = ",\n".join(json.dumps(row) for row in rows)
     path.write_text(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')
 
@@ -59,5 +60,6 @@ def _today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
-def _versions() -> dict[str, str]:
-    return {"Python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+def _versions(others: Iterable[str]) -> dict[str, str]:
+    packages = {name: version(name) for name in (*_PACKAGES, *others)}
+    return {"Python": platform.python_version(), **packages}

@@ -71,19 +71,23 @@ def check_nonnegative(layer: str, argument: str, value: float) -> None:
         raise ValueError(f"{layer}: {argument}={value!r} must be a number of at least 0")
 
 
-def check_size(layer: str, argument: str, value: Any) -> None:
+def check_size(layer: str, argument: str, value: Any) -> int:
     """Refuses a size that is not a positive integer.
 
     Args:
         layer: the name of the layer, for the error.
         argument: the name of the argument, for the error.
-        value: the size.
+        value: the size, an integer of Python, NumPy or JAX.
+
+    Returns:
+        The size, as one of Python.
 
     Raises:
         ValueError: the size is not an integer, or below 1.
     """
-    if not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not is_integer(value) or value < 1:
         raise ValueError(f"{layer}: {argument}={value!r} must be an integer of at least 1")
+    return operator.index(value)
 
 
 def check_clip_value(layer: str, clip_value: float | None) -> float | None:
@@ -129,16 +133,16 @@ def check_bits(layer: str, bits: Any, least: int = 2, most: int = 8) -> int:
 
     Args:
         layer: the name of the layer, for the error.
-        bits: the number of bits.
+        bits: the number of bits, an integer of Python, NumPy or JAX.
         least: the smallest number allowed.
         most: the largest number allowed; up to 8 a code fits a byte.
 
     Returns:
-        The number of bits.
+        The number of bits, as an integer of Python.
 
     Raises:
         ValueError: `bits` is not an integer from `least` to `most`.
     """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= most:
+    if isinstance(bits, bool) or not is_integer(bits) or not least <= bits <= most:
         raise ValueError(f"{layer}: bits={bits!r} must be an integer from {least} to {most}")
-    return bits
+    return operator.index(bits)

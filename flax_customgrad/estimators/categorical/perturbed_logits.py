@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.contract.promotion import promoting
 from flax_customgrad.numerics.accumulation import accumulator
-from flax_customgrad.numerics.argument_checks import check_positive
+from flax_customgrad.numerics.argument_checks import check_positive, is_integer
 from flax_customgrad.numerics.broadcasting import broadcasts
 from flax_customgrad.numerics.dtypes import as_array, in_dtype, is_python_number
 from flax_customgrad.numerics.sharding import explicit_sharding
@@ -79,7 +79,7 @@ def check_logits_and_temperature(
     if not -logits.ndim <= axis < logits.ndim:
         raise ValueError(f"{name}: axis={axis} is not an axis of logits of shape {logits.shape}")
     classes = logits.shape[axis]
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= classes:
+    if isinstance(k, bool) or not is_integer(k) or not 1 <= k <= classes:
         raise ValueError(
             f"{name}: k={k!r} of the {classes} classes on axis {axis} of logits of shape "
             f"{logits.shape}; expected 1 <= k <= {classes}"

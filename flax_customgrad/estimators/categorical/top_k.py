@@ -15,6 +15,7 @@ it holds NaN or infinity or too few classes that are not masked, is NaN.
 Source: arXiv:1903.06059
 """
 
+import operator
 from typing import Any, NamedTuple
 
 import chex
@@ -33,6 +34,7 @@ from flax_customgrad.estimators.categorical.temperature_softmax import (
     softmax_at_temperature,
     softmax_gradients,
 )
+from flax_customgrad.numerics.argument_checks import check_size
 
 
 class Residuals(NamedTuple):
@@ -123,7 +125,7 @@ def top_k_st(
     Source: arXiv:1903.06059
     """
     logits, temperature = check_logits_and_temperature("top_k_st", logits, temperature, axis, k)
-    return top_k(logits, temperature, gumbel_noise(key, logits), k, axis)
+    return top_k(logits, temperature, gumbel_noise(key, logits), operator.index(k), axis)
 
 
 class TopKST(Sampler):
@@ -170,10 +172,8 @@ class TopKST(Sampler):
         Raises:
             ValueError: k is less than 1, or the temperature is not positive and finite.
         """
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"TopKST: k={k!r} must be a whole number of at least 1")
         super().__init__(temperature, axis, deterministic, rng_collection, rngs)
-        self.k = k
+        self.k = check_size("TopKST", "k", k)
         self.sample = sample
 
     def key(self, deterministic: bool | None, rngs: KeySource) -> jax.Array | None:

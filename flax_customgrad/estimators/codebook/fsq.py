@@ -33,6 +33,7 @@ from flax_customgrad.contract.promotion import promoting
 from flax_customgrad.estimators.codebook.codebook_arguments import check_mask, check_vectors
 from flax_customgrad.estimators.codebook.masks import where_code, where_mask, where_vector
 from flax_customgrad.estimators.codebook.usage import Quantized, measure_usage
+from flax_customgrad.numerics.argument_checks import integers, is_integer
 from flax_customgrad.numerics.dtypes import widened
 from flax_customgrad.numerics.hyperbolic import sech_squared
 
@@ -131,8 +132,9 @@ class FSQ(nnx.Module):
                 int32 has numbers.
         """
         levels = tuple(levels)
-        if not levels or not all(isinstance(n, int) and n >= 2 for n in levels):
+        if not levels or not all(is_integer(n) and n >= 2 for n in levels):
             raise ValueError(f"FSQ: levels={levels!r} must be integers of at least 2, one or more")
+        levels = integers(levels)
         num_codes = math.prod(levels)
         if num_codes >= 2**31:
             raise ValueError(

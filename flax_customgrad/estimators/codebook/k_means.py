@@ -62,7 +62,7 @@ def initial_codes(
     num_codes, features = shape
     z = check_vectors(layer, z, features)
     mask = check_mask(layer, mask, z)
-    check_size(layer, "iterations", iterations)
+    iterations = check_size(layer, "iterations", iterations)
     if not z.size:
         raise ValueError(f"{layer}: z has shape {z.shape}: there are no vectors to begin with")
     if unit:

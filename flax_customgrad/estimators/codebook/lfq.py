@@ -145,7 +145,7 @@ class LFQ(nnx.Module):
             ValueError: `features` is not from 1 to 30, a weight is negative, or `scale` or
                 `temperature` is not positive.
         """
-        check_size("LFQ", "features", features)
+        features = check_size("LFQ", "features", features)
         if features > 30:
             raise ValueError(
                 f"LFQ: features={features} make 2**{features} codes; int32 has numbers for up to "

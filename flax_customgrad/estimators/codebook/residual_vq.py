@@ -102,13 +102,13 @@ class ResidualVQ(nnx.Module):
             ValueError: `num_quantizers` is below 1, `quantizer_dropout` is not from 0 to 1, or an
                 argument is refused by `VectorQuantizer`.
         """
-        check_size(type(self).__name__, "num_quantizers", num_quantizers)
+        num_quantizers = check_size(type(self).__name__, "num_quantizers", num_quantizers)
         if not 0 <= quantizer_dropout <= 1:
             raise ValueError(
                 f"{type(self).__name__}: quantizer_dropout={quantizer_dropout!r} must be a "
                 "probability, from 0 to 1"
             )
-        self.features = features
+        self.features = check_size(type(self).__name__, "features", features)
         self.quantizer_dropout = quantizer_dropout
         self.deterministic = False
         self.stages = nnx.List(

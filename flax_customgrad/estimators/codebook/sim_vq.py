@@ -81,8 +81,8 @@ class SimVQ(nnx.Module):
                 `gradient` or `distance` is not one of its two words.
         """
         name = type(self).__name__
-        check_size(name, "num_codes", num_codes)
-        check_size(name, "features", features)
+        num_codes = check_size(name, "num_codes", num_codes)
+        features = check_size(name, "features", features)
         check_word(name, "gradient", gradient, get_args(GradientEstimator))
         check_word(name, "distance", distance, get_args(Distance))
         check_nonnegative(name, "commitment", commitment)

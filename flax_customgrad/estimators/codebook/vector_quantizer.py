@@ -110,8 +110,8 @@ class VectorQuantizer(nnx.Module):
                 `distance` is not one of its two words, or `dead_below` is given with "loss".
         """
         name = type(self).__name__
-        check_size(name, "num_codes", num_codes)
-        check_size(name, "features", features)
+        num_codes = check_size(name, "num_codes", num_codes)
+        features = check_size(name, "features", features)
         check_word(name, "gradient", gradient, get_args(GradientEstimator))
         check_word(name, "learning", learning, get_args(Learning))
         check_word(name, "distance", distance, get_args(Distance))

@@ -9,6 +9,9 @@ In a row with weight, where (i = j) is 1 if it holds, else 0:
     ∂y_j/∂x_i = (i = j) - exp(x_i - m) / s = (i = j) - exp(y_i)
     dx_i      = sum_j g_j ∂y_j/∂x_i = g_i - exp(y_i) sum_j g_j
 
+The backward computes exp(y) again, of a y that what follows often keeps as well. Autodiff keeps
+exp(x - m) of the forward: that takes a sixth less time, and an array of its own.
+
 What happens in a row with an infinite m is said in `softmax_rows`.
 """
 

@@ -81,7 +81,7 @@ ENTRIES = (
         keeps="the output of the last block, the parameters",
         gain="memory that does not grow with the number of blocks, for one more forward",
         source="arXiv:1707.04585",
-        # Two: what each block finds is rounded, and of three, in bfloat16, more than is checked for.
+        # Two: each rounds what it finds, and three in bfloat16 more than is checked for.
         examples={"blocks": _list_of_blocks, "stacked": _stack(2, 8, 6)},
         operations={reversible: "blocks"},
         workloads={"8 blocks of 4096x512": _stack(8, 4096, 512)},

@@ -110,11 +110,10 @@ def linear_cross_entropy(
         w = jnp.broadcast_to(jnp.asarray(as_array(weights), dtype), labels.shape)
     if chunk_rows is None:
         chunk_rows = max(_LEAST_ROWS, _CHUNK // max(classes, 1))
-    check_size(_NAME, "chunk_rows", chunk_rows)
     config = OutputConfig(
         class_axis,
         None if softcap is None else static_number(_NAME, "softcap", softcap),
-        chunk_rows,
+        check_size(_NAME, "chunk_rows", chunk_rows),
         CrossEntropyConfig(
             (-1,),
             check_share(_NAME, "label_smoothing", label_smoothing),

@@ -26,6 +26,7 @@ from jax import lax
 from flax_customgrad.layers.linear.linear import Linear
 from flax_customgrad.layers.recurrent.linear_cell import LinearCell
 from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.argument_checks import check_size
 
 
 class LRU(LinearCell):
@@ -50,7 +51,8 @@ class LRU(LinearCell):
         rngs: random numbers for the parameters.
 
     Raises:
-        ValueError: `r_min`, `r_max` or `max_phase` is out of its range.
+        ValueError: a number of features is below 1, or `r_min`, `r_max` or `max_phase` is out of
+            its range.
 
     Example:
         >>> import jax.numpy as jnp, flax_customgrad as fcg
@@ -78,6 +80,8 @@ class LRU(LinearCell):
             raise ValueError(f"LRU: 0 <= r_min < r_max <= 1 is needed, got {r_min} and {r_max}")
         if not 0 < max_phase <= 2 * math.pi:
             raise ValueError(f"LRU: max_phase={max_phase} must be above 0 and at most 2 pi")
+        in_features = check_size("LRU", "in_features", in_features)
+        hidden_features = check_size("LRU", "hidden_features", hidden_features)
         self.in_features = in_features
         self.hidden_features = hidden_features
         self.dtype = dtype

@@ -1,5 +1,6 @@
 """`Fp8Layer`: what the fp8 layers share, their scaling."""
 
+import operator
 from typing import Any, ClassVar, Literal, Self
 
 from flax import nnx
@@ -10,7 +11,7 @@ from flax_customgrad.layers.stacked import Index, stack_axes
 from flax_customgrad.low_bit.fp8.fp8_codes import Fp8Codes
 from flax_customgrad.low_bit.fp8.fp8_kernel import Fp8Kernel
 from flax_customgrad.low_bit.fp8.fp8_scaling import DelayedScaling, DelayedState
-from flax_customgrad.numerics.argument_checks import check_size, check_word
+from flax_customgrad.numerics.argument_checks import check_size, check_word, is_integer
 from flax_customgrad.numerics.products import MatmulConfig
 
 Scaling = Literal["delayed", "current"]
@@ -71,11 +72,11 @@ class Fp8Layer(PackableKernel):
         name = type(self).__name__
         refuse_injected(name, self)
         check_word(name, "scaling", scaling, ("delayed", "current"))
-        check_size(name, "history", history)
-        if not isinstance(margin, int) or not 0 <= margin <= 15:
+        history = check_size(name, "history", history)
+        if not is_integer(margin) or not 0 <= margin <= 15:
             raise ValueError(f"{name}: margin={margin!r} must be an integer from 0 to 15")
         self.scaling = scaling
-        self.margin = margin
+        self.margin = operator.index(margin)
         self.delayed = nnx.data(None)
         if scaling == "delayed":
             self.delayed = DelayedScaling(name, history, stack_axes(self))

@@ -88,7 +88,7 @@ class Int4Linear(FrozenLinear):
         train_bias: bool = False,
     ):
         if block is not None:
-            check_size(type(self).__name__, "block", block)
+            block = check_size(type(self).__name__, "block", block)
         self.block = block
         self.symmetric = symmetric
         layer = Linear(

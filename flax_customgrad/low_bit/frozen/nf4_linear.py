@@ -94,7 +94,7 @@ class NF4Linear(FrozenLinear):
         double_quant: bool = True,
         train_bias: bool = False,
     ):
-        check_size(type(self).__name__, "block", block)
+        block = check_size(type(self).__name__, "block", block)
         self.block = block
         self.double_quant = double_quant
         layer = Linear(

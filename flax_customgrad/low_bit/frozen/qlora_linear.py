@@ -255,7 +255,7 @@ class QLoRALinear(NF4Linear):
         b_metadata: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Gives the layer its kernel of low rank, or each layer of a stack one."""
-        check_size("QLoRALinear", "lora_rank", lora_rank)
+        lora_rank = check_size("QLoRALinear", "lora_rank", lora_rank)
         self.lora_rank = lora_rank
         self.alpha = float(lora_rank if alpha is None else alpha)
         axes, dtype = self.stack_axes, lora_param_dtype or self.param_dtype

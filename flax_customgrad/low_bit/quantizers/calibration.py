@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.argument_checks import check_size, check_word, integers
 from flax_customgrad.numerics.broadcasting import broadcasts
 from flax_customgrad.numerics.scaling import magnitude
 from flax_customgrad.numerics.sharding import AxisName
@@ -134,15 +135,15 @@ def granularity_of(
         axis_name: the axis over which arrays are parts that share their ranges, or None.
 
     Raises:
-        ValueError: `block` is not a positive integer, or `axis` is not the one axis that it needs.
+        ValueError: `axis` is another word than "token", `block` is not a positive integer, or
+            `axis` is not the one axis that it needs.
     """
-    if isinstance(axis, int):
-        axis = (axis,)
-    elif axis is not None and axis != "token":
-        axis = tuple(axis)
+    if isinstance(axis, str):
+        check_word(layer, "axis", axis, ["token"])
+    elif axis is not None:
+        axis = integers(axis)
     if block is not None:
-        if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-            raise ValueError(f"{layer}: block={block!r} must be a positive integer, or None")
+        block = check_size(layer, "block", block)
         if not isinstance(axis, tuple) or len(axis) != 1:
             raise ValueError(
                 f"{layer}: block={block} needs the one axis along which blocks lie, such as "

@@ -37,7 +37,7 @@ from flax_customgrad.low_bit.quantizers.codes import Codes, to_codes
 from flax_customgrad.low_bit.quantizers.quantizer import Quantizer
 from flax_customgrad.low_bit.quantizers.scheme import Scheme, integer_range
 from flax_customgrad.numerics.accumulation import accumulator
-from flax_customgrad.numerics.argument_checks import check_bits
+from flax_customgrad.numerics.argument_checks import check_bits, check_size
 from flax_customgrad.numerics.broadcasting import broadcasts, sum_to_shape
 from flax_customgrad.numerics.scaling import abs_floor, abs_floor_slope, quotient
 from flax_customgrad.numerics.sizes import is_known
@@ -157,12 +157,10 @@ class LSQ(Quantizer):
         self.bits, self.signed = check_bits(name, bits, most=16), signed
         if axis == "token":
             raise ValueError(f'{name}: axis="token" has no scales to learn: give axes, or None')
-        if features is not None and not (isinstance(features, int) and features > 0):
-            raise ValueError(f"{name}: features={features!r} must be a positive integer, or None")
         if isinstance(grad_scale, str) and grad_scale != "lsq":
             raise ValueError(f'{name}: grad_scale={grad_scale!r} must be "lsq" or a number')
         self.granularity = granularity_of(name, axis)
-        self.features = features
+        self.features = None if features is None else check_size(name, "features", features)
         self.grad_scale = grad_scale
         # Of a unit normal distribution, whose mean magnitude is sqrt(2 / pi).
         normal = 2 * math.sqrt(2 / math.pi / self.integers[1])

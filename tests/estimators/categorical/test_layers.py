@@ -88,7 +88,7 @@ def test_bad_arguments():
     for name in ("GumbelSoftmax", "ReinMax"):
         with pytest.raises(ValueError, match=rf"{name}: temperature=0.0 must be positive"):
             MAKE[name](0.0)
-    with pytest.raises(ValueError, match=r"TopKST: k=0 must be a whole number of at least 1"):
+    with pytest.raises(ValueError, match=r"TopKST: k=0 must be an integer of at least 1"):
         fcg.TopKST(0)
     with pytest.raises(ValueError, match=r"top_k_st: k=7 of the 6 classes"):
         fcg.TopKST(7)(LOGITS)

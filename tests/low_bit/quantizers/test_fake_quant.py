@@ -197,7 +197,7 @@ def test_zeros_infinities_and_nothing():
         (lambda: fcg.FakeQuant(calibration="max"), r"calibration='max' must be \"absmax\""),
         (lambda: fcg.FakeQuant(percentile=0.99), r"percentile=0.99 must be from 50 to 100"),
         (lambda: fcg.FakeQuant(momentum=1), r"momentum=1 must be in \[0, 1\)"),
-        (lambda: fcg.FakeQuant(block=0, axis=0), r"block=0 must be a positive integer"),
+        (lambda: fcg.FakeQuant(block=0, axis=0), r"block=0 must be an integer of at least 1"),
         (lambda: fcg.FakeQuant(block=2), r"block=2 needs the one axis along which blocks lie"),
         (
             lambda: fcg.FakeQuant(calibration="moving_average", dynamic=True),

@@ -587,7 +587,7 @@ def test_a_gradient_of_zeros_stays_zeros_and_a_non_finite_one_is_not_hidden():
         (lambda: fcg.LSQ(1), r"LSQ: bits=1 must be an integer from 2 to 16"),
         (lambda: fcg.LSQPlus(True), r"LSQPlus: bits=True must be an integer"),
         (lambda: fcg.LSQ(axis="token"), r'LSQ: axis="token" has no scales to learn'),
-        (lambda: fcg.LSQ(features=0), r"LSQ: features=0 must be a positive integer"),
+        (lambda: fcg.LSQ(features=0), r"LSQ: features=0 must be an integer of at least 1"),
         (lambda: fcg.LSQ(grad_scale="paper"), r"grad_scale='paper' must be \"lsq\" or a number"),
         (lambda: fcg.LSQ(axis=-1)(jnp.ones((2, 3))), r"LSQ: axis=\(-1,\) .* call observe\(x\)"),
         (
