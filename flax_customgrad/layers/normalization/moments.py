@@ -40,7 +40,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_customgrad.contract.compat import varying_axes
 from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.numerics.platform import pays_to_branch
 from flax_customgrad.numerics.sizes import is_known
@@ -94,19 +93,6 @@ class Devices:
         mine = jnp.arange(slots) == index
         return self.sum(jnp.where(mine.reshape(-1, *[1] * a.ndim), a, 0))[0]
 
-    def own(self, cotangent: jax.Array, like: jax.Array) -> jax.Array:
-        """This device's part of a cotangent of what the devices share; the parts sum to it.
-
-        Args:
-            cotangent: what JAX gives: where it tracks what varies (shard_map with check_vma) the
-                sum over the devices already, elsewhere the part.
-            like: an array that differs from device to device.
-        """
-        names = self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
-        if varying_axes(like).isdisjoint(names):
-            return cotangent
-        return cotangent / lax.psum(1, self.axis_name, axis_index_groups=self.groups)
-
 
 def moments(
     x: jax.Array,
@@ -144,10 +130,16 @@ def _of_single_elements(x: jax.Array, axes: NormAxes, epsilon: float) -> Moments
 
 
 def _of_plain_sums(x: jax.Array, axes: NormAxes, epsilon: float, centered: bool) -> Moments:
-    """The textbook's formulas, where they are right; the exact ones elsewhere."""
+    """The textbook's formulas, where they are right; the exact ones elsewhere.
+
+    The textbook's are those of a shift of 0: what leads from the means to the moments is the same,
+    and a program holds it once.
+    """
     count = jnp.asarray(axes.count(x.shape), x.dtype)
+    factors = _factors(x.dtype, epsilon)
     mean_square = axes.sum(jnp.square(x)) / count
-    mean = axes.sum(x) / count if centered else jnp.zeros_like(mean_square)
+    nothing = jnp.zeros_like(mean_square)
+    mean = axes.sum(x) / count if centered else nothing
     variance = jnp.maximum(mean_square - jnp.square(mean), 0)
     is_right = mean_square < jnp.finfo(x.dtype).max  # neither inf nor NaN
     if centered:
@@ -156,15 +148,17 @@ def _of_plain_sums(x: jax.Array, axes: NormAxes, epsilon: float, centered: bool)
         is_right &= variance > _TINY
 
     def textbook(x: jax.Array) -> tuple[jax.Array, ...]:
-        return mean, jnp.zeros_like(mean), variance, lax.rsqrt(variance + epsilon)
+        return nothing, mean, mean_square, *[nothing] * (len(factors) - 1)
 
     def exact(x: jax.Array) -> tuple[jax.Array, ...]:
-        return _exact(x, None, axes, Devices(), epsilon, centered)[:4]
+        shift, correction, squares = _exact_means(x, None, axes, count, factors, centered)
+        return shift, correction, *squares
 
     # XLA sums floats faster than it combines booleans.
     wrong = jnp.sum(jnp.where(is_right, 0, 1).astype(x.dtype))
-    shift, correction, variance, rstd = lax.cond(wrong == 0, textbook, exact, x)
-    return Moments(shift, correction, variance, rstd, count)
+    shift, correction, *squares = lax.cond(wrong == 0, textbook, exact, x)
+    squares = _about_mean(correction, squares, factors)
+    return Moments(shift, correction, *_variance_and_rstd(squares, epsilon), count)
 
 
 def _exact(
@@ -180,16 +174,33 @@ def _exact(
     count = jnp.asarray(size, x.dtype)
     if mask is not None:
         count = axes.sum(jnp.broadcast_to(mask, x.shape).astype(x.dtype))
-    per_element = 1 / jnp.maximum(count, 1)
+    factors = _factors(x.dtype, epsilon)
+    shift, correction, squares = _exact_means(x, mask, axes, count, factors, centered)
+    squares = _about_mean(correction, squares, factors)
+    if devices.axis_name is not None:
+        count, shift, correction, squares = _combined(
+            devices, count, shift, correction, squares, factors
+        )
+    variance, rstd = _variance_and_rstd(squares, epsilon)
+    if mask is not None or size == 0:
+        rstd = jnp.where(count > 0, rstd, 0)
+    return Moments(shift, correction, variance, rstd, count)
+
+
+def _exact_means(
+    x: jax.Array,
+    mask: jax.Array | None,
+    axes: NormAxes,
+    count: jax.Array,
+    factors: tuple[float, ...],
+    centered: bool,
+) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+    """The shift, the mean of `x - shift`, and that of its square for each factor."""
+    size, per_element = axes.count(x.shape), 1 / jnp.maximum(count, 1)
 
     def mean(a: jax.Array) -> jax.Array:
         return axes.sum(a if mask is None else jnp.where(mask, a, 0)) * per_element
 
-    def correction_squared(factor: float) -> jax.Array:
-        # Where this would overflow, so does the mean square, and inf - inf is no number.
-        return jnp.square(jnp.minimum(jnp.abs(correction * factor), root))
-
-    small, floor, root, large = _windows(x.dtype)
     if centered:
         shift = mean(x)
         if mask is not None or not _is_power_of_two(size):
@@ -202,22 +213,38 @@ def _exact(
     else:
         shift = correction = jnp.zeros_like(axes.sum(x))
         d = x
-    factors = (1.0, small, large) if epsilon < _TINY else (1.0, small)
-    squares = [mean(jnp.square(d * f)) - correction_squared(f) for f in factors]
-    if devices.axis_name is not None:
-        count, shift, correction, squares = _combined(
-            devices, count, shift, correction, squares, factors
-        )
+    return shift, correction, [mean(jnp.square(d * f)) for f in factors]
+
+
+def _about_mean(
+    correction: jax.Array, squares: list[jax.Array], factors: tuple[float, ...]
+) -> list[jax.Array]:
+    """Mean squares of `x - shift` as those about the mean."""
+    # Where its square would overflow, so does the mean square, and inf - inf is no number.
+    root = _windows(correction.dtype)[2]
+    return [
+        square - jnp.square(jnp.minimum(jnp.abs(correction * factor), root))
+        for square, factor in zip(squares, factors, strict=True)
+    ]
+
+
+def _variance_and_rstd(squares: list[jax.Array], epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """What the mean squares about the mean say, one for each of `_factors`."""
     variance, shrunk, *grown = (jnp.maximum(square, 0) for square in squares)
+    small, floor, _, large = _windows(variance.dtype)
     shrunk = jnp.where(shrunk > floor, shrunk + epsilon * small**2, 1)
     rstd = jnp.maximum(lax.rsqrt(variance + epsilon), small * lax.rsqrt(shrunk))
     if grown:
         exact = grown[0] + epsilon * large**2
         of_tiny = jnp.where(exact > 0, large * lax.rsqrt(exact), 0)
         rstd = jnp.where(variance > _TINY, rstd, of_tiny)
-    if mask is not None or size == 0:
-        rstd = jnp.where(count > 0, rstd, 0)
-    return Moments(shift, correction, variance, rstd, count)
+    return variance, rstd
+
+
+def _factors(dtype: Any, epsilon: float) -> tuple[float, ...]:
+    """What numbers are multiplied by before they are squared."""
+    small, _, _, large = _windows(dtype)
+    return (1.0, small, large) if epsilon < _TINY else (1.0, small)
 
 
 _WELL_CONDITIONED = 16

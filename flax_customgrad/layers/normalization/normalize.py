@@ -3,8 +3,8 @@
     forward   x_hat   = (x - mean) rstd,  rstd = 1 / sqrt(variance + epsilon)
               y       = scale x_hat + bias
     backward  h       = scale g
-              mean_h  = (sum(h) - dmean / rstd) / n
-              mean_hx = (sum(h x_hat) - 2 dvariance / rstd^2) / n
+              mean_h  = sum(h) / n
+              mean_hx = sum(h x_hat) / n
               dx      = rstd (h - mean_h - x_hat mean_hx)
               dscale  = sum(g x_hat),  dbias = sum(g)
     kept      x and the parameters, as they came, and per statistic three numbers (`moments`);
@@ -18,11 +18,11 @@ The backward, step by step, for n elements that share a statistic. h is the cota
     ∂rstd/∂x_i     = -rstd^3 / 2 ∂variance/∂x_i = -rstd^2 x_hat_i / n
     ∂x_hat_j/∂x_i  = rstd ((i = j) - ∂mean/∂x_i) + (x_j - mean) ∂rstd/∂x_i
                    = rstd ((i = j) - 1 / n - x_hat_j x_hat_i / n)
-    dx_i           = sum_j h_j ∂x_hat_j/∂x_i + dmean ∂mean/∂x_i + dvariance ∂variance/∂x_i
-                   = rstd (h_i - mean_h - x_hat_i mean_hx)
+    dx_i           = sum_j h_j ∂x_hat_j/∂x_i = rstd (h_i - mean_h - x_hat_i mean_hx)
 
 The n elements that share a statistic lie along the reduced axes; scale and bias vary along the
-feature axes. The statistics are outputs as well, and dmean and dvariance are their cotangents.
+feature axes. The statistics are outputs as well, from which no gradient comes: a layer writes them
+down.
 
 With a mask the statistics are those of the elements where it is True. The sums run over all
 elements, because all were normalized, and `mean_h + x_hat mean_hx` is subtracted only where the
@@ -125,7 +125,7 @@ def normalize(
         config: axes, dtype and the rest.
 
     Returns:
-        The output, of x's shape in `config.dtype`, and the statistics.
+        The output, of x's shape in `config.dtype`, and the statistics, which have no gradient.
     """
     return normalized(params, x, mask, config)[0]
 
@@ -149,7 +149,7 @@ def normalized(
     if "bias" in params:
         y = y + axes.along(params["bias"], x.shape)
     statistics = Statistics(found.shift + found.correction, found.variance, found.n)
-    return (y.astype(config.dtype), statistics), found
+    return (y.astype(config.dtype), lax.stop_gradient(statistics)), found
 
 
 def _fwd(
@@ -168,12 +168,11 @@ def normalize_bwd(
 ) -> tuple[nnx.State, jax.Array, None, None]:
     """The backward of `normalize`: the cotangents of its parameters and of x."""
     params, found, config, axes = res.params, res.moments, res.config, res.config.axes
-    g, (dmean, dvariance, _) = cotangents
-    g = g.astype(config.sum_dtype)
+    g = cotangents[0].astype(config.sum_dtype)
     x_hat = _x_hat_again(res, found)
     chex.assert_equal_shape([g, x_hat])
     chex.assert_type([g, x_hat, *found], config.sum_dtype)
-    chex.assert_shape([*found[:4], dmean, dvariance], axes.statistic_shape(g.shape))
+    chex.assert_shape(found[:4], axes.statistic_shape(g.shape))
     scale: Any = 1
     if "scale" in params:
         # Barrier: XLA would store the scale spread over the input, to share it with the forward.
@@ -185,17 +184,12 @@ def normalize_bwd(
     grads = {name: axes.parameter_sum(partial[name], p) for name, p in params.items()}
     chex.assert_trees_all_equal_shapes(grads, dict(params))
 
-    # dvariance is divided twice by rstd, because 1 / rstd^2 may overflow.
-    rstd = jnp.where(found.rstd > 0, found.rstd, 1)
-    dmean, dvariance = (config.devices.own(ct, like=g) for ct in (dmean, dvariance))
     h = scale * g
     # Where every reduced axis has features, both sums are of h: on a mesh that splits the scale it
     # is gathered once.
     of_h, of_hx = (scale * sum_g, scale * sum_gx) if axes.plain else (h, h * x_hat)
-    sum_h = axes.sum_features(of_h) - dmean / rstd
-    sum_hx = axes.sum_features(of_hx) - 2 * (dvariance / rstd) / rstd
-    n = jnp.maximum(found.n, 1)
-    mean_h, mean_hx = (s / n for s in config.devices.sum(sum_h, sum_hx))
+    sums = config.devices.sum(axes.sum_features(of_h), axes.sum_features(of_hx))
+    mean_h, mean_hx = (s / _count(res, found, g) for s in sums)
     if axes.groups is not None and not axes.plain:
         # As one pass with the sums over parts of the last axis dx would take twice as long.
         mean_h, mean_hx = fusion_barrier(mean_h), fusion_barrier(mean_hx)
@@ -215,6 +209,13 @@ def normalize_bwd(
 
 
 normalize.defvjp(_fwd, normalize_bwd)
+
+
+def _count(res: Residuals, found: Moments, g: jax.Array) -> jax.Array:
+    """How many elements share a statistic, or 1: where it can be, a constant of the program."""
+    is_known = res.mask is None and res.config.devices.axis_name is None
+    n = jnp.asarray(res.config.axes.count(g.shape), g.dtype) if is_known else found.n
+    return jnp.maximum(n, 1)
 
 
 def _widened(x: jax.Array, config: NormConfig) -> jax.Array:
