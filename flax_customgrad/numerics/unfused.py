@@ -24,7 +24,12 @@ def unfused(static_argnums: int) -> Callable[[Callable[..., Any]], Callable[...,
     """
 
     def decorator(function: Callable[..., Any]) -> Callable[..., Any]:
-        jitted = jax.jit(function, static_argnums=static_argnums)
+        @functools.partial(jax.jit, static_argnums=static_argnums)
+        @functools.wraps(function)
+        def jitted(*args: Any) -> Any:
+            # The mark is that of the call, and not of each operation in it.
+            with set_xla_metadata(inlineable=None):
+                return function(*args)
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:

@@ -33,6 +33,16 @@ def test_what_several_passes_use_is_computed_once(times):
     assert compiled.count("constant(5)") == times
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA calls on a CPU")
+def test_what_it_calls_itself_is_fused():
+    @unfused(static_argnums=1)
+    def window(x, factor):
+        return jax.jit(_window, static_argnums=1)(x, factor) * 2
+
+    compiled = jax.jit(lambda x: window(x, 5.0) + 1).lower(X).compile().as_text()
+    assert compiled.count(" call(") == 1
+
+
 @pytest.mark.parametrize("transform", ["grad", "vmap", "scan", "jvp"])
 def test_it_is_the_function_itself_under_transformations(transform):
     def of(window):

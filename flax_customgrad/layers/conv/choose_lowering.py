@@ -146,6 +146,10 @@ def correlate(
             out_sharding=out_sharding,
         )
 
+    # Where both are the same, a program needs no choice: it is traced and lowered sooner.
+    is_wide = x.dtype == (dtype or x.dtype) == accumulator(x)
+    if is_wide and _forced.value is None and chosen_lowering(geometry) == "dense":
+        return by_xla(x, w)
     return _on_this_platform(geometry, by_shape, by_xla, x, w)
 
 

@@ -133,6 +133,34 @@ class Geometry:
             for (low, _), wanted, n in zip(self.padding, size, self.size, strict=True)
         )
 
+    def rows(self, x: jax.Array) -> tuple["Geometry", list[jax.Array]]:
+        """The window as rows: the first axis of space holds what one of them sees.
+
+        All rows are maps of one geometry, so that a function of one is traced once for all.
+
+        Args:
+            x: array of shape (batch, *size, features), padded and not dilated.
+
+        Returns:
+            The geometry of a row, and for each row of the window the part of x that it sees.
+        """
+        (k, *window), (s, *strides), (d, *dilation) = (
+            self.window,
+            self.strides,
+            self.kernel_dilation,
+        )
+        n = dilated_size(self.out[0], s)
+        parts = [lax.slice_in_dim(x, t * d, t * d + n, stride=s, axis=1) for t in range(k)]
+        row = replace(
+            self,
+            size=(self.out[0], *x.shape[2:-1]),
+            window=(1, *window),
+            strides=(1, *strides),
+            padding=((0, 0),) * self.rank,
+            kernel_dilation=(1, *dilation),
+        )
+        return row, parts
+
     def slice_at(self, tap: tuple[int, ...], x: jax.Array) -> jax.Array:
         """What one element of the window sees, of an input that is not dilated.
 
@@ -266,8 +294,10 @@ def mirror_kernel(kernel: jax.Array, groups: int) -> jax.Array:
         Array of shape (*window, out_features // groups, in_features).
     """
     *window, c, f = kernel.shape
-    kernel = lax.rev(kernel, range(len(window))).reshape(*window, c, groups, f // groups)
-    return jnp.einsum("...cqf->...fqc", kernel).reshape(*window, f // groups, groups * c)
+    n = len(window)
+    kernel = lax.rev(kernel, range(n)).reshape(*window, c, groups, f // groups)
+    kernel = lax.transpose(kernel, (*range(n), n + 2, n + 1, n))
+    return kernel.reshape(*window, f // groups, groups * c)
 
 
 def with_one_batch_axis(images: jax.Array, rank: int) -> tuple[jax.Array, tuple[int, ...]]:

@@ -11,12 +11,10 @@ With a mean of 1e4 and a standard deviation of 1, `E[x^2] - E[x]^2` in float32 h
 seven. The correction stays apart from the shift because float32 cannot hold their sum.
 
 A square overflows from 1.8e19 on. So the variance is taken a second time of numbers made smaller,
-`shrunk = mean((small (x - shift))^2)`, and `rstd` is the larger of `1 / sqrt(variance)` and
-`small / sqrt(shrunk)`. Below a floor, `shrunk` is replaced by 1: the first is larger there, and
-the derivatives of the second, of any order, stay finite. Above it they agree, and where the
-variance is inf the first is 0. There is no branch in it, which XLA on a CPU could not fuse. Only
-where the sum itself overflows (3.4e38 in float32) is the result NaN. Without an epsilon a square
-may vanish as well, and it is taken a third time of numbers made larger, `grown`.
+`shrunk = mean((small (x - shift))^2)`, and above a floor `rstd` is `small / sqrt(shrunk)`. There
+is no branch in it, which XLA on a CPU could not fuse. Only where the sum itself overflows (3.4e38
+in float32) is the result NaN. Without an epsilon a square may vanish as well, and it is taken a
+third time of numbers made larger, `grown`.
 
 On one CPU these sums are most of the time of a large array, because XLA has fast code for the sums
 of x and of x^2 alone. There the textbook's formulas come first, and stay where they are right:
@@ -232,8 +230,9 @@ def _variance_and_rstd(squares: list[jax.Array], epsilon: float) -> tuple[jax.Ar
     """What the mean squares about the mean say, one for each of `_factors`."""
     variance, shrunk, *grown = (jnp.maximum(square, 0) for square in squares)
     small, floor, _, large = _windows(variance.dtype)
-    shrunk = jnp.where(shrunk > floor, shrunk + epsilon * small**2, 1)
-    rstd = jnp.maximum(lax.rsqrt(variance + epsilon), small * lax.rsqrt(shrunk))
+    is_large = shrunk > floor
+    rstd = lax.rsqrt(jnp.where(is_large, shrunk + epsilon * small**2, variance + epsilon))
+    rstd = jnp.where(is_large, small * rstd, rstd)
     if grown:
         exact = grown[0] + epsilon * large**2
         of_tiny = jnp.where(exact > 0, large * lax.rsqrt(exact), 0)

@@ -51,6 +51,7 @@ from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.normalization.moments import Devices, Moments, moments
 from flax_customgrad.numerics.accumulation import fusion_barrier
 from flax_customgrad.numerics.argument_checks import integers
+from flax_customgrad.numerics.inline_jit import inline_jit
 
 NormResidual = Literal["input", "output"]
 """What the backward keeps to find the normalized input again.
@@ -130,6 +131,8 @@ def normalize(
     return normalized(params, x, mask, config)[0]
 
 
+# A forward computes what the function itself does: it is traced once for both.
+@inline_jit(static_argnums=3)
 def normalized(
     params: Parameters, x: jax.Array, mask: jax.Array | None, config: NormConfig
 ) -> tuple[tuple[jax.Array, Statistics], Moments]:

@@ -71,16 +71,27 @@ def _scaled_copies(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
         w: array of shape (*window, features per group, groups).
         geometry: where the windows lie.
     """
-    x = geometry.pad(x)
+    row, parts = geometry.rows(geometry.pad(x))
+    kernels = lax.split(w, [1] * w.shape[0])
+    return functools.reduce(
+        lax.add, [_scaled_row(x, w, row) for x, w in zip(parts, kernels, strict=True)]
+    )
+
+
+# XLA inlines the call; JAX traces and lowers it once for all rows of a window.
+@functools.partial(jax.jit, static_argnums=2)
+def _scaled_row(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
+    """The part of `_scaled_copies` that one row of the window contributes."""
     *window, ins, groups = w.shape
     n = math.prod(window) * ins
-    scales = iter(lax.split(w.reshape(n, *[1] * (x.ndim - 1), groups), [1] * n))
-    copies = [
-        geometry.slice_at(tap, x[..., c::ins]) * lax.squeeze(next(scales), [0])
-        for tap in geometry.taps
-        for c in range(ins)
-    ]
-    return functools.reduce(jnp.add, copies)
+    scales = iter(lax.split(w.reshape(n, groups), [1] * n))
+    copies = []
+    for tap in geometry.taps:
+        for c in range(ins):
+            seen = geometry.slice_at(tap, x if ins == 1 else x[..., c::ins])
+            scale = lax.broadcast_in_dim(next(scales), seen.shape, (0, seen.ndim - 1))
+            copies.append(lax.mul(seen, scale))
+    return functools.reduce(lax.add, copies)
 
 
 _unfused_scaled_copies = unfused(static_argnums=2)(_scaled_copies)
