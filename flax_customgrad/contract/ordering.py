@@ -17,9 +17,14 @@ _transposing = jax.make_user_context(default_value=False)
 
 @contextlib.contextmanager
 def transposing() -> Iterator[None]:
-    """Inside, nothing waits: what waits for g would be linear in it, to `jax.linear_transpose`."""
+    """Inside, a backward is traced for `jax.linear_transpose`, to which it must be linear in g."""
     with _transposing(True):
         yield
+
+
+def is_transposing() -> bool:
+    """Whether a backward is traced for `jax.linear_transpose`, which cannot take all operations."""
+    return _transposing.value
 
 
 def wait_for(g: jax.Array, arrays: Arrays) -> tuple[jax.Array, Arrays]:
@@ -34,6 +39,7 @@ def wait_for(g: jax.Array, arrays: Arrays) -> tuple[jax.Array, Arrays]:
         g: the cotangent, float.
         arrays: a tree of arrays, each of which the backward reads: XLA holds what it is given here.
     """
-    if not is_traced(g) or _transposing.value:
+    # What waits for g would be linear in it, too.
+    if not is_traced(g) or is_transposing():
         return g, arrays
     return lax.optimization_barrier((g, arrays))

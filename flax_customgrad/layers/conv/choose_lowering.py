@@ -24,6 +24,7 @@ from typing import Any
 import jax
 from jax import lax
 
+from flax_customgrad.contract.ordering import is_transposing
 from flax_customgrad.layers.conv.geometry import Geometry, mirror_kernel
 from flax_customgrad.layers.conv.lowerings.dense import DenseLowering
 from flax_customgrad.layers.conv.lowerings.depthwise import DepthwiseLowering
@@ -194,7 +195,8 @@ def _on_this_platform(
     empty = 0 in geometry.out or any(0 in a.shape for a in arrays)
     # Explicit axes want a sharding for every reshape of a lowering.
     explicit = any(explicit_sharding(jax.typeof(a)) is not None for a in arrays)
-    if empty or explicit or _forced.value == "xla":
+    # JAX cannot transpose a sum of several arrays at once.
+    if empty or explicit or is_transposing() or _forced.value == "xla":
         return by_xla(*arrays)
     if _forced.value is not None:
         return by_shape(*arrays)

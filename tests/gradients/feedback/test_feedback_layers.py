@@ -220,3 +220,19 @@ def test_what_does_not_belong_together_is_said(name):
         setattr(edited, parameter, nnx.Param(jnp.ones((1, 3))))
         with pytest.raises(ValueError, match=rf"'{parameter}': \(1, 3\).* replace them together"):
             edited(x)
+
+
+@pytest.mark.parametrize(
+    ("groups", "window", "stride"), [(1, 3, 1), (4, 3, 1), (2, 3, 1), (1, 2, 2)]
+)
+def test_forward_over_reverse_with_every_lowering(groups, window, stride):
+    """Forward mode of a surrogate is the transpose of its backward, so JAX must be able to."""
+    layer = fcg.FeedbackConv(4, 4, window, stride, feature_group_count=groups, rngs=nnx.Rngs(0))
+    x, v = (jax.random.normal(jax.random.key(i), (2, 6, 4)) for i in range(2))
+
+    def along(x, v):
+        return jax.jvp(jax.grad(lambda x: jnp.sum(jnp.sin(layer(x)))), (x,), (v,))[1]
+
+    with fcg.use_lowering("xla"):
+        expected = jax.jit(along)(x, v)
+    np.testing.assert_allclose(jax.jit(along)(x, v), expected, rtol=1e-4, atol=1e-5)
