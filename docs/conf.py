@@ -26,7 +26,7 @@ extensions = [
     "gallery",
     "layer_pages",
     "lean_highlighting",
-    "model_directive",
+    "measured_tables",
     "page_checks",
 ]
 exclude_patterns = ["_build", "ext"]

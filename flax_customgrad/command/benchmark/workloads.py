@@ -60,6 +60,7 @@ def measure(
     workload: str,
     seconds: float,
     others: Mapping[str, Callable[[], Any]] | None = None,
+    rounds: int = 21,
 ) -> Measurement:
     """Compiles a workload twice, and times both in pairs.
 
@@ -68,6 +69,7 @@ def measure(
         workload: the name of one of its workloads.
         seconds: how long to time it.
         others: further functions to time in the same rounds, by name.
+        rounds: how often to call each at least.
     """
     make = entry.workloads[workload]
     timed, temporary = {}, {}
@@ -76,7 +78,7 @@ def measure(
         temporary[name] = compiled.memory_analysis().temp_size_in_bytes
         timed[name] = lambda f=compiled, a=args: f(*a)
     baseline, _ = timed
-    times = paired({**timed, **(others or {})}, seconds)
+    times = paired({**timed, **(others or {})}, seconds, rounds)
     ours = times["ours"]
     return Measurement(
         entry.name,
