@@ -30,7 +30,7 @@ def _small(monkeypatch):
     ratios = {"silu": 1.5, "LoRA": 0.9, "SwiGLU": 0.5}
     monkeypatch.setattr(bench, "measure", lambda *args: _with_ratio(measure(*args), ratios))
     paired = workloads.paired
-    monkeypatch.setattr(workloads, "paired", lambda steps, _: paired(steps, 0.0, rounds=2))
+    monkeypatch.setattr(workloads, "paired", lambda steps, *_: paired(steps, 0.0, rounds=2))
 
 
 def _with_ratio(measured: Measurement, ratios: dict[str, float]) -> Measurement:
