@@ -192,6 +192,7 @@ def _cotangents(config: AttentionConfig, *args: Any) -> tuple[Any, ...]:
         resize(a, n_rows, -2, fill)
         for a, fill in zip((g, delta, m[..., None], l[..., None]), fills, strict=True)
     )
+    # q and g as they enter dk and dv, the sums over queries.
     turned = tuple(turn(a) for a in (heads.q, by_row[0]))
 
     def step(carry: Any, tile: Tile) -> Any:
