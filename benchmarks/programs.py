@@ -13,6 +13,7 @@ from flax import nnx
 
 import flax_customgrad as fcg
 from benchmarks.zoo.task import Task
+from flax_customgrad.command.benchmark.paired import rotated
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def stages(programs: Mapping[str, Program], rounds: int) -> dict[str, dict[str, 
     names = list(programs)
     seconds: dict[str, dict[str, list[float]]] = {s: {n: [] for n in names} for s in STAGES}
     for i in range(-1, rounds):
-        for name in names if i % 2 else names[::-1]:
+        for name in rotated(names, i):
             clear_caches()
             clocks = [(time.perf_counter(), time.process_time())]
             traced = programs[name].trace()

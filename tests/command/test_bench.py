@@ -1,16 +1,22 @@
 """`bench`: what is measured, in which order it is shown, and what is saved."""
 
 import dataclasses
+import itertools
 import json
 import sys
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
+import flax_customgrad as fcg
 from flax_customgrad import catalogue
 from flax_customgrad.__main__ import main
 from flax_customgrad.command import bench
 from flax_customgrad.command.benchmark import workloads
+from flax_customgrad.command.benchmark.paired import rotated
+from flax_customgrad.command.benchmark.steps import step
 from flax_customgrad.command.benchmark.workloads import Measurement, Pair, measure
 from flax_customgrad.registry.examples import made, normal
 
@@ -62,6 +68,24 @@ def test_what_the_backwards_keep():
     glu = measure(catalogue.find("SwiGLU"), "8x4", 0.0)
     assert glu.baseline == "autodiff"
     assert glu.kept_bytes.ours < glu.kept_bytes.baseline
+
+
+def test_none_of_three_functions_follows_itself():
+    names = ["a", "b", "c"]
+    rounds = [rotated(names, n) for n in range(6)]
+    for position in range(3):
+        assert sorted(names * 2) == sorted(order[position] for order in rounds)
+    calls = itertools.chain.from_iterable(rounds)
+    assert all(name != after for name, after in itertools.pairwise(calls))
+
+
+def test_a_step_is_the_output_and_the_gradients():
+    layer = fcg.Linear(3, 2, rngs=nnx.Rngs(0))
+    compiled, (state, x, g) = step((layer, normal(4, 3)))
+    y, (dstate, dx) = compiled(state, x, g)
+    np.testing.assert_allclose(y, layer(x), rtol=1e-5)
+    np.testing.assert_allclose(dx, g @ layer.kernel[...].T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dstate["bias"][...], g.sum(0), rtol=1e-5, atol=1e-5)
 
 
 def test_it_is_saved(capsys, tmp_path):

@@ -56,7 +56,10 @@ def pin_allocator(module: str) -> None:
 def paired(
     functions: Mapping[str, Callable[[], Any]], seconds: float = 4.0, rounds: int = 21
 ) -> dict[str, Timing]:
-    """Calls functions in turn, in alternating order, and compares each with the first.
+    """Calls functions in turn, and compares each with the first.
+
+    Each round begins with another one, so that none of three follows itself: it would find its
+    arrays in the cache.
 
     Args:
         functions: what to time, by name; the first is what the others are measured against.
@@ -69,12 +72,18 @@ def paired(
     times: dict[str, list[float]] = {name: [] for name in names}
     start, n = time.perf_counter(), 0
     while n < rounds or time.perf_counter() - start < seconds:
-        for name in names if n % 2 else names[::-1]:
+        for name in rotated(names, n):
             began = time.perf_counter()
             jax.block_until_ready(functions[name]())
             times[name].append(time.perf_counter() - began)
         n += 1
     return compared(times)
+
+
+def rotated(names: Sequence[str], n: int) -> list[str]:
+    """The names in the order of round n."""
+    k = n % len(names)
+    return [*names[k:], *names[:k]]
 
 
 def compared(times: Mapping[str, Sequence[float]]) -> dict[str, Timing]:

@@ -1,9 +1,11 @@
 """Sigmoid cross entropy: a loss for each logit, of which each is a decision of its own.
 
     forward   loss    = (1 - y) max(x, 0) + y max(-x, 0) + log(1 + exp(-|x|))
-    backward  dx      = g ((1 - y) sigmoid(x) - y sigmoid(-x))
+    backward  dx      = g ((1 - y) s(x) - y s(-x)),  s the sigmoid
               dy      = -g x
     kept      x and y
+
+With e = exp(-|x|), the larger of s(x) and s(-x) is 1 / (1 + e), and the smaller e / (1 + e).
 
 That is `-y log sigmoid(x) - (1 - y) log sigmoid(-x)`, without a difference of large numbers: for a
 right decision loss and gradient are tiny, and neither is rounded to 0. An infinite x counts as the
@@ -39,7 +41,12 @@ class SigmoidCrossEntropy(Elementwise):
     def cotangents(self, g: jax.Array, *kept: jax.Array) -> tuple[jax.Array, ...]:
         """Those of logits and labels."""
         x, y = _wide(*kept)
-        return g * ((1 - y) * jax.nn.sigmoid(x) - y * jax.nn.sigmoid(-x)), -g * x
+        e = jnp.exp(-jnp.abs(x))
+        larger = 1 / (1 + e)
+        smaller, is_positive = e * larger, x > 0
+        yes = jnp.where(is_positive, larger, smaller)
+        no = jnp.where(is_positive, smaller, larger)
+        return g * ((1 - y) * yes - y * no), -g * x
 
 
 def _wide(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
