@@ -1,6 +1,7 @@
 """A Sphinx extension: the tables of files of measurements.
 
-`{models} FILE` is that of whole models, `{scanned} FILE` that of layers in a scan.
+`{models} FILE` is that of whole models, `{scanned} FILE` that of layers in a scan, and
+`{pytorch} FILE` those of layers beside PyTorch.
 """
 
 import json
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import model_table
+import pytorch_table
 import scanned_table
 from docutils import nodes
 from docutils.statemachine import StringList
@@ -44,8 +46,15 @@ class Scanned(MeasuredTable):
     markdown = scanned_table.markdown
 
 
+class PyTorch(MeasuredTable):
+    """A row for each layer that PyTorch has too."""
+
+    markdown = pytorch_table.markdown
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Registers the directives."""
     app.add_directive("models", Models)
     app.add_directive("scanned", Scanned)
+    app.add_directive("pytorch", PyTorch)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -14,7 +14,9 @@ from flax_customgrad.contract.compat import is_traced
 
 
 def is_integer(value: Any) -> bool:
-    """Whether a value is one integer, of Python, NumPy or JAX."""
+    """Whether a value is one integer, of Python, NumPy or JAX; True and False are none."""
+    if isinstance(value, bool):
+        return False
     try:
         operator.index(value)
     except TypeError:
@@ -31,7 +33,7 @@ def integers(value: Any) -> tuple[int, ...]:
     Raises:
         TypeError: it is neither.
     """
-    return tuple(map(operator.index, (value,) if is_integer(value) else value))
+    return tuple(map(operator.index, value if np.iterable(value) else (value,)))
 
 
 def check_positive(layer: str, argument: str, value: Any) -> Any:
@@ -85,7 +87,7 @@ def check_size(layer: str, argument: str, value: Any) -> int:
     Raises:
         ValueError: the size is not an integer, or below 1.
     """
-    if isinstance(value, bool) or not is_integer(value) or value < 1:
+    if not is_integer(value) or value < 1:
         raise ValueError(f"{layer}: {argument}={value!r} must be an integer of at least 1")
     return operator.index(value)
 
@@ -143,6 +145,6 @@ def check_bits(layer: str, bits: Any, least: int = 2, most: int = 8) -> int:
     Raises:
         ValueError: `bits` is not an integer from `least` to `most`.
     """
-    if isinstance(bits, bool) or not is_integer(bits) or not least <= bits <= most:
+    if not is_integer(bits) or not least <= bits <= most:
         raise ValueError(f"{layer}: bits={bits!r} must be an integer from {least} to {most}")
     return operator.index(bits)

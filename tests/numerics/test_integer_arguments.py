@@ -58,3 +58,10 @@ def test_a_word_is_no_axis():
 def test_k_may_be_of_numpy():
     logits = jnp.array([1.0, 3.0, 2.0])
     np.testing.assert_array_equal(fcg.top_k_st(logits, k=np.int64(2)), [0, 1, 1])
+
+
+def test_true_is_no_number():
+    with pytest.raises(ValueError, match=r"margin=True must be an integer from 0 to 15"):
+        fcg.Fp8Linear(8, 2, margin=True, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"strides=True; write an int of at least 1"):
+        fcg.Conv(2, 2, (3, 3), strides=True, rngs=nnx.Rngs(0))(jnp.ones((4, 4, 2)))

@@ -79,7 +79,7 @@ def check_logits_and_temperature(
     if not -logits.ndim <= axis < logits.ndim:
         raise ValueError(f"{name}: axis={axis} is not an axis of logits of shape {logits.shape}")
     classes = logits.shape[axis]
-    if isinstance(k, bool) or not is_integer(k) or not 1 <= k <= classes:
+    if not is_integer(k) or not 1 <= k <= classes:
         raise ValueError(
             f"{name}: k={k!r} of the {classes} classes on axis {axis} of logits of shape "
             f"{logits.shape}; expected 1 <= k <= {classes}"

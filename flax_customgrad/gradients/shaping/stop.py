@@ -127,7 +127,7 @@ class StopGradient(nnx.Module):
     def __init__(self, start: int = 0, stop: int | None = None, every: int = 1):
         for name, value in {"start": start, "stop": stop, "every": every}.items():
             unset = name == "stop" and value is None
-            if isinstance(value, bool) or not (unset or is_integer(value)):
+            if not (unset or is_integer(value)):
                 raise TypeError(f"StopGradient: {name}={value!r} must be an int")
         if stop is not None and stop <= start:
             raise ValueError(

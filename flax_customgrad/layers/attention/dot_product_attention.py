@@ -3,7 +3,7 @@
 What it computes and how it is differentiated is in `attention`.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,11 @@ from jax.typing import ArrayLike
 from flax_customgrad.layers.attention.attention import attention
 from flax_customgrad.layers.attention.attention_dropout import Dropout
 from flax_customgrad.layers.attention.band import Band, Window
+from flax_customgrad.layers.attention.cudnn import attention_by_cudnn
 from flax_customgrad.layers.attention.heads import Segments
 from flax_customgrad.layers.attention.scores import AttentionConfig
 from flax_customgrad.layers.attention.tiles import TileSize, parse_tile_size
+from flax_customgrad.numerics.argument_checks import check_word
 from flax_customgrad.numerics.broadcasting import broadcasts
 from flax_customgrad.numerics.dtypes import as_array, is_supported_float, takes_custom_backward
 from flax_customgrad.numerics.interception import products_are_intercepted
@@ -47,6 +49,7 @@ def dot_product_attention(
     segment_ids: ArrayLike | None = None,
     key_segment_ids: ArrayLike | None = None,
     tile_size: TileSize = None,
+    implementation: Literal["tiles", "cudnn"] = "tiles",
 ) -> jax.Array:
     """Each query's mean of the values, weighted by the softmax of its products with the keys.
 
@@ -84,6 +87,9 @@ def dot_product_attention(
             have the same.
         tile_size: how many queries and keys are computed at a time, one number or a pair; None to
             choose. Larger tiles take more memory.
+        implementation: "tiles": this library's, everywhere. "cudnn": the kernels that
+            `jax.nn.dot_product_attention` calls on GPUs of NVIDIA, forward and backward, for half
+            precision; they drop nothing, and what a query without keys gets is theirs to say.
 
     Returns:
         Array of shape (..., queries, heads, value_depth), in `dtype` or the promoted dtype.
@@ -91,7 +97,9 @@ def dot_product_attention(
     Raises:
         ValueError: shapes do not fit; a window or a size is negative; there are numbers of segments
             for the keys alone, or for queries alone where there are not as many keys; dropout lacks
-            its key, or its rate is not in [0, 1).
+            its key, or its rate is not in [0, 1); the implementation is neither of these words, or
+            "cudnn" with dropout or float32.
+        RuntimeError: "cudnn" where JAX finds none.
 
     Example:
         >>> import jax, flax_customgrad as fcg
@@ -107,6 +115,7 @@ def dot_product_attention(
     window_only, band = Band.of(window, False), Band.of(window, is_causal)
     dropout = _dropout(dropout_rate, broadcast_dropout, deterministic, dropout_rng)
     size = parse_tile_size(tile_size)
+    check_word("dot_product_attention", "implementation", implementation, ("tiles", "cudnn"))
     if module is not None or not _has_custom_backward(q, k, v, bias, mask, segments):
         return of_nnx(
             query,
@@ -126,8 +135,14 @@ def dot_product_attention(
         )
     if isinstance(precision, list):  # one for each factor; JAX takes a list too
         precision = tuple(precision)  # type: ignore[assignment]
-    config = AttentionConfig(band, dropout, precision, size)
     mask = None if mask is None else mask.astype(bool)
+    if implementation == "cudnn":
+        _check_cudnn(q, dropout)
+        # Its kernels know windows of causal queries, and get any other as a mask.
+        mask = _with_mask(mask, q, k, Band() if is_causal else window_only, segments)
+        left = band.left if is_causal else None
+        return attention_by_cudnn(q, k, v, bias, mask, is_causal, left)
+    config = AttentionConfig(band, dropout, precision, size)
     return attention(q, k, v, bias, mask, segments, dropout and dropout_rng, config)
 
 
@@ -163,6 +178,15 @@ def _dropout(rate: Any, is_shared: bool, deterministic: bool, key: Any) -> Dropo
             "deterministic=True"
         )
     return Dropout(float(rate), bool(is_shared))
+
+
+def _check_cudnn(q: jax.Array, dropout: Dropout | None) -> None:
+    if dropout is not None or q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(
+            f'dot_product_attention: implementation="cudnn" of {q.dtype}'
+            f"{'' if dropout is None else ' with dropout'}: its kernels take bfloat16 and float16, "
+            'and drop nothing; write dtype=jnp.bfloat16 and deterministic=True, or "tiles"'
+        )
 
 
 def _has_custom_backward(q: Any, k: Any, v: Any, bias: Any, mask: Any, segments: Any) -> bool:
