@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 _PACKAGES = ("jax", "flax")
+_VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]], others: Iterable[str] = ()) -> None:
@@ -48,12 +49,18 @@ def machine() -> str:
 
 
 def _processor() -> str:
-    """The name of the processor; its architecture where the system does not say more."""
+    """The name of the processor and its widest vectors; its architecture where no more is known.
+
+    The names of virtual machines hide the generation, which the vectors tell.
+    """
     try:
-        model = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        about = Path("/proc/cpuinfo").read_text()
     except OSError:
-        model = None
-    return model[1] if model else platform.processor() or platform.machine()
+        about = ""
+    model = re.search(r"^model name\s*: (.+)$", about, re.MULTILINE)
+    widest = next((name for flag, name in _VECTORS.items() if f" {flag} " in about), None)
+    name = model[1] if model else platform.processor() or platform.machine()
+    return f"{name} with {widest}" if widest else name
 
 
 def _today() -> str:
