@@ -16,16 +16,13 @@ def markdown(measured: dict[str, Any]) -> Iterator[str]:
     yield f"Measured {provenance(measured)}:"
     yield ""
     for family, rows in itertools.groupby(measured["rows"], lambda row: row["family"]):
-        yield f"| {family} | ours | PyTorch | PyTorch / ours | flax.nnx / ours |"
+        title = f"[](/families/{family}.md)"
+        yield f"| {title} | ours, ms | PyTorch, ms | PyTorch / ours | flax.nnx / ours |"
         yield "|---|--:|--:|--:|--:|"
         for row in rows:
             best = min(row["others"].values())
             yield (
-                f"| `{row['layer']}`: {row['workload']} | {_time(row['milliseconds'])} "
-                f"| {_time(best)} | **{best / row['milliseconds']:.2f}** | {row['ratio']:.2f} |"
+                f"| `{row['layer']}`: {row['workload']} | {row['milliseconds']:.3g} "
+                f"| {best:.3g} | **{best / row['milliseconds']:.2f}** | {row['ratio']:.2f} |"
             )
         yield ""
-
-
-def _time(milliseconds: float) -> str:
-    return f"{milliseconds:.3g} ms"
