@@ -148,36 +148,26 @@ def _forward_traced_once(rules: Rules, types: tuple[Any, ...]) -> Rule:
     arguments, or returns as well, stays the same array. Outside of a trace it runs as it is: there
     XLA drops nothing of what it keeps.
     """
+    compute = jax.jit(_named(f"{rules.name}_fwd", rules.forward), inline=True)
 
     @functools.cache
-    def traced() -> tuple[Rule, list[int], Any]:
-        program, shapes = jax.make_jaxpr(rules.forward, return_shape=True)(*types)
-        variables = list(map(id, program.jaxpr.invars))
-        computed = []
-        for place, variable in enumerate(map(id, program.jaxpr.outvars)):
-            if variable not in variables:
-                variables.append(variable)
-                computed.append(place)
-        places = [variables.index(id(variable)) for variable in program.jaxpr.outvars]
-        flat = jax.extend.core.jaxpr_as_fun(program)
-
-        def of_computed(*arrays: Any) -> list[Any]:
-            out = flat(*arrays)
-            return [out[place] for place in computed]
-
-        name = f"{rules.name}_fwd"
-        return jax.jit(_named(name, of_computed), inline=True), places, jax.tree.structure(shapes)
+    def traced() -> tuple[list[int], Any]:
+        """Where each leaf is first, among the arguments and then the leaves; and their tree."""
+        trace = compute.trace(*types)
+        outputs = list(map(id, trace.jaxpr.jaxpr.outvars))
+        variables = [*map(id, trace.jaxpr.jaxpr.invars), *outputs]
+        return list(map(variables.index, outputs)), jax.tree.structure(trace.out_info)
 
     def forward(*arrays: Any) -> tuple[Any, Any]:
         if not any(map(compat.is_traced, arrays)):
             return rules.forward(*arrays)
-        compute, places, structure = traced()
+        places, structure = traced()
         # JAX hands over a number as it was, and an array of NumPy in a dtype of its own.
         arrays = tuple(
             a if getattr(a, "dtype", None) == aval.dtype else jnp.asarray(a, aval.dtype)
             for a, aval in zip(arrays, types, strict=True)
         )
-        values = [*arrays, *compute(*arrays)]
+        values = [*arrays, *jax.tree.leaves(compute(*arrays))]
         return structure.unflatten([values[place] for place in places])
 
     return forward

@@ -144,22 +144,49 @@ class Geometry:
         Returns:
             The geometry of a row, and for each row of the window the part of x that it sees.
         """
-        (k, *window), (s, *strides), (d, *dilation) = (
-            self.window,
-            self.strides,
-            self.kernel_dilation,
-        )
+        s, d = self.strides[0], self.kernel_dilation[0]
         n = dilated_size(self.out[0], s)
-        parts = [lax.slice_in_dim(x, t * d, t * d + n, stride=s, axis=1) for t in range(k)]
-        row = replace(
+        parts = [
+            lax.slice_in_dim(x, t * d, t * d + n, stride=s, axis=1) for t in range(self.window[0])
+        ]
+        return self._row(x), parts
+
+    def overlapping_rows(self, x: jax.Array) -> tuple["Geometry", jax.Array]:
+        """What `rows` returns, with the rows of the window along one axis of a single array.
+
+        Copies of x end to end, cut into lengths of `d` more than x has, start `d` further in each:
+
+            x_0 x_1 x_2 | x_0 x_1 x_2 | x_0 x_1 x_2 | ...
+            x_0 x_1 x_2   x_0 | x_1 x_2   x_0 x_1 | x_2 ...          d = 1
+
+        That is a matter of indices alone, which XLA fuses into whatever uses it.
+
+        Args:
+            x: array of shape (batch, *size, features), padded and not dilated.
+
+        Returns:
+            The geometry of a row, and an array of shape (batch, rows, out, *size[1:], features).
+        """
+        k, s, d = self.window[0], self.strides[0], self.kernel_dilation[0]
+        batch, n, *rest = x.shape
+        copies = -(-k * (n + d) // n)
+        copied = lax.broadcast_in_dim(x, (batch, copies, n, *rest), (0, *range(2, x.ndim + 1)))
+        end_to_end = copied.reshape(batch, copies * n, *rest)
+        cut = lax.slice_in_dim(end_to_end, 0, k * (n + d), axis=1)
+        cut = cut.reshape(batch, k, n + d, *rest)
+        seen = lax.slice_in_dim(cut, 0, dilated_size(self.out[0], s), stride=s, axis=2)
+        return self._row(x), seen
+
+    def _row(self, x: jax.Array) -> "Geometry":
+        """The geometry of one row of the window, on the part of a padded x that it sees."""
+        return replace(
             self,
             size=(self.out[0], *x.shape[2:-1]),
-            window=(1, *window),
-            strides=(1, *strides),
+            window=(1, *self.window[1:]),
+            strides=(1, *self.strides[1:]),
             padding=((0, 0),) * self.rank,
-            kernel_dilation=(1, *dilation),
+            kernel_dilation=(1, *self.kernel_dilation[1:]),
         )
-        return row, parts
 
     def slice_at(self, tap: tuple[int, ...], x: jax.Array) -> jax.Array:
         """What one element of the window sees, of an input that is not dilated.

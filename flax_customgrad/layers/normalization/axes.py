@@ -1,11 +1,11 @@
 """`NormAxes`: the axes that share statistics, and the axes along which scale and bias vary."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import lax
 
@@ -71,18 +71,18 @@ class NormAxes:
         if not self.plain:
             return a
         # Barrier: two sums are made of this one. XLA would merge each with it and read `a` twice.
-        return lax.optimization_barrier(jnp.sum(a, self.plain, keepdims=True))
+        return lax.optimization_barrier(_sum_over(self.plain, a))
 
     def sum_features(self, a: jax.Array) -> jax.Array:
         """The second step: sums what `sum_plain` left over the features, one number a statistic."""
         if self.groups is not None:
-            return jnp.sum(rearrange(a, "... (g k) -> ... g k", g=self.groups), -1)
-        return jnp.sum(a, [i for i in self.reduced if i in self.features], keepdims=True)
+            return lax.reduce_sum(rearrange(a, "... (g k) -> ... g k", g=self.groups), [a.ndim])
+        return _sum_over([i for i in self.reduced if i in self.features], a)
 
     def sum(self, a: jax.Array) -> jax.Array:
         """The sum over all elements that share a statistic."""
         if self.groups is None:
-            return jnp.sum(a, self.reduced, keepdims=True)
+            return _sum_over(self.reduced, a)
         return self.sum_features(self.sum_plain(a))
 
     def spread(self, statistic: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -126,6 +126,12 @@ class NormAxes:
         n = partial.ndim
         rest = [i for i in range(n) if i - n not in self.features]
         return lax.reduce_sum(partial, rest).reshape(like.shape)
+
+
+def _sum_over(axes: Sequence[int], a: jax.Array) -> jax.Array:
+    """The sum over axes, counted from the end, which stay with size 1."""
+    axes = [i + a.ndim for i in axes]
+    return lax.expand_dims(lax.reduce_sum(a, axes), axes)
 
 
 def _from_the_end(ndim: int, axes: Any) -> tuple[int, ...]:

@@ -134,16 +134,17 @@ def _of_plain_sums(x: jax.Array, axes: NormAxes, epsilon: float, centered: bool)
     and a program holds it once.
     """
     count = jnp.asarray(axes.count(x.shape), x.dtype)
-    factors = _factors(x.dtype, epsilon)
-    mean_square = axes.sum(jnp.square(x)) / count
-    nothing = jnp.zeros_like(mean_square)
-    mean = axes.sum(x) / count if centered else nothing
-    variance = jnp.maximum(mean_square - jnp.square(mean), 0)
-    is_right = mean_square < jnp.finfo(x.dtype).max  # neither inf nor NaN
+    factors, number = _factors(x.dtype, epsilon), x.dtype.type
+    mean_square = lax.div(axes.sum(lax.square(x)), count)
+    nothing = lax.full_like(mean_square, 0)
+    mean = lax.div(axes.sum(x), count) if centered else nothing
+    variance = lax.max(lax.sub(mean_square, lax.square(mean)), number(0))
+    is_right = lax.lt(mean_square, number(jnp.finfo(x.dtype).max))  # neither inf nor NaN
     if centered:
-        is_right &= mean_square <= _WELL_CONDITIONED * (variance + epsilon)
+        most = lax.mul(lax.add(variance, number(epsilon)), number(_WELL_CONDITIONED))
+        is_right = lax.bitwise_and(is_right, lax.le(mean_square, most))
     if epsilon < _TINY:
-        is_right &= variance > _TINY
+        is_right = lax.bitwise_and(is_right, lax.gt(variance, number(_TINY)))
 
     def textbook(x: jax.Array) -> tuple[jax.Array, ...]:
         return nothing, mean, mean_square, *[nothing] * (len(factors) - 1)
@@ -153,7 +154,7 @@ def _of_plain_sums(x: jax.Array, axes: NormAxes, epsilon: float, centered: bool)
         return shift, correction, *squares
 
     # XLA sums floats faster than it combines booleans.
-    wrong = jnp.sum(jnp.where(is_right, 0, 1).astype(x.dtype))
+    wrong = jnp.sum(lax.convert_element_type(lax.bitwise_not(is_right), x.dtype))
     shift, correction, *squares = lax.cond(wrong == 0, textbook, exact, x)
     squares = _about_mean(correction, squares, factors)
     return Moments(shift, correction, *_variance_and_rstd(squares, epsilon), count)
@@ -211,7 +212,7 @@ def _exact_means(
     else:
         shift = correction = jnp.zeros_like(axes.sum(x))
         d = x
-    return shift, correction, [mean(jnp.square(d * f)) for f in factors]
+    return shift, correction, [mean(lax.square(lax.mul(d, x.dtype.type(f)))) for f in factors]
 
 
 def _about_mean(
@@ -219,20 +220,23 @@ def _about_mean(
 ) -> list[jax.Array]:
     """Mean squares of `x - shift` as those about the mean."""
     # Where its square would overflow, so does the mean square, and inf - inf is no number.
-    root = _windows(correction.dtype)[2]
+    number = correction.dtype.type
+    root = number(_windows(correction.dtype)[2])
     return [
-        square - jnp.square(jnp.minimum(jnp.abs(correction * factor), root))
+        lax.sub(square, lax.square(lax.min(lax.abs(lax.mul(correction, number(factor))), root)))
         for square, factor in zip(squares, factors, strict=True)
     ]
 
 
 def _variance_and_rstd(squares: list[jax.Array], epsilon: float) -> tuple[jax.Array, jax.Array]:
     """What the mean squares about the mean say, one for each of `_factors`."""
-    variance, shrunk, *grown = (jnp.maximum(square, 0) for square in squares)
+    number = squares[0].dtype.type
+    variance, shrunk, *grown = (lax.max(square, number(0)) for square in squares)
     small, floor, _, large = _windows(variance.dtype)
-    is_large = shrunk > floor
-    rstd = lax.rsqrt(jnp.where(is_large, shrunk + epsilon * small**2, variance + epsilon))
-    rstd = jnp.where(is_large, small * rstd, rstd)
+    is_large = lax.gt(shrunk, number(floor))
+    of_large, of_others = number(epsilon * small**2), number(epsilon)
+    rstd = lax.rsqrt(lax.select(is_large, lax.add(shrunk, of_large), lax.add(variance, of_others)))
+    rstd = lax.select(is_large, lax.mul(rstd, number(small)), rstd)
     if grown:
         exact = grown[0] + epsilon * large**2
         of_tiny = jnp.where(exact > 0, large * lax.rsqrt(exact), 0)

@@ -151,7 +151,7 @@ def normalized(
         y = y * axes.along(params["scale"], x.shape)
     if "bias" in params:
         y = y + axes.along(params["bias"], x.shape)
-    statistics = Statistics(found.shift + found.correction, found.variance, found.n)
+    statistics = Statistics(lax.add(found.shift, found.correction), found.variance, found.n)
     return (y.astype(config.dtype), lax.stop_gradient(statistics)), found
 
 
@@ -182,15 +182,15 @@ def normalize_bwd(
         scale = lax.optimization_barrier(axes.along(params["scale"], g.shape))
 
     # First over the axes without features: dscale and dbias need no more.
-    sum_g, sum_gx = axes.sum_plain(g), axes.sum_plain(g * x_hat)
+    sum_g, sum_gx = axes.sum_plain(g), axes.sum_plain(lax.mul(g, x_hat))
     partial = {"scale": sum_gx, "bias": sum_g}
     grads = {name: axes.parameter_sum(partial[name], p) for name, p in params.items()}
     chex.assert_trees_all_equal_shapes(grads, dict(params))
 
-    h = scale * g
+    h = g * scale
     # Where every reduced axis has features, both sums are of h: on a mesh that splits the scale it
     # is gathered once.
-    of_h, of_hx = (scale * sum_g, scale * sum_gx) if axes.plain else (h, h * x_hat)
+    of_h, of_hx = (sum_g * scale, sum_gx * scale) if axes.plain else (h, h * x_hat)
     sums = config.devices.sum(axes.sum_features(of_h), axes.sum_features(of_hx))
     mean_h, mean_hx = (s / _count(res, found, g) for s in sums)
     if axes.groups is not None and not axes.plain:
@@ -207,7 +207,7 @@ def normalize_bwd(
         subtracted = subtracted + axes.spread(mean_h, g.shape)
     if res.mask is not None:
         subtracted = jnp.where(res.mask, subtracted, 0)
-    dx = axes.spread(again.rstd, g.shape) * (h - subtracted)
+    dx = lax.sub(h, subtracted) * axes.spread(again.rstd, g.shape)
     return nnx.State(grads), dx, None, None
 
 

@@ -6,12 +6,17 @@ import pytest
 
 from flax_customgrad.layers.conv.geometry import Geometry
 from flax_customgrad.layers.conv.lowerings import depthwise
-from flax_customgrad.layers.conv.lowerings.depthwise_sums import sum_all_at_once, sum_by_blocks
+from flax_customgrad.layers.conv.lowerings.depthwise_sums import (
+    sum_all_at_once,
+    sum_by_blocks,
+    sum_by_rows,
+)
 
 FEATURES = 4
 GEOMETRIES = {
     "2-D": ((7, 9), (3, 2), (1, 1), ((1, 1), (0, 1)), (1, 1)),
     "2-D strided, dilated": ((11, 8), (3, 3), (2, 1), ((2, 1), (-1, 2)), (1, 2)),
+    "2-D, dilated the other way": ((13, 8), (4, 3), (2, 2), ((1, 2), (1, 0)), (3, 1)),
     "2-D, many elements": ((9, 8), (7, 5), (1, 1), ((3, 3), (2, 2)), (1, 1)),
     "1-D": ((21,), (5,), (2,), ((2, 2),), (1,)),
 }
@@ -46,7 +51,7 @@ def test_every_way_gives_the_sums_of_xla(name, batch):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(batch, *size, FEATURES)).astype(np.float32)
     g = rng.normal(size=(batch, *geometry.out, FEATURES)).astype(np.float32)
-    ways = {"all at once": sum_all_at_once, "blocks": sum_by_blocks}
+    ways = {"all at once": sum_all_at_once, "blocks": sum_by_blocks, "rows": sum_by_rows}
     expected = _kernel_gradient(x, g, geometry)
     for way, sums in ways.items():
         found = jax.jit(sums, static_argnums=2)(x, g, geometry)
@@ -57,10 +62,12 @@ def test_every_way_gives_the_sums_of_xla(name, batch):
     ("images", "window", "expected"),
     [
         (2, (3, 3), sum_all_at_once),
+        (2, (7, 7), sum_by_rows),
+        (2, (49, 1), sum_all_at_once),
         (64, (3, 3), sum_by_blocks),
         (512, (7, 7), sum_all_at_once),
     ],
-    ids=["small", "large", "large window"],
+    ids=["small", "small, large window", "small, a column", "large", "large window"],
 )
 def test_the_way_depends_on_what_there_is_to_sum(images, window, expected):
     geometry = Geometry((16, 16), window, 8, 8, (1, 1), ((0, 0), (0, 0)), (1, 1), (1, 1), 8)

@@ -22,7 +22,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_customgrad.layers.conv.geometry import Geometry, pad_once
-from flax_customgrad.layers.conv.lowerings.depthwise_sums import sum_all_at_once, sum_by_blocks
+from flax_customgrad.layers.conv.lowerings.depthwise_sums import (
+    sum_all_at_once,
+    sum_by_blocks,
+    sum_by_rows,
+)
 from flax_customgrad.layers.conv.lowerings.lowering import Lowering
 from flax_customgrad.numerics.sizes import is_known
 from flax_customgrad.numerics.unfused import unfused
@@ -31,6 +35,10 @@ from flax_customgrad.numerics.unfused import unfused
 # array of fewer: sums written out take half a second to compile, and gain nothing there.
 _MAX_UNROLLED_TAPS = 16
 _MIN_ELEMENTS = 1 << 16
+
+# Of a small array a window of more elements is summed by rows, which compiles sooner. A large array
+# would be read from memory for each of them.
+_MAX_SUMMED_TAPS = 32
 
 # A convolution of more elements is computed once, of fewer in each of the passes that use it.
 _MAX_FUSED_TAPS = 4
@@ -99,9 +107,10 @@ _unfused_scaled_copies = unfused(static_argnums=2)(_scaled_copies)
 
 def _sums(g: jax.Array, geometry: Geometry) -> Callable[..., jax.Array]:
     """What sums a kernel's gradient, for the size of g and of the window."""
-    few = math.prod(geometry.window) <= _MAX_UNROLLED_TAPS
-    is_small = is_known(g.size) and g.size < _MIN_ELEMENTS
-    return sum_by_blocks if few and not is_small else sum_all_at_once
+    taps, columns = math.prod(geometry.window), math.prod(geometry.window[1:])
+    if not is_known(g.size) or g.size >= _MIN_ELEMENTS:
+        return sum_by_blocks if taps <= _MAX_UNROLLED_TAPS else sum_all_at_once
+    return sum_by_rows if taps > _MAX_SUMMED_TAPS and columns > 1 else sum_all_at_once
 
 
 def _features_per_group(geometry: Geometry) -> tuple[int, int]:
