@@ -238,7 +238,7 @@ def _variance_and_rstd(squares: list[jax.Array], epsilon: float) -> tuple[jax.Ar
     rstd = lax.rsqrt(lax.select(is_large, lax.add(shrunk, of_large), lax.add(variance, of_others)))
     rstd = lax.select(is_large, lax.mul(rstd, number(small)), rstd)
     if grown:
-        exact = grown[0] + epsilon * large**2
+        exact = grown[0] + epsilon * large * large  # in float64 the square alone is infinite
         of_tiny = jnp.where(exact > 0, large * lax.rsqrt(exact), 0)
         rstd = jnp.where(variance > _TINY, rstd, of_tiny)
     return variance, rstd

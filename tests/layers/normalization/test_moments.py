@@ -123,6 +123,16 @@ def test_tiny_values_and_zeros_are_normalized_without_an_epsilon(name):
     np.testing.assert_array_equal(zero_dx, 0)
 
 
+def test_tiny_values_of_float64_are_normalized_without_an_epsilon():
+    """The square of a factor for float64 is beyond its range."""
+    with jax.enable_x64(True):
+        kwargs = {"dtype": jnp.float64, "param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+        layer = fcg.RMSNorm(8, epsilon=0.0, **kwargs)
+        x = jax.random.normal(jax.random.key(0), (3, 8), jnp.float64)
+        y = layer(x * 1e-170)
+        np.testing.assert_allclose(y, x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True)), rtol=1e-14)
+
+
 @pytest.mark.parametrize("name", CENTERED)
 def test_what_is_constant_becomes_zero(name):
     layer = layer_of(name)
