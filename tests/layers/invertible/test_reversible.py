@@ -57,7 +57,7 @@ def test_gradients_are_those_of_autodiff(make, rate):
     ours, written = gradients(model)
     with fcg.use_autodiff():
         expected, written_by_autodiff = gradients(model)
-    assert_close(ours, expected, atol=2e-5, rtol=1e-5)
+    assert_close(ours, expected, atol=5e-5)
     keys = jax.tree.map(lambda a: jax.random.key_data(a) if a.dtype != jnp.uint32 else a, written)
     assert_close(
         keys,
@@ -91,7 +91,7 @@ def test_a_function_may_be_shared():
     ours, _ = gradients(model)
     with fcg.use_autodiff():
         expected, _ = gradients(model)
-    assert_close(ours, expected, atol=2e-5, rtol=1e-5)
+    assert_close(ours, expected, atol=5e-5)
 
 
 def test_statistics_are_written_once():
