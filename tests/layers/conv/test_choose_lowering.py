@@ -97,6 +97,18 @@ def test_an_exported_program_chooses_where_it_is_lowered():
     assert convolutions(program, "cuda") == 1
 
 
+@pytest.mark.parametrize(("window", "expected"), [((3, 3), 1), ((2, 2), 0), ((4, 4), 4)])
+def test_small_windows_that_overlap_have_no_phases(window, expected):
+    """The gradient for the input of a strided convolution; windows of one element are products."""
+    layer, x = made((2, 8, 8, 4), 4, window, strides=2)
+    graphdef, state = nnx.split(layer)
+
+    def dx(state, x, g):
+        return jax.vjp(lambda x: nnx.merge(graphdef, state)(x), x)[1](g)
+
+    assert convolutions((dx, state, x, layer(x)), "cpu") == expected
+
+
 @pytest.mark.parametrize(
     ("layer", "kwargs"),
     [

@@ -7,6 +7,10 @@ kernel, `t = t_r + j s / gcd(s, d)`:
 
     y[m s + r] = sum_j x[m + j d / gcd(s, d) + (r + t_r d - low) / s] w[t_r + j s / gcd(s, d)]
 
+Phases pay where windows do not overlap, and where they are large. XLA computes the gradient for the
+input of a 3 x 3 convolution with strides of 2 as fast as four phases, compiles it in a third of the
+time, and holds no array of phases.
+
 The gradient of the kernel has x and g change places: it is that of the transposed map, whose input
 is not dilated, mirrored. JAX's own is 20 to 90 times slower,
 https://github.com/jax-ml/jax/issues/31662.
@@ -26,6 +30,8 @@ from flax_customgrad.layers.conv.lowerings.lowering import Lowering
 from flax_customgrad.layers.conv.lowerings.xla_convolution import xla_correlate
 
 _MAX_PHASES = 16  # each is a convolution to compile
+_MAX_LEFT_TO_XLA = 9
+"""The most elements of overlapping windows that XLA computes as fast as phases."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class TransposedLowering(Lowering):
     def correlate(self, x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
         """One convolution for each phase of the output."""
         steps = geometry.input_dilation
-        if math.prod(steps) > _MAX_PHASES:
+        if math.prod(steps) > _MAX_PHASES or _is_small_and_overlaps(geometry):
             return xla_correlate(x, w, geometry)
         counts = [-(-o // s) for o, s in zip(geometry.out, steps, strict=True)]
         parts = [
@@ -63,6 +69,14 @@ class TransposedLowering(Lowering):
         """The gradient of the kernel of the transposed map, mirrored."""
         dw = self.undilated.kernel_gradient(g, x, geometry.transposed)
         return mirror_kernel(dw, geometry.groups)
+
+
+def _is_small_and_overlaps(geometry: Geometry) -> bool:
+    """Whether it is a dense convolution of few elements a window, more than lie between inputs."""
+    overlaps = any(k > s for k, s in zip(geometry.window, geometry.input_dilation, strict=True))
+    is_small = math.prod(geometry.window) <= _MAX_LEFT_TO_XLA
+    is_dense = geometry.groups == 1 and set(geometry.kernel_dilation) == {1}
+    return is_dense and is_small and overlaps
 
 
 def _part(
