@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 _of_jax = jax.nn.dot_product_attention
 """The function of JAX, which a test replaces where there is no such GPU."""
@@ -47,7 +48,7 @@ def _in_one_batch(a: Any, batch: tuple[int, ...]) -> Any:
     """A bias or a mask of four axes, the first of which is that of all examples, or has size 1."""
     if a is None:
         return None
-    a = a.reshape(*(1,) * (len(batch) + 3 - a.ndim), *a.shape)
+    a = lax.expand_dims(a, range(len(batch) + 3 - a.ndim))
     if any(size > 1 for size in a.shape[:-3]):
         a = jnp.broadcast_to(a, (*batch, *a.shape[-3:]))
     return a.reshape(-1, *a.shape[-3:])
