@@ -3,10 +3,10 @@
 On a CPU each of the three passes goes through the table below, by the first row that fits. Grouped
 and transposed convolutions are taken apart, and their parts go through the table again. Of the 78
 shapes of `benchmarks.convolutions` none took 1.05 times as long as by XLA. Elsewhere it is XLA's
-own, with the gradients that JAX has for it. `jax.lax.platform_dependent` decides when a program is
-lowered, so an exported program chooses where it runs. With Explicit axes of a mesh it is XLA's own
-everywhere. With Auto axes on CPUs a lowering that cuts an image or a kernel up may gather it more
-often than XLA's own would: `use_lowering("xla")`.
+own, with the gradients that JAX has for it. `by_platform` decides when a program is lowered, so an
+exported program chooses where it runs. With Explicit axes of a mesh it is XLA's own everywhere.
+With Auto axes on CPUs a lowering that cuts an image or a kernel up may gather it more often than
+XLA's own would: `use_lowering("xla")`.
 
     patch        windows that do not overlap, and 1 x 1    one matrix product
     depthwise    groups of one or two features             shifted copies, blockwise sums
@@ -22,7 +22,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
-from jax import lax
 
 from flax_customgrad.contract.ordering import is_transposing
 from flax_customgrad.layers.conv.geometry import Geometry, mirror_kernel
@@ -39,6 +38,7 @@ from flax_customgrad.layers.conv.lowerings.xla_convolution import (
     xla_kernel_gradient,
 )
 from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.by_platform import by_platform
 from flax_customgrad.numerics.sharding import explicit_sharding, varying_like
 
 
@@ -200,4 +200,4 @@ def _on_this_platform(
         return by_xla(*arrays)
     if _forced.value is not None:
         return by_shape(*arrays)
-    return lax.platform_dependent(*arrays, cpu=by_shape, default=by_xla)
+    return by_platform(*arrays, cpu=by_shape, default=by_xla)

@@ -30,6 +30,7 @@ from flax_customgrad.layers.pooling.pool_arguments import (
 )
 from flax_customgrad.layers.pooling.windows import Continuation, Windows, apply_along_axes
 from flax_customgrad.numerics.accumulation import accumulator, fusion_barrier
+from flax_customgrad.numerics.by_platform import by_platform
 from flax_customgrad.numerics.dtypes import as_array, takes_custom_backward
 
 Divisor = Literal["one", "window_size", "elements_inside"]
@@ -89,7 +90,7 @@ def _sum_value(pooling: Pooling, divisor: Divisor, dtype: Any, x: jax.Array) -> 
     x = x.astype(accumulator(x))
     # Of one window over a whole image XLA makes a plain sum itself.
     by_cpu = by_reduce_window if pooling.is_global else by_slices
-    y = lax.platform_dependent(x, cpu=by_cpu, default=by_reduce_window)
+    y = by_platform(x, cpu=by_cpu, default=by_reduce_window)
     return fusion_barrier(
         (y if divisor == "one" else y / _window_divisor(pooling, divisor, y)).astype(dtype)
     )
@@ -103,7 +104,7 @@ def _sum_gradient(pooling: Pooling, divisor: Divisor, g: jax.Array) -> jax.Array
     g = g.astype(accumulator(g))
     if divisor == "elements_inside":
         g = g / _window_divisor(pooling, divisor, g)
-    dx = lax.platform_dependent(
+    dx = by_platform(
         g, cpu=by_slices, default=functools.partial(_scatter_by_reduce_window, pooling)
     )
     return fusion_barrier(

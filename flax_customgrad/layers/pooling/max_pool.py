@@ -36,6 +36,7 @@ from flax_customgrad.layers.pooling.pool_arguments import (
 )
 from flax_customgrad.layers.pooling.windows import Continuation, Windows, apply_along_axes
 from flax_customgrad.numerics.accumulation import accumulator, fusion_barrier
+from flax_customgrad.numerics.by_platform import by_platform
 from flax_customgrad.numerics.dtypes import as_array
 
 
@@ -111,7 +112,7 @@ def _extreme_value(pooling: Pooling, extreme: Extreme, x: jax.Array) -> jax.Arra
         return fusion_barrier(y.astype(x.dtype))
 
     by_reduce_window = functools.partial(_reduce_extreme, pooling, extreme)
-    return lax.platform_dependent(x, cpu=by_slices, default=by_reduce_window)
+    return by_platform(x, cpu=by_slices, default=by_reduce_window)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
@@ -129,7 +130,7 @@ def _extreme_gradient(pooling: Pooling, extreme: Extreme, x: jax.Array, g: jax.A
         _, pull = jax.vjp(functools.partial(_reduce_extreme, pooling, extreme), x)
         return pull(g)[0].astype(accumulator(g))
 
-    return lax.platform_dependent(x, g, cpu=by_slices, default=by_scatter)
+    return by_platform(x, g, cpu=by_slices, default=by_scatter)
 
 
 def _reduce_extreme(pooling: Pooling, extreme: Extreme, x: jax.Array) -> jax.Array:

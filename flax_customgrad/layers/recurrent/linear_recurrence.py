@@ -35,6 +35,7 @@ from jax.typing import ArrayLike
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.broadcasting import broadcasts, sum_to_shape
+from flax_customgrad.numerics.by_platform import by_platform
 from flax_customgrad.numerics.dtypes import as_array, in_dtype
 from flax_customgrad.numerics.sharding import explicit_spec, varying_alike, with_auto_axes
 
@@ -135,7 +136,7 @@ def _solve(a: jax.Array, b: jax.Array, h0: jax.Array, reverse: bool) -> jax.Arra
     """The states for a and b with time in front; a broadcasts against b."""
     if not isinstance(b.shape[0], int):  # An export for any length has no levels to count.
         return by_step(a, b, h0, reverse=reverse)
-    return lax.platform_dependent(
+    return by_platform(
         a, b, h0, cpu=partial(by_step, reverse=reverse), default=partial(at_once, reverse=reverse)
     )
 

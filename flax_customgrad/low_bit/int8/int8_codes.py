@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_customgrad.contract.residual_storage import keep_for_second_order, with_derivative_of
+from flax_customgrad.numerics.by_platform import by_platform
 from flax_customgrad.numerics.dtypes import in_dtype, widened
 from flax_customgrad.numerics.scaling import quotient
 from flax_customgrad.numerics.sizes import is_known
@@ -124,7 +125,7 @@ def sum_products(
         return in_float(*codes)
     if not in_float_on:
         return in_int8(*codes)
-    return lax.platform_dependent(*codes, default=in_int8, **dict.fromkeys(in_float_on, in_float))
+    return by_platform(*codes, default=in_int8, **dict.fromkeys(in_float_on, in_float))
 
 
 def is_exact_in_float(terms: int, wide: Any) -> bool:

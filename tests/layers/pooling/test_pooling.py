@@ -349,7 +349,8 @@ def test_off_the_cpu(monkeypatch):
         avg_pool._sum_value,
         avg_pool._sum_gradient,
     )
-    monkeypatch.setattr(lax, "platform_dependent", default)
+    for module in (max_pool, avg_pool):
+        monkeypatch.setattr(module, "by_platform", default)
     try:
         for function in jitted:
             function.clear_cache()
