@@ -60,14 +60,14 @@ def normalize_and_activate(
     Returns:
         The output, of x's shape in `config.dtype`, and the statistics.
     """
-    y, statistics = norm.normalized(params, x, mask, config)[0]
+    y, statistics = norm.normalized(params, x, mask, config, False)[0]
     return _leaky(y, slope), statistics
 
 
 def _fwd(
     params: Parameters, x: jax.Array, mask: jax.Array | None, config: NormConfig, slope: float
 ) -> tuple[tuple[jax.Array, Statistics], Residuals]:
-    (y, statistics), found = norm.normalized(params, x, mask, config)
+    (y, statistics), found = norm.normalized(params, x, mask, config, False)
     z = _leaky(y, slope)
     return (z, statistics), Residuals(norm.Residuals(params, z, mask, found, config), slope)
 

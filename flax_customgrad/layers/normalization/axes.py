@@ -10,6 +10,7 @@ from einops import rearrange, repeat
 from jax import lax
 
 from flax_customgrad.numerics.argument_checks import integers
+from flax_customgrad.numerics.sizes import is_known
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,17 @@ class NormAxes:
         """A statistic, as `sum` yields it, so that it broadcasts against an input of this shape."""
         if self.groups is None:
             return statistic
-        return repeat(statistic, "... g -> ... (g k)", k=shape[-1] // self.groups)
+        per_feature = repeat(statistic, "... g -> ... (g k)", k=shape[-1] // self.groups)
+        if not self._is_much_smaller(shape):
+            return per_feature
+        # Barrier: a pass over the input that looks up the group of each element takes up to six
+        # times as long.
+        return lax.optimization_barrier(per_feature)
+
+    def _is_much_smaller(self, shape: tuple[int, ...]) -> bool:
+        """Whether an array of a number for each feature takes next to nothing beside the input."""
+        count = math.prod(shape[i] for i in self.plain)
+        return is_known(count) and count >= 16
 
     def count(self, shape: tuple[int, ...]) -> int:
         """How many elements of an input of this shape share a statistic."""

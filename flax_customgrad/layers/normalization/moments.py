@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from flax_customgrad.layers.normalization.axes import NormAxes
@@ -99,24 +100,39 @@ def moments(
     devices: Devices,
     epsilon: float,
     centered: bool = True,
+    dtype: Any = jnp.float32,
+    apart: bool = False,
 ) -> Moments:
     """Computes the statistics of an input.
 
     Args:
-        x: the input, of any shape, float32 or float64.
+        x: the input, of any shape, float.
         mask: True where an element counts, broadcastable to x; None where all do.
         axes: which elements share statistics.
         devices: which devices do.
         epsilon: added to the variance before the square root is taken.
         centered: whether the mean is taken out; without, the "variance" is the mean square.
+        dtype: dtype of the statistics and of all sums, float32 or float64.
+        apart: whether each sum over a large array in half precision widens it for itself.
     """
     if mask is None and devices.axis_name is None:
         size = axes.count(x.shape)
         if is_known(size) and size == 1 and centered:
-            return _of_single_elements(x, axes, epsilon)
+            return _of_single_elements(x.astype(dtype), axes, epsilon)
         if pays_to_branch(x.size):
-            return _of_plain_sums(x, axes, epsilon, centered)
-    return _exact(x, mask, axes, devices, epsilon, centered)
+            return _of_plain_sums(x, axes, epsilon, centered, dtype, apart)
+    return _exact(x.astype(dtype), mask, axes, devices, epsilon, centered)
+
+
+def widened_apart(x: jax.Array, dtype: Any) -> jax.Array:
+    """Widens an array for one use of several.
+
+    Args:
+        x: array of any shape, float.
+        dtype: what it is widened to.
+    """
+    # Barrier: of what is widened for several uses XLA on a CPU stores a wide copy for all of them.
+    return lax.optimization_barrier(x).astype(dtype)
 
 
 def _of_single_elements(x: jax.Array, axes: NormAxes, epsilon: float) -> Moments:
@@ -127,19 +143,22 @@ def _of_single_elements(x: jax.Array, axes: NormAxes, epsilon: float) -> Moments
     return Moments(shift, nothing, nothing, nothing + rstd, jnp.ones((), x.dtype))
 
 
-def _of_plain_sums(x: jax.Array, axes: NormAxes, epsilon: float, centered: bool) -> Moments:
+def _of_plain_sums(
+    x: jax.Array, axes: NormAxes, epsilon: float, centered: bool, dtype: Any, apart: bool
+) -> Moments:
     """The textbook's formulas, where they are right; the exact ones elsewhere.
 
     The textbook's are those of a shift of 0: what leads from the means to the moments is the same,
     and a program holds it once.
     """
-    count = jnp.asarray(axes.count(x.shape), x.dtype)
-    factors, number = _factors(x.dtype, epsilon), x.dtype.type
-    mean_square = lax.div(axes.sum(lax.square(x)), count)
+    number, factors = np.dtype(dtype).type, _factors(dtype, epsilon)
+    count = jnp.asarray(axes.count(x.shape), dtype)
+    mean_square = lax.div(axes.sum(lax.square(x.astype(dtype))), count)
     nothing = lax.full_like(mean_square, 0)
-    mean = lax.div(axes.sum(x), count) if centered else nothing
+    again = widened_apart(x, dtype) if apart else x.astype(dtype)
+    mean = lax.div(axes.sum(again), count) if centered else nothing
     variance = lax.max(lax.sub(mean_square, lax.square(mean)), number(0))
-    is_right = lax.lt(mean_square, number(jnp.finfo(x.dtype).max))  # neither inf nor NaN
+    is_right = lax.lt(mean_square, number(jnp.finfo(dtype).max))  # neither inf nor NaN
     if centered:
         most = lax.mul(lax.add(variance, number(epsilon)), number(_WELL_CONDITIONED))
         is_right = lax.bitwise_and(is_right, lax.le(mean_square, most))
@@ -150,11 +169,13 @@ def _of_plain_sums(x: jax.Array, axes: NormAxes, epsilon: float, centered: bool)
         return nothing, mean, mean_square, *[nothing] * (len(factors) - 1)
 
     def exact(x: jax.Array) -> tuple[jax.Array, ...]:
+        # Widened here again, because the argument of a branch is stored.
+        x = x.astype(dtype)
         shift, correction, squares = _exact_means(x, None, axes, count, factors, centered)
         return shift, correction, *squares
 
     # XLA sums floats faster than it combines booleans.
-    wrong = jnp.sum(lax.convert_element_type(lax.bitwise_not(is_right), x.dtype))
+    wrong = jnp.sum(lax.convert_element_type(lax.bitwise_not(is_right), dtype))
     shift, correction, *squares = lax.cond(wrong == 0, textbook, exact, x)
     squares = _about_mean(correction, squares, factors)
     return Moments(shift, correction, *_variance_and_rstd(squares, epsilon), count)

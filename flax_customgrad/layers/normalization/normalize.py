@@ -48,7 +48,7 @@ from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.layers.normalization.axes import NormAxes
-from flax_customgrad.layers.normalization.moments import Devices, Moments, moments
+from flax_customgrad.layers.normalization.moments import Devices, Moments, moments, widened_apart
 from flax_customgrad.numerics.accumulation import fusion_barrier
 from flax_customgrad.numerics.argument_checks import integers
 from flax_customgrad.numerics.inline_jit import inline_jit
@@ -128,13 +128,18 @@ def normalize(
     Returns:
         The output, of x's shape in `config.dtype`, and the statistics, which have no gradient.
     """
-    return normalized(params, x, mask, config)[0]
+    is_widened = x.dtype != config.sum_dtype
+    return normalized(params, x, mask, config, is_widened)[0]
 
 
-# A forward computes what the function itself does: it is traced once for both.
-@inline_jit(static_argnums=3)
+# In float32 a forward computes what the function itself does: it is traced once for both.
+@inline_jit(static_argnums=(3, 4))
 def normalized(
-    params: Parameters, x: jax.Array, mask: jax.Array | None, config: NormConfig
+    params: Parameters,
+    x: jax.Array,
+    mask: jax.Array | None,
+    config: NormConfig,
+    apart: bool,
 ) -> tuple[tuple[jax.Array, Statistics], Moments]:
     """What `normalize` returns, and what its backward needs beside x or y.
 
@@ -143,10 +148,14 @@ def normalized(
         x: input of any shape, float.
         mask: that of `normalize`.
         config: axes, dtype and the rest.
+        apart: whether each pass over x widens it for itself. A backward that reads x again would
+            store more for that.
     """
-    axes, wide = config.axes, _widened(x, config)
-    found = moments(wide, mask, axes, config.devices, config.epsilon, config.centered)
-    y = _x_hat(wide, found, config)
+    axes, dtype, x = config.axes, config.sum_dtype, _rounded(x, config)
+    found = moments(x, mask, axes, config.devices, config.epsilon, config.centered, dtype, apart)
+    # Barrier: XLA would make the choice that rstd ends with anew for each element of x.
+    found = found._replace(rstd=lax.optimization_barrier(found.rstd))
+    y = _x_hat(widened_apart(x, dtype) if apart else x.astype(dtype), found, config)
     if "scale" in params:
         y = y * axes.along(params["scale"], x.shape)
     if "bias" in params:
@@ -158,7 +167,7 @@ def normalized(
 def _fwd(
     params: Parameters, x: jax.Array, mask: jax.Array | None, config: NormConfig
 ) -> tuple[tuple[jax.Array, Statistics], Residuals]:
-    out, found = normalized(params, x, mask, config)
+    out, found = normalized(params, x, mask, config, False)
     if config.residual == "input":
         return out, Residuals(params, x, mask, found, config)
     if "scale" in params:
@@ -221,9 +230,10 @@ def _count(res: Residuals, found: Moments, g: jax.Array) -> jax.Array:
     return jnp.maximum(n, 1)
 
 
-def _widened(x: jax.Array, config: NormConfig) -> jax.Array:
-    """The input rounded as nnx rounds it, in the dtype of the sums."""
-    return x.astype(config.dtype).astype(config.sum_dtype)
+def _rounded(x: jax.Array, config: NormConfig) -> jax.Array:
+    """The input rounded as nnx rounds it; one that the output's dtype holds is left as it is."""
+    is_exact = jnp.promote_types(x.dtype, config.dtype) == config.dtype
+    return x if is_exact else x.astype(config.dtype)
 
 
 def _x_hat(x: jax.Array, found: Moments, config: NormConfig) -> jax.Array:
@@ -238,7 +248,8 @@ def _x_hat_again(res: Residuals, found: Moments) -> jax.Array:
     """The normalized input, from what was kept."""
     params, config = res.params, res.config
     if config.residual == "input":
-        return _x_hat(_widened(res.x_or_y, config), found, config)
+        x = _rounded(res.x_or_y, config).astype(config.sum_dtype)
+        return _x_hat(x, found, config)
     x_hat = res.x_or_y.astype(config.sum_dtype)
     for name, undo in (("bias", jnp.subtract), ("scale", jnp.divide)):
         if name in params:
