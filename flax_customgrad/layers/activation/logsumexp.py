@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.activation.softmax_rows import (
     ReductionAxes,
-    minus_max,
+    exponent,
     nonzero,
     only_where,
     reduction_axes,
@@ -71,16 +71,16 @@ logsumexp_of_rows.defvjp(_fwd, _bwd)
 
 @inline_jit(static_argnums=0)
 def _logsumexp(axis: ReductionAxes, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    (wide,) = widened(x.dtype, x)
-    m = row_max(wide, axis)
-    s = jnp.sum(jnp.exp(minus_max(wide, m)), axis, keepdims=True)
-    return in_dtype(m + jnp.log(s), x.dtype), m, s
+    # The maximum is that of x before it is widened: XLA would store a wide x for both.
+    wide, m = widened(x.dtype, x, row_max(x, axis))
+    s = jnp.sum(jnp.exp(exponent(wide, m)), axis, keepdims=True)
+    return in_dtype(m + jnp.log(s + 0 * s), x.dtype), m, s  # of no number s is infinite
 
 
 @inline_jit(static_argnums=())
 def _cotangent(x: jax.Array, m: jax.Array, s: jax.Array, g: jax.Array) -> jax.Array:
     x, g = widened(g.dtype, x, g)
-    return jnp.exp(minus_max(x, m)) * (g / nonzero(s))
+    return jnp.exp(exponent(x, m)) * (g / nonzero(s))
 
 
 _of_jax = jax.nn.logsumexp

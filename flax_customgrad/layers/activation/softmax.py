@@ -18,16 +18,15 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.activation.softmax_rows import (
     ReductionAxes,
+    are_numbers,
     faster_on_one_cpu,
     minus_max,
     nonzero,
-    of_infinite_rows,
     only_where,
     reduction_axes,
     row_max,
@@ -72,17 +71,11 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, None]:
 softmax_of_rows.defvjp(_fwd, _bwd)
 
 
-def _softmax_on_one_cpu(axis: ReductionAxes, x: jax.Array) -> jax.Array:
+def _softmax_on_one_cpu(axis: ReductionAxes, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     (wide,) = widened(x.dtype, x)
     e = jnp.exp(wide - row_max(wide, axis))
-    s = jnp.sum(e, axis, keepdims=True)
-
-    def limits(x: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
-        is_infinite, count, weight = of_infinite_rows(x, axis)
-        return jnp.where(is_infinite, nonzero(count), s), weight
-
-    s, weight = lax.cond(jnp.all(jnp.isfinite(s)), lambda x, s: (s, s), limits, wide, s)
-    return in_dtype(jnp.where(jnp.isnan(e), weight, e) / s, x.dtype)
+    y = in_dtype(e / jnp.sum(e, axis, keepdims=True), x.dtype)
+    return are_numbers(y, axis), y
 
 
 @inline_jit(static_argnums=0)

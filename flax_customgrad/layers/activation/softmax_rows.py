@@ -7,9 +7,9 @@ infinity these elements share the whole weight equally. A row of minus infinity 
 `where` masks throughout, has no weight to share: softmax is 0 there, log_softmax and logsumexp
 minus infinity, and every gradient 0. jax.nn answers both with NaN.
 
-On one CPU x - m of a large array is computed as jax.nn does, in one pass with the maximum, and
-where it is not a number it is replaced afterwards (`of_infinite_rows`). A derivative of that would
-not be a number either, so it has that of the formulas above (`faster_on_one_cpu`).
+On one CPU a large array is computed as jax.nn does, which XLA hands to a library whole. A row in
+which that is no number has none in its first place, and where there is such a row all is computed
+again by the formulas above. They give the derivative everywhere (`faster_on_one_cpu`).
 """
 
 import functools
@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -45,19 +46,30 @@ def row_max(x: jax.Array, axis: ReductionAxes) -> jax.Array:
     """m, a constant to every derivative; the axes of a row have size 1.
 
     Args:
-        x: array of any shape, float32 or wider.
+        x: array of any shape, float.
         axis: the axes of a row.
     """
     return lax.stop_gradient(jnp.max(x, axis, initial=-jnp.inf, keepdims=True))
 
 
-def minus_max(x: jax.Array, m: jax.Array) -> jax.Array:
-    """`x - m`, and its limit where m is infinite, without a second use of x, which XLA would store.
+def exponent(x: jax.Array, m: jax.Array) -> jax.Array:
+    """`x - m` for an exponential, and where m is infinite the largest number in the place of both.
 
-    Infinity cannot be subtracted from itself. The largest finite number can, twice: that leaves
-    infinity, for which the minimum puts 0, and takes everything finite to minus infinity. The
-    minimum is not with 0, where it would halve the second derivative of the largest element.
-    Nothing here compares or selects, which XLA on a CPU would not fuse with the sums.
+    There it is 0 for infinity, and for what is finite lower than any exponential needs. It uses x
+    once, and neither compares nor selects: XLA on a CPU fuses it with the sums, and stores nothing.
+    Of what is no number a fused minimum makes the largest: its exponential is infinite, and
+    `nonzero` of the sum is no number again.
+
+    Args:
+        x: array of any shape, float32 or wider.
+        m: the maxima of its rows.
+    """
+    limits = jnp.finfo(x.dtype)
+    return jnp.minimum(x, limits.max) - jnp.clip(m, limits.min, limits.max)
+
+
+def minus_max(x: jax.Array, m: jax.Array) -> jax.Array:
+    """`x - m`, and where m is infinite its limit: 0 for infinity, minus infinity for all else.
 
     Args:
         x: array of any shape, float32 or wider.
@@ -66,35 +78,23 @@ def minus_max(x: jax.Array, m: jax.Array) -> jax.Array:
     limits = jnp.finfo(x.dtype)
     finite = jnp.clip(m, limits.min, limits.max)
     rest = jnp.clip(m - finite, 0, limits.max)
-    return jnp.minimum(x - finite - rest, limits.tiny)
+    return jnp.minimum(exponent(x, m), x - finite - rest)
 
 
 def nonzero(s: jax.Array) -> jax.Array:
-    """A sum s of exponentials, of which the largest is 1; in a row without weight, not 0."""
-    return jnp.maximum(s, 0.5)
+    """A sum s of exponentials, of which the largest is 1; in a row without weight, not 0.
 
-
-def of_infinite_rows(x: jax.Array, axis: ReductionAxes) -> tuple[jax.Array, ...]:
-    """The limits in rows with an infinite m; the axes of a row have size 1.
-
-    Args:
-        x: array of any shape, float32 or wider.
-        axis: the axes of a row.
-
-    Returns:
-        Where m is infinite; s there; and exp(x - m) of the elements for which it is not a number:
-        1 in a row that holds infinity, 0 in one of minus infinity alone.
+    Of an infinite one it is no number, and of what is none (a fused maximum would make one).
     """
-    m = row_max(x, axis)
-    s = jnp.sum((x == jnp.inf).astype(x.dtype), axis, keepdims=True)
-    return jnp.isinf(m), s, jnp.where(jnp.isinf(m), (m > 0).astype(x.dtype), m)
+    return s + jnp.maximum(0.5 - s, 0) + 0 * s
 
 
 def faster_on_one_cpu(fast: Callable[..., Any]) -> Callable[..., Any]:
-    """Evaluates a function of large arrays by another on one CPU; its derivatives are its own.
+    """Evaluates a function by another one on one CPU, where that is right; its derivatives stay.
 
     Args:
-        fast: called like the function, with `axis` and an array; it returns the same.
+        fast: called like the function, with something static, a large array and others; it returns
+            whether it is right, a bool, and what the function returns.
 
     Returns:
         A decorator.
@@ -102,13 +102,33 @@ def faster_on_one_cpu(fast: Callable[..., Any]) -> Callable[..., Any]:
 
     def decorator(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-        def evaluated(axis: ReductionAxes, x: jax.Array) -> Any:
-            return fast(axis, x) if pays_to_branch(x.size) else function(axis, x)
+        def evaluated(static: Any, x: jax.Array, *others: Any) -> Any:
+            if not pays_to_branch(x.size):
+                return function(static, x, *others)
+            is_right, out = fast(static, x, *others)
+            return lax.cond(
+                is_right,
+                lambda out, *_: out,
+                lambda _, *arrays: function(static, *arrays),
+                *(out, x, *others),
+            )
 
         @evaluated.defjvp
-        def _jvp(axis: ReductionAxes, primals: Any, tangents: Any) -> Any:
-            return jax.jvp(functools.partial(function, axis), primals, tangents)
+        def _jvp(static: Any, primals: Any, tangents: Any) -> Any:
+            return jax.jvp(functools.partial(function, static), primals, tangents)
 
         return evaluated
 
     return decorator
+
+
+def are_numbers(y: jax.Array, axis: ReductionAxes) -> jax.Array:
+    """Whether the first elements of all rows are numbers.
+
+    Args:
+        y: array of any shape, float.
+        axis: the axes of a row.
+    """
+    of_rows = range(y.ndim) if axis is None else np.atleast_1d(axis) % y.ndim
+    first = (slice(0, 1) if i in of_rows else slice(None) for i in range(y.ndim))
+    return jnp.logical_not(jnp.any(jnp.isnan(y[tuple(first)])))

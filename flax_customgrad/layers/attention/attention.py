@@ -168,7 +168,7 @@ def _attend(config: AttentionConfig, *args: Any) -> tuple[jax.Array, jax.Array, 
     m = jnp.full((*rows, 1), lowest, scores.dtype)
     l, o = jnp.zeros_like(m), jnp.zeros((*rows, heads.v.shape[-1]), scores.dtype)
     m, l, o = (resize(a, args[0].shape[-3], -2) for a in scores.walk(step, (m, l, o)))
-    l = jnp.where(l > 0, l, 1)
+    l = jnp.where(l == 0, 1, l)
     return join_heads(o / l).astype(args[0].dtype), m[..., 0], l[..., 0]
 
 

@@ -9,19 +9,23 @@ A row whose label is no class, such as -1, has loss and slope 0. A row of minus 
 no weight to move (`softmax_rows`): its loss is infinite and its slope 0.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from flax_customgrad.layers.activation.softmax_rows import (
+    exponent,
     minus_max,
     nonzero,
     only_where,
     row_max,
 )
+from flax_customgrad.numerics.dtypes import widened
 
 Axes = tuple[int, ...]
+Minus = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
@@ -40,22 +44,25 @@ class CrossEntropyConfig:
 
 
 def row_sums(
-    x: jax.Array, where: jax.Array | None, axes: Axes
+    x: jax.Array, where: jax.Array | None, axes: Axes, minus: Minus
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The maximum m of each row, `x - m` and s, all of the classes that count.
 
     Args:
-        x: logits, float32 or wider.
+        x: logits, float.
         where: which classes of which rows count, broadcast against x; None for all.
         axes: the axes of the classes.
+        minus: computes `x - m`: `minus_max`; `exponent`, or a plain difference, which is no number
+            where m is infinite.
 
     Returns:
         m, with axes of size 1 for the classes; `x - m`, of x's shape, minus infinity where a class
-        does not count; s, like m.
+        does not count; s, like m. All in float32 or wider.
     """
     x = only_where(x, where)
-    m = row_max(x, axes)
-    shifted = minus_max(x, m)
+    # The maximum is that of x before it is widened: XLA would store a wide x for both.
+    x, m = widened(x.dtype, x, row_max(x, axes))
+    shifted = minus(x, m)
     return m, shifted, jnp.sum(jnp.exp(shifted), axes, keepdims=True)
 
 
@@ -84,29 +91,37 @@ def count(x: jax.Array, where: jax.Array | None, axes: Axes) -> jax.Array:
 
 
 def row_losses(
-    x: jax.Array, labels: jax.Array, where: jax.Array | None, config: CrossEntropyConfig
+    x: jax.Array,
+    labels: jax.Array,
+    where: jax.Array | None,
+    config: CrossEntropyConfig,
+    minus: Minus | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The losses of rows.
 
     Args:
-        x: logits, float32 or wider.
+        x: logits, float.
         labels: numbers of classes, -1 for none; the axis of the classes has size 1.
         where: as in `row_sums`.
         config: the axis of the classes, and the choices.
+        minus: as in `row_sums`; None for what gives the limits.
 
     Returns:
-        The losses, m and s, each like `labels`, in x's dtype.
+        The losses, m and s, each like `labels`, float32 or wider.
     """
     axes, smoothing = config.axes, config.label_smoothing
-    m, shifted, s = row_sums(x, where, axes)
     (axis,) = axes
+    # Taken before x is widened: XLA would store a wide x to take them from.
     of_label = jnp.take_along_axis(x, jnp.maximum(labels, 0), axis)
+    (of_label,) = widened(x.dtype, of_label)
+    # The sum of all shifted logits, which smoothing takes, is infinite where one is.
+    m, shifted, s = row_sums(x, where, axes, minus or (minus_max if smoothing else exponent))
     is_beyond = of_label > m  # The class of the label does not count, and its logit is taken as is.
     of_label = jnp.where(is_beyond, of_label - m, minus_max(of_label, m))
     target = (1 - smoothing) * of_label
     if smoothing:
         mass = shifted if where is None else jnp.where(where, shifted, 0)
-        target += smoothing * jnp.sum(mass, axes, keepdims=True) / count(x, where, axes)
+        target += smoothing * jnp.sum(mass, axes, keepdims=True) / count(mass, where, axes)
     losses = jnp.log(nonzero(s)) - target
     if config.z_loss:
         losses += config.z_loss * jnp.square(log_sum(m, s))
@@ -145,6 +160,6 @@ def row_slopes(
         share = smoothing / count(x, where, axes)
         y += share if where is None else jnp.where(where, share, 0)
     factor = 1 + 2 * config.z_loss * log_sum(m, s) if config.z_loss else 1
-    p = jnp.exp(minus_max(only_where(x, where), m)) / nonzero(s)
+    p = jnp.exp(exponent(only_where(x, where), m)) / nonzero(s)
     has_slope = has_class(labels, where, axes) & (s != 0)
     return jnp.where(has_slope, g * (factor * p - y), 0)

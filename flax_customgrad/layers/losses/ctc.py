@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.activation.softmax_rows import minus_max, nonzero
+from flax_customgrad.layers.activation.softmax_rows import exponent, minus_max, nonzero
 from flax_customgrad.layers.losses.cross_entropy_rows import row_sums
 from flax_customgrad.numerics.dtypes import widened
 from flax_customgrad.numerics.inline_jit import inline_jit
@@ -131,7 +131,7 @@ def _forward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, States, States]:
     """The losses, and what the backward keeps of them."""
     (x,) = widened(x.dtype, x)
-    m, _, s = row_sums(x, None, (-1,))
+    m, _, s = row_sums(x, None, (-1,), exponent)
     log_p = States(
         _log_p(x[..., config.blank : config.blank + 1], m, s),
         _log_p(jnp.take_along_axis(x, jnp.maximum(labels, 0)[:, None, :], -1), m, s),
@@ -190,7 +190,7 @@ def _cotangent(
     of_class = (labels[..., None] == classes).astype(g.dtype)
     posterior = blank + jnp.einsum("tbn,bnk->btk", shown.label, of_class)
     (x,) = widened(g.dtype, x)
-    p = jnp.exp(minus_max(x, m)) / nonzero(s)
+    p = jnp.exp(exponent(x, m)) / nonzero(s)
     dx = g[:, None, None] * (jnp.sum(posterior, -1, keepdims=True) * p - posterior)
     return jnp.where(is_frame[..., None], dx, 0)
 

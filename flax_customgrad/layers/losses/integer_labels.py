@@ -11,12 +11,14 @@ The labels of a row sum to 1, so that m cancels; and the slope of lse is the sof
     ∂loss/∂x_i = (1 + 2 z_loss lse) exp(x_i - m) / s - y_i
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
+from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
+from flax_customgrad.layers.activation.softmax_rows import are_numbers, faster_on_one_cpu
 from flax_customgrad.layers.losses.cross_entropy_rows import (
     CrossEntropyConfig,
     row_losses,
@@ -52,7 +54,7 @@ def cross_entropy_of_labels(
     Returns:
         Array like `labels`, float32 or wider.
     """
-    return _losses(config, x, labels, where)[0]
+    return _losses_alone(config, x, labels, where)[0]
 
 
 def _fwd(
@@ -77,8 +79,18 @@ cross_entropy_of_labels.defvjp(_fwd, _bwd)
 def _losses(
     config: CrossEntropyConfig, x: jax.Array, labels: jax.Array, where: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    (x,) = widened(x.dtype, x)
     return row_losses(x, labels, where, config)
+
+
+def _losses_on_one_cpu(
+    config: CrossEntropyConfig, x: jax.Array, labels: jax.Array, where: jax.Array | None
+) -> tuple[jax.Array, Any]:
+    out = row_losses(x, labels, where, config, lax.sub)
+    return are_numbers(out[0], ()), out
+
+
+# A backward computes x - m again, and XLA shares it with a forward that does as it does.
+_losses_alone = inline_jit(static_argnums=0)(faster_on_one_cpu(_losses_on_one_cpu)(_losses))
 
 
 @inline_jit(static_argnums=0)
