@@ -97,10 +97,13 @@ def test_an_exported_program_chooses_where_it_is_lowered():
     assert convolutions(program, "cuda") == 1
 
 
-@pytest.mark.parametrize(("window", "expected"), [((3, 3), 1), ((2, 2), 0), ((4, 4), 4)])
-def test_small_windows_that_overlap_have_no_phases(window, expected):
+@pytest.mark.parametrize(
+    ("features", "window", "expected"),
+    [(4, (3, 3), 1), (4, (2, 2), 0), (4, (4, 4), 4), (3, (4, 4), 1), (3, (7, 7), 4)],
+)
+def test_small_windows_that_overlap_have_no_phases(features, window, expected):
     """The gradient for the input of a strided convolution; windows of one element are products."""
-    layer, x = made((2, 8, 8, 4), 4, window, strides=2)
+    layer, x = made((2, 8, 8, features), 4, window, strides=2)
     graphdef, state = nnx.split(layer)
 
     def dx(state, x, g):

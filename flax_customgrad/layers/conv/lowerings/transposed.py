@@ -32,6 +32,9 @@ from flax_customgrad.layers.conv.lowerings.xla_convolution import xla_correlate
 _MAX_PHASES = 16  # each is a convolution to compile
 _MAX_LEFT_TO_XLA = 9
 """The most elements of overlapping windows that XLA computes as fast as phases."""
+_MAX_OF_FEW_FEATURES = 25
+"""The same for outputs of up to `_FEW` features, such as the gradient of a colored image."""
+_FEW = 3
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class TransposedLowering(Lowering):
 def _is_small_and_overlaps(geometry: Geometry) -> bool:
     """Whether it is a dense convolution of few elements a window, more than lie between inputs."""
     overlaps = any(k > s for k, s in zip(geometry.window, geometry.input_dilation, strict=True))
-    is_small = math.prod(geometry.window) <= _MAX_LEFT_TO_XLA
+    most = _MAX_OF_FEW_FEATURES if geometry.out_features <= _FEW else _MAX_LEFT_TO_XLA
+    is_small = math.prod(geometry.window) <= most
     is_dense = geometry.groups == 1 and set(geometry.kernel_dilation) == {1}
     return is_dense and is_small and overlaps
 
