@@ -1,9 +1,9 @@
 """`by_platform`: one of several computations, by the platform that a program is lowered for.
 
-`jax.lax.platform_dependent` does the same and traces them all, and twice as much for the choice: in
-the backward of a U-Net a fifth of the time it takes to trace. Here the one of this machine's own
-platform is traced. The others are traced where a program is lowered for another platform, as by
-`jax.export`, and where a transformation takes the choice apart: then it is that of JAX.
+`jax.lax.platform_dependent` does the same, and traces them all and two choices around them: a fifth
+of the time that a U-Net takes to trace. Here the one of this machine's own platform is traced. The
+others are where a program is lowered for another platform, as by `jax.export`, and where a
+transformation takes the choice apart: then it is that of JAX.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,8 +33,8 @@ def by_platform(*arrays: jax.Array, default: Computation, **per_platform: Comput
     Raises:
         TypeError: the function closes over an array of a trace.
     """
-    own = jax.default_backend()
-    jaxpr, shapes = jax.make_jaxpr(per_platform.get(own, default), return_shape=True)(*arrays)
+    own = per_platform.get(jax.default_backend(), default)
+    jaxpr, shapes = jax.make_jaxpr(own, return_shape=True)(*arrays)
     if any(map(is_traced, jaxpr.consts)):
         # A computation that is traced later would find that trace at its end.
         raise TypeError("a computation closes over a traced array: make it an argument")
@@ -62,10 +62,11 @@ def _evaluate(*arrays: jax.Array, computations: Any, **_: Any) -> list[jax.Array
 
 
 def _lower(
-    ctx: Any, *values: Any, computations: Any, own: str, jaxpr: ClosedJaxpr
+    ctx: Any, *values: Any, computations: Any, own: Computation, jaxpr: ClosedJaxpr
 ) -> Sequence[Any]:
-    platforms = set(ctx.platforms or ctx.module_context.platforms)
-    if platforms == {own}:
+    default, per_platform = computations
+    platforms = ctx.platforms or ctx.module_context.platforms
+    if all(dict(per_platform).get(platform, default) is own for platform in platforms):
         return mlir.lower_fun(jaxpr_as_fun(jaxpr))(ctx, *values)
     return mlir.lower_fun(_as_platform_dependent(computations))(ctx, *values)
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
@@ -80,7 +81,8 @@ def _log_softmax_on_one_cpu(axis: ReductionAxes, x: jax.Array) -> tuple[jax.Arra
     (wide,) = widened(x.dtype, x)
     shifted = wide - row_max(wide, axis)
     s = jnp.sum(jnp.exp(shifted), axis, keepdims=True)
-    y = in_dtype(shifted - jnp.log(s), x.dtype)
+    # Barrier: as in `softmax`.
+    y = lax.optimization_barrier(in_dtype(shifted - jnp.log(s), x.dtype))
     return are_numbers(y, axis), (y, jnp.ones_like(s))
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
@@ -74,7 +75,8 @@ softmax_of_rows.defvjp(_fwd, _bwd)
 def _softmax_on_one_cpu(axis: ReductionAxes, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     (wide,) = widened(x.dtype, x)
     e = jnp.exp(wide - row_max(wide, axis))
-    y = in_dtype(e / jnp.sum(e, axis, keepdims=True), x.dtype)
+    # Barrier: XLA would look at elements of e / s that it computes anew, and store e for that.
+    y = lax.optimization_barrier(in_dtype(e / jnp.sum(e, axis, keepdims=True), x.dtype))
     return are_numbers(y, axis), y
 
 

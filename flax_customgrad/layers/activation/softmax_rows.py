@@ -8,7 +8,7 @@ infinity these elements share the whole weight equally. A row of minus infinity 
 minus infinity, and every gradient 0. jax.nn answers both with NaN.
 
 On one CPU a large array is computed as jax.nn does, which XLA hands to a library whole. A row in
-which that is no number has none in its first place, and where there is such a row all is computed
+which that is no number has none in its first place, and where there is such a row, all is computed
 again by the formulas above. They give the derivative everywhere (`faster_on_one_cpu`).
 """
 
@@ -105,13 +105,14 @@ def faster_on_one_cpu(fast: Callable[..., Any]) -> Callable[..., Any]:
         def evaluated(static: Any, x: jax.Array, *others: Any) -> Any:
             if not pays_to_branch(x.size):
                 return function(static, x, *others)
+            # A loop that turns once if at all: what a branch hands through may be copied.
             is_right, out = fast(static, x, *others)
-            return lax.cond(
-                is_right,
-                lambda out, *_: out,
-                lambda _, *arrays: function(static, *arrays),
-                *(out, x, *others),
+            _, out = lax.while_loop(
+                lambda state: jnp.logical_not(state[0]),
+                lambda _: (jnp.ones_like(is_right), function(static, x, *others)),
+                (is_right, out),
             )
+            return out
 
         @evaluated.defjvp
         def _jvp(static: Any, primals: Any, tangents: Any) -> Any:
