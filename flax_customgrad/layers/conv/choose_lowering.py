@@ -2,7 +2,7 @@
 
 On a CPU each of the three passes goes through the table below, by the first row that fits. Grouped
 and transposed convolutions are taken apart, and their parts go through the table again. Of the 78
-shapes of `benchmarks.convolutions` none took 1.05 times as long as by XLA. Elsewhere it is XLA's
+shapes of `benchmarks.convolutions` none took 1.06 times as long as by XLA. Elsewhere it is XLA's
 own, with the gradients that JAX has for it. `by_platform` decides when a program is lowered, so an
 exported program chooses where it runs. With Explicit axes of a mesh it is XLA's own everywhere.
 With Auto axes on CPUs a lowering that cuts an image or a kernel up may gather it more often than

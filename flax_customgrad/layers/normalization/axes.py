@@ -11,6 +11,7 @@ from jax import lax
 
 from flax_customgrad.numerics.argument_checks import integers
 from flax_customgrad.numerics.sizes import is_known
+from flax_customgrad.numerics.unfused import unfused
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,11 @@ class NormAxes:
         """A statistic, as `sum` yields it, so that it broadcasts against an input of this shape."""
         if self.groups is None:
             return statistic
-        per_feature = repeat(statistic, "... g -> ... (g k)", k=shape[-1] // self.groups)
-        if not self._is_much_smaller(shape):
-            return per_feature
-        # Barrier: a pass over the input that looks up the group of each element takes up to six
-        # times as long.
-        return lax.optimization_barrier(per_feature)
+        size = shape[-1] // self.groups
+        # A pass over the input that looks up the group of each element takes up to six times as
+        # long.
+        spread = _stored if self._is_much_smaller(shape) else _to_features
+        return spread(statistic, size)
 
     def _is_much_smaller(self, shape: tuple[int, ...]) -> bool:
         """Whether an array of a number for each feature takes next to nothing beside the input."""
@@ -137,6 +137,13 @@ class NormAxes:
         n = partial.ndim
         rest = [i for i in range(n) if i - n not in self.features]
         return lax.reduce_sum(partial, rest).reshape(like.shape)
+
+
+def _to_features(statistic: jax.Array, size: int) -> jax.Array:
+    return repeat(statistic, "... g -> ... (g k)", k=size)
+
+
+_stored = unfused(static_argnums=1)(_to_features)
 
 
 def _sum_over(axes: Sequence[int], a: jax.Array) -> jax.Array:

@@ -35,7 +35,6 @@ def test_a_forward_in_half_precision_stores_one_wide_copy_at_most(name, monkeypa
     assert compiled(name, jnp.bfloat16).memory_analysis().temp_size_in_bytes < 1.2 * wide
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="before, XLA takes barriers out first")
 def test_no_pass_over_the_input_looks_up_a_group():
     text = compiled("GroupNorm", jnp.float32).as_text()
     passes = re.findall(r"^%fused_computation\S* \((.*)\) -> f32\[8,16,16,32\]", text, re.MULTILINE)
