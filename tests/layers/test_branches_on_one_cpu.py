@@ -99,6 +99,21 @@ def test_rows_have_the_limits_that_few_of_them_have(name):
     assert np.isfinite(large[3][500:503]).all()
 
 
+@pytest.mark.parametrize(
+    "loss", [fcg.softmax_cross_entropy_with_integer_labels, fcg.softmax_cross_entropy]
+)
+def test_losses_alone_have_the_limits_that_few_of_them_have(loss):
+    x = np.random.default_rng(0).normal(size=(17000, 4)).astype(np.float32)
+    x[500:504] = ODD
+    labels = np.arange(len(x)) % 4
+    if loss is fcg.softmax_cross_entropy:
+        labels = np.eye(4, dtype=np.float32)[labels]
+    assert _branches(loss, x, labels)
+    assert not _branches(loss, x[500:504], labels[500:504])
+    large, small = jax.jit(loss)(x, labels), jax.jit(loss)(x[:504], labels[:504])
+    np.testing.assert_allclose(large[:504], small, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("padding", [((1, 2),), ((0, 0), (3, 1)), ((2, 0), (0, 0))])
 def test_images_are_padded_as_rows_of_numbers(padding):
     x = jnp.arange(2.0 * 3 * 4 * 5).reshape(2, *((12,) if len(padding) == 1 else (3, 4)), 5)

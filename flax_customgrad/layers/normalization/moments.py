@@ -124,15 +124,16 @@ def moments(
     return _exact(x.astype(dtype), mask, axes, devices, epsilon, centered)
 
 
-def widened_apart(x: jax.Array, dtype: Any) -> jax.Array:
-    """Widens an array for one use of several.
+def widened_again(x: jax.Array, dtype: Any, apart: bool) -> jax.Array:
+    """Widens an array for another use.
 
     Args:
         x: array of any shape, float.
         dtype: what it is widened to.
+        apart: whether the uses stay apart. Of what is widened for several XLA on a CPU stores a
+            wide copy for all of them.
     """
-    # Barrier: of what is widened for several uses XLA on a CPU stores a wide copy for all of them.
-    return lax.optimization_barrier(x).astype(dtype)
+    return (lax.optimization_barrier(x) if apart else x).astype(dtype)
 
 
 def _of_single_elements(x: jax.Array, axes: NormAxes, epsilon: float) -> Moments:
@@ -155,8 +156,7 @@ def _of_plain_sums(
     count = jnp.asarray(axes.count(x.shape), dtype)
     mean_square = lax.div(axes.sum(lax.square(x.astype(dtype))), count)
     nothing = lax.full_like(mean_square, 0)
-    again = widened_apart(x, dtype) if apart else x.astype(dtype)
-    mean = lax.div(axes.sum(again), count) if centered else nothing
+    mean = lax.div(axes.sum(widened_again(x, dtype, apart)), count) if centered else nothing
     variance = lax.max(lax.sub(mean_square, lax.square(mean)), number(0))
     is_right = lax.lt(mean_square, number(jnp.finfo(dtype).max))  # neither inf nor NaN
     if centered:

@@ -48,7 +48,7 @@ from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.layers.normalization.axes import NormAxes
-from flax_customgrad.layers.normalization.moments import Devices, Moments, moments, widened_apart
+from flax_customgrad.layers.normalization.moments import Devices, Moments, moments, widened_again
 from flax_customgrad.numerics.accumulation import fusion_barrier
 from flax_customgrad.numerics.argument_checks import integers
 from flax_customgrad.numerics.inline_jit import inline_jit
@@ -155,7 +155,7 @@ def normalized(
     found = moments(x, mask, axes, config.devices, config.epsilon, config.centered, dtype, apart)
     # Barrier: XLA would make the choice that rstd ends with anew for each element of x.
     found = found._replace(rstd=lax.optimization_barrier(found.rstd))
-    y = _x_hat(widened_apart(x, dtype) if apart else x.astype(dtype), found, config)
+    y = _x_hat(widened_again(x, dtype, apart), found, config)
     if "scale" in params:
         y = y * axes.along(params["scale"], x.shape)
     if "bias" in params:
