@@ -26,7 +26,6 @@ from typing import NamedTuple
 import chex
 import jax
 from flax import nnx
-from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.conv.choose_lowering import correlate, correlate_gradients
@@ -39,6 +38,7 @@ from flax_customgrad.layers.conv.geometry import (
 )
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.numerics.accumulation import total
+from flax_customgrad.numerics.broadcasting import plus_bias
 from flax_customgrad.numerics.products import MatmulConfig
 
 
@@ -92,8 +92,7 @@ def convolution(params: Parameters, x: jax.Array, config: ConvConfig) -> jax.Arr
         matmul.precision,
         matmul.out_sharding,
     )
-    y = y if bias is None else y + lax.expand_dims(bias, range(y.ndim - 1))
-    return with_batch_axes(y, batch)
+    return with_batch_axes(plus_bias(y, bias), batch)
 
 
 def _fwd(params: Parameters, x: jax.Array, config: ConvConfig) -> tuple[jax.Array, Residuals]:

@@ -34,6 +34,7 @@ from flax_customgrad.layers.drop_in import (
     parameters,
 )
 from flax_customgrad.numerics.accumulation import total
+from flax_customgrad.numerics.broadcasting import plus_bias
 from flax_customgrad.numerics.dtypes import as_array
 from flax_customgrad.numerics.products import MatmulConfig, input_gradient, parameter_gradient
 
@@ -61,7 +62,7 @@ def linear(params: Parameters, x: jax.Array, config: MatmulConfig) -> jax.Array:
     """
     x, kernel, bias = config.promote(x, params["kernel"], params.get("bias"))
     y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **config.forward_kwargs())
-    return y if bias is None else y + lax.expand_dims(bias, range(y.ndim - 1))
+    return plus_bias(y, bias)
 
 
 def _fwd(params: Parameters, x: jax.Array, config: MatmulConfig) -> tuple[jax.Array, Residuals]:

@@ -87,15 +87,20 @@ class NormAxes:
             return _sum_over(self.reduced, a)
         return self.sum_features(self.sum_plain(a))
 
-    def spread(self, statistic: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """A statistic, as `sum` yields it, so that it broadcasts against an input of this shape."""
+    def spread(self, statistics: Any, shape: tuple[int, ...]) -> Any:
+        """A statistic or a tuple of them, so that they broadcast against an input of this shape.
+
+        Args:
+            statistics: each as `sum` yields it.
+            shape: that of the input.
+        """
         if self.groups is None:
-            return statistic
+            return statistics
         size = shape[-1] // self.groups
         # A pass over the input that looks up the group of each element takes up to six times as
         # long.
         spread = _stored if self._is_much_smaller(shape) else _to_features
-        return spread(statistic, size)
+        return spread(statistics, size)
 
     def _is_much_smaller(self, shape: tuple[int, ...]) -> bool:
         """Whether an array of a number for each feature takes next to nothing beside the input."""
@@ -139,8 +144,8 @@ class NormAxes:
         return lax.reduce_sum(partial, rest).reshape(like.shape)
 
 
-def _to_features(statistic: jax.Array, size: int) -> jax.Array:
-    return repeat(statistic, "... g -> ... (g k)", k=size)
+def _to_features(statistics: Any, size: int) -> Any:
+    return jax.tree.map(lambda a: repeat(a, "... g -> ... (g k)", k=size), statistics)
 
 
 _stored = unfused(static_argnums=1)(_to_features)

@@ -38,6 +38,7 @@ from flax_customgrad.layers.normalization.normalize import (
     Statistics,
 )
 from flax_customgrad.numerics.dtypes import as_array
+from flax_customgrad.numerics.inline_jit import inline_jit
 
 
 class Residuals(NamedTuple):
@@ -100,6 +101,11 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None]:
 
 
 normalize_by.defvjp(_fwd, _bwd)
+
+
+@inline_jit(static_argnums=())
+def _mixed(old: jax.Array, new: jax.Array, of_old: Any, of_new: Any) -> jax.Array:
+    return of_old * old + of_new * new
 
 
 def _rstd(params: Parameters, x: jax.Array, epsilon: float) -> jax.Array:
@@ -242,7 +248,7 @@ class BatchNorm(nnx.BatchNorm, Norm):
         """
         for variable, new in ((self.mean, found.mean), (self.var, found.variance)):
             old = variable[...]
-            mixed = self.momentum * old + (1 - self.momentum) * new.reshape(old.shape)
+            mixed = _mixed(old, new.reshape(old.shape), self.momentum, 1 - self.momentum)
             if not is_all:
                 mixed = jnp.where(found.n.reshape(-1) > 0, mixed, old)
             variable[...] = lax.stop_gradient(mixed.astype(old.dtype))

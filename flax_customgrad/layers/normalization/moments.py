@@ -175,8 +175,9 @@ def _of_plain_sums(
         return shift, correction, *squares
 
     # XLA sums floats faster than it combines booleans.
-    wrong = jnp.sum(lax.convert_element_type(lax.bitwise_not(is_right), dtype))
-    shift, correction, *squares = lax.cond(wrong == 0, textbook, exact, x)
+    wrong = lax.convert_element_type(lax.bitwise_not(is_right), dtype)
+    is_all_right = lax.eq(lax.reduce_sum(wrong, range(wrong.ndim)), number(0))
+    shift, correction, *squares = lax.cond(is_all_right, textbook, exact, x)
     squares = _about_mean(correction, squares, factors)
     return Moments(shift, correction, *_variance_and_rstd(squares, epsilon), count)
 
@@ -216,10 +217,11 @@ def _exact_means(
     centered: bool,
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
     """The shift, the mean of `x - shift`, and that of its square for each factor."""
-    size, per_element = axes.count(x.shape), 1 / jnp.maximum(count, 1)
+    size, one = axes.count(x.shape), x.dtype.type(1)
+    per_element = lax.div(one, lax.max(count, one))
 
     def mean(a: jax.Array) -> jax.Array:
-        return axes.sum(a if mask is None else jnp.where(mask, a, 0)) * per_element
+        return lax.mul(axes.sum(a if mask is None else jnp.where(mask, a, 0)), per_element)
 
     if centered:
         shift = mean(x)
@@ -228,7 +230,7 @@ def _exact_means(
             # pass and not in another. Of a shift with a bit less there is one version only.
             info = jnp.finfo(x.dtype)
             shift = lax.reduce_precision(shift, info.nexp, info.nmant - 1)
-        d = x - axes.spread(shift, x.shape)
+        d = lax.sub(x, axes.spread(shift, x.shape))
         correction = mean(d)
     else:
         shift = correction = jnp.zeros_like(axes.sum(x))

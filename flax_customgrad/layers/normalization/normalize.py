@@ -157,9 +157,9 @@ def normalized(
     found = found._replace(rstd=lax.optimization_barrier(found.rstd))
     y = _x_hat(widened_again(x, dtype, apart), found, config)
     if "scale" in params:
-        y = y * axes.along(params["scale"], x.shape)
+        y = lax.mul(y, axes.along(params["scale"], x.shape).astype(dtype))
     if "bias" in params:
-        y = y + axes.along(params["bias"], x.shape)
+        y = lax.add(y, axes.along(params["bias"], x.shape).astype(dtype))
     statistics = Statistics(lax.add(found.shift, found.correction), found.variance, found.n)
     return (y.astype(config.dtype), lax.stop_gradient(statistics)), found
 
@@ -185,10 +185,12 @@ def normalize_bwd(
     chex.assert_equal_shape([g, x_hat])
     chex.assert_type([g, x_hat, *found], config.sum_dtype)
     chex.assert_shape(found[:4], axes.statistic_shape(g.shape))
-    scale: Any = 1
-    if "scale" in params:
-        # Barrier: XLA would store the scale spread over the input, to share it with the forward.
-        scale = lax.optimization_barrier(axes.along(params["scale"], g.shape))
+    scale = axes.along(params["scale"], g.shape).astype(g.dtype) if "scale" in params else None
+    # Barrier: XLA would store the scale spread over the input, to share it with the forward.
+    scale = lax.optimization_barrier(scale)
+
+    def scaled(a: jax.Array) -> jax.Array:
+        return a if scale is None else lax.mul(a, scale)
 
     # First over the axes without features: dscale and dbias need no more.
     sum_g, sum_gx = axes.sum_plain(g), axes.sum_plain(lax.mul(g, x_hat))
@@ -196,12 +198,12 @@ def normalize_bwd(
     grads = {name: axes.parameter_sum(partial[name], p) for name, p in params.items()}
     chex.assert_trees_all_equal_shapes(grads, dict(params))
 
-    h = g * scale
+    h = scaled(g)
     # Where every reduced axis has features, both sums are of h: on a mesh that splits the scale it
     # is gathered once.
-    of_h, of_hx = (sum_g * scale, sum_gx * scale) if axes.plain else (h, h * x_hat)
+    of_h, of_hx = (scaled(sum_g), scaled(sum_gx)) if axes.plain else (h, lax.mul(h, x_hat))
     sums = config.devices.sum(axes.sum_features(of_h), axes.sum_features(of_hx))
-    mean_h, mean_hx = (s / _count(res, found, g) for s in sums)
+    mean_h, mean_hx = (lax.div(s, _count(res, found, g)) for s in sums)
     if axes.groups is not None and not axes.plain:
         # As one pass with the sums over parts of the last axis dx would take twice as long.
         mean_h, mean_hx = fusion_barrier(mean_h), fusion_barrier(mean_hx)
@@ -211,12 +213,13 @@ def normalize_bwd(
     again = Moments(*lax.optimization_barrier(tuple(found)))
     if axes.plain:
         x_hat = _x_hat_again(res, again)
-    subtracted = x_hat * axes.spread(mean_hx, g.shape)
+    mean_h, mean_hx, rstd = axes.spread((mean_h, mean_hx, again.rstd), g.shape)
+    subtracted = lax.mul(x_hat, mean_hx)
     if config.centered:
-        subtracted = subtracted + axes.spread(mean_h, g.shape)
+        subtracted = lax.add(subtracted, mean_h)
     if res.mask is not None:
         subtracted = jnp.where(res.mask, subtracted, 0)
-    dx = lax.sub(h, subtracted) * axes.spread(again.rstd, g.shape)
+    dx = lax.mul(lax.sub(h, subtracted), rstd)
     return nnx.State(grads), dx, None, None
 
 
@@ -227,7 +230,7 @@ def _count(res: Residuals, found: Moments, g: jax.Array) -> jax.Array:
     """How many elements share a statistic, or 1: where it can be, a constant of the program."""
     is_known = res.mask is None and res.config.devices.axis_name is None
     n = jnp.asarray(res.config.axes.count(g.shape), g.dtype) if is_known else found.n
-    return jnp.maximum(n, 1)
+    return lax.max(n, n.dtype.type(1))
 
 
 def _rounded(x: jax.Array, config: NormConfig) -> jax.Array:
@@ -238,10 +241,11 @@ def _rounded(x: jax.Array, config: NormConfig) -> jax.Array:
 
 def _x_hat(x: jax.Array, found: Moments, config: NormConfig) -> jax.Array:
     """The normalized input."""
-    shift, correction, rstd = (
-        config.axes.spread(a, x.shape) for a in (found.shift, found.correction, found.rstd)
-    )
-    return ((x - shift) - correction) * rstd if config.centered else x * rstd
+    if not config.centered:
+        return lax.mul(x, config.axes.spread(found.rstd, x.shape))
+    statistics = found.shift, found.correction, found.rstd
+    shift, correction, rstd = config.axes.spread(statistics, x.shape)
+    return lax.mul(lax.sub(lax.sub(x, shift), correction), rstd)
 
 
 def _x_hat_again(res: Residuals, found: Moments) -> jax.Array:

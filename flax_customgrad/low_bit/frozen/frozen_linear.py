@@ -37,6 +37,7 @@ from flax_customgrad.layers.replaced_matmul import refuse_injected
 from flax_customgrad.layers.stacked import for_each, stack_axes, unstack
 from flax_customgrad.low_bit.frozen.frozen_variable import Frozen
 from flax_customgrad.numerics.accumulation import total
+from flax_customgrad.numerics.broadcasting import plus_bias
 from flax_customgrad.numerics.dtypes import as_array
 from flax_customgrad.numerics.products import MatmulConfig, input_gradient
 
@@ -113,10 +114,9 @@ def frozen_linear(
 def _fwd(
     params: Parameters, stored: Parameters, x: jax.Array, config: MatmulConfig, form: Form
 ) -> tuple[jax.Array, Residuals]:
-    x_, kernel, *bias = config.promote(x, dequantize_constant(stored, form), *params.values())
+    x_, kernel, bias = config.promote(x, dequantize_constant(stored, form), params.get("bias"))
     y = lax.dot_general(x_, kernel, (((x.ndim - 1,), (0,)), ((), ())), **config.forward_kwargs())
-    for b in bias:
-        y += lax.expand_dims(b, range(y.ndim - 1))
+    y = plus_bias(y, bias)
     x_type = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.typeof(x).sharding)
     return y, Residuals(stored, x_type, kernel.dtype, "bias" in params, config, form)
 

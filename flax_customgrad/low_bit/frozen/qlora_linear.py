@@ -49,6 +49,7 @@ from flax_customgrad.low_bit.frozen.int4_linear import Int4Linear
 from flax_customgrad.low_bit.frozen.nf4_linear import NF4Linear
 from flax_customgrad.numerics.accumulation import total
 from flax_customgrad.numerics.argument_checks import check_size
+from flax_customgrad.numerics.broadcasting import plus_bias
 from flax_customgrad.numerics.dtypes import as_array
 from flax_customgrad.numerics.products import MatmulConfig, input_gradient, parameter_gradient
 
@@ -98,7 +99,7 @@ def qlora_linear(
     h = factor * lax.dot_general(x, lora_a, over_last, precision=config.precision)
     y = lax.dot_general(x, kernel, over_last, **config.forward_kwargs())
     y += lax.dot_general(h, lora_b, over_last, **config.forward_kwargs())
-    return y if bias is None else y + lax.expand_dims(bias, range(y.ndim - 1))
+    return plus_bias(y, bias)
 
 
 def _fwd(

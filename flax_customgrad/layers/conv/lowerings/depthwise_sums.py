@@ -143,14 +143,15 @@ def sum_by_blocks(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
             for at in itertools.product(*map(range, block)):
                 offset = zip(at, geometry.strides, tap, geometry.kernel_dilation, strict=True)
                 start = [i * s + t * d for i, s, t, d in offset]
-                products.append(strided(x, start, steps) * strided(g, list(at), list(block)))
-            parts.append(fusion_barrier(functools.reduce(jnp.add, products)))
+                seen, cotangents = strided(x, start, steps), strided(g, list(at), list(block))
+                products.append(lax.mul(seen, cotangents))
+            parts.append(fusion_barrier(functools.reduce(lax.add, products)))
         return tuple(parts)
 
     def sums_in_loop(images: int) -> tuple[jax.Array, ...]:
         def add_images(i: int, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             some = (lax.dynamic_slice_in_dim(a, i * images, images) for a in (x, g))
-            return tuple(map(jnp.add, sums, block_sums(*some)))
+            return tuple(map(lax.add, sums, block_sums(*some)))
 
         shape = (images, *counts, x.shape[-1])
         zeros = tuple(jnp.zeros_like(x, shape=shape) for _ in geometry.taps)
