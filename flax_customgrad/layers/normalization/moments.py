@@ -31,6 +31,7 @@ textbook's sums would lose the same digits here, and no shift that all devices k
 collective, such as the running mean, is near the mean when training starts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -149,14 +150,16 @@ def _of_plain_sums(
 ) -> Moments:
     """The textbook's formulas, where they are right; the exact ones elsewhere.
 
-    The textbook's are those of a shift of 0: what leads from the means to the moments is the same,
-    and a program holds it once.
+    The textbook's are those of a shift of 0: what leads from the sums to the moments is the same,
+    and a program holds it once. The sums are what the branch hands through, because of a mean XLA
+    would make an array for it.
     """
     number, factors = np.dtype(dtype).type, _factors(dtype, epsilon)
     count = jnp.asarray(axes.count(x.shape), dtype)
-    mean_square = lax.div(axes.sum(lax.square(x.astype(dtype))), count)
-    nothing = lax.full_like(mean_square, 0)
-    mean = lax.div(axes.sum(widened_again(x, dtype, apart)), count) if centered else nothing
+    of_squares = axes.sum(lax.square(x.astype(dtype)))
+    nothing = lax.full_like(of_squares, 0)
+    of_numbers = axes.sum(widened_again(x, dtype, apart)) if centered else nothing
+    mean, mean_square = lax.div(of_numbers, count), lax.div(of_squares, count)
     variance = lax.max(lax.sub(mean_square, lax.square(mean)), number(0))
     is_right = lax.lt(mean_square, number(jnp.finfo(dtype).max))  # neither inf nor NaN
     if centered:
@@ -166,19 +169,15 @@ def _of_plain_sums(
         is_right = lax.bitwise_and(is_right, lax.gt(variance, number(_TINY)))
 
     def textbook(x: jax.Array) -> tuple[jax.Array, ...]:
-        return nothing, mean, mean_square, *[nothing] * (len(factors) - 1)
+        return nothing, of_numbers, of_squares, *[nothing] * (len(factors) - 1)
 
     def exact(x: jax.Array) -> tuple[jax.Array, ...]:
         # Widened here again, because the argument of a branch is stored.
-        x = x.astype(dtype)
-        shift, correction, squares = _exact_means(x, None, axes, count, factors, centered)
-        return shift, correction, *squares
+        return _exact_sums(x.astype(dtype), None, axes, count, factors, centered)
 
-    # XLA sums floats faster than it combines booleans.
-    wrong = lax.convert_element_type(lax.bitwise_not(is_right), dtype)
-    is_all_right = lax.eq(lax.reduce_sum(wrong, range(wrong.ndim)), number(0))
-    shift, correction, *squares = lax.cond(is_all_right, textbook, exact, x)
-    squares = _about_mean(correction, squares, factors)
+    is_all_right = lax.reduce_and(is_right, range(is_right.ndim))
+    shift, *sums = lax.cond(is_all_right, textbook, exact, x)
+    correction, squares = _about_mean(sums, count, factors)
     return Moments(shift, correction, *_variance_and_rstd(squares, epsilon), count)
 
 
@@ -196,8 +195,8 @@ def _exact(
     if mask is not None:
         count = axes.sum(jnp.broadcast_to(mask, x.shape).astype(x.dtype))
     factors = _factors(x.dtype, epsilon)
-    shift, correction, squares = _exact_means(x, mask, axes, count, factors, centered)
-    squares = _about_mean(correction, squares, factors)
+    shift, *sums = _exact_sums(x, mask, axes, count, factors, centered)
+    correction, squares = _about_mean(sums, count, factors)
     if devices.axis_name is not None:
         count, shift, correction, squares = _combined(
             devices, count, shift, correction, squares, factors
@@ -208,44 +207,49 @@ def _exact(
     return Moments(shift, correction, variance, rstd, count)
 
 
-def _exact_means(
+def _exact_sums(
     x: jax.Array,
     mask: jax.Array | None,
     axes: NormAxes,
     count: jax.Array,
     factors: tuple[float, ...],
     centered: bool,
-) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-    """The shift, the mean of `x - shift`, and that of its square for each factor."""
-    size, one = axes.count(x.shape), x.dtype.type(1)
-    per_element = lax.div(one, lax.max(count, one))
+) -> tuple[jax.Array, ...]:
+    """The shift, the sum of `x - shift`, and that of its square for each factor."""
+    size = axes.count(x.shape)
 
-    def mean(a: jax.Array) -> jax.Array:
-        return lax.mul(axes.sum(a if mask is None else jnp.where(mask, a, 0)), per_element)
+    def total(a: jax.Array) -> jax.Array:
+        return axes.sum(a if mask is None else jnp.where(mask, a, 0))
 
     if centered:
-        shift = mean(x)
+        shift = _mean(total(x), count)
         if mask is not None or not _is_power_of_two(size):
             # Where sum / size is rounded XLA may compute x - shift without that rounding, in one
             # pass and not in another. Of a shift with a bit less there is one version only.
             info = jnp.finfo(x.dtype)
             shift = lax.reduce_precision(shift, info.nexp, info.nmant - 1)
         d = lax.sub(x, axes.spread(shift, x.shape))
-        correction = mean(d)
+        of_rest = total(d)
     else:
-        shift = correction = jnp.zeros_like(axes.sum(x))
+        shift = of_rest = jnp.zeros_like(axes.sum(x))
         d = x
-    return shift, correction, [mean(lax.square(lax.mul(d, x.dtype.type(f)))) for f in factors]
+    of_squares = (total(lax.square(lax.mul(d, x.dtype.type(factor)))) for factor in factors)
+    return shift, of_rest, *of_squares
+
+
+def _mean(total: jax.Array, count: jax.Array) -> jax.Array:
+    return lax.div(total, lax.max(count, count.dtype.type(1)))
 
 
 def _about_mean(
-    correction: jax.Array, squares: list[jax.Array], factors: tuple[float, ...]
-) -> list[jax.Array]:
-    """Mean squares of `x - shift` as those about the mean."""
+    sums: Sequence[jax.Array], count: jax.Array, factors: tuple[float, ...]
+) -> tuple[jax.Array, list[jax.Array]]:
+    """The mean of `x - shift`, and its mean squares about that, one for each factor."""
+    correction, *squares = (_mean(total, count) for total in sums)
     # Where its square would overflow, so does the mean square, and inf - inf is no number.
     number = correction.dtype.type
     root = number(_windows(correction.dtype)[2])
-    return [
+    return correction, [
         lax.sub(square, lax.square(lax.min(lax.abs(lax.mul(correction, number(factor))), root)))
         for square, factor in zip(squares, factors, strict=True)
     ]
