@@ -154,8 +154,12 @@ def normalized(
     axes, dtype, x = config.axes, config.sum_dtype, _rounded(x, config)
     found = moments(x, mask, axes, config.devices, config.epsilon, config.centered, dtype, apart)
     # Barrier: XLA would make the choice that rstd ends with anew for each element of x.
-    found = found._replace(rstd=lax.optimization_barrier(found.rstd))
-    y = _x_hat(widened_again(x, dtype, apart), found, config)
+    if apart:
+        x, rstd = lax.optimization_barrier((x, found.rstd))
+    else:
+        rstd = lax.optimization_barrier(found.rstd)
+    found = found._replace(rstd=rstd)
+    y = _x_hat(x.astype(dtype), found, config)
     if "scale" in params:
         y = lax.mul(y, axes.along(params["scale"], x.shape).astype(dtype))
     if "bias" in params:
