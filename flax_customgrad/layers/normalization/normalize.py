@@ -48,7 +48,8 @@ from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.layers.normalization.axes import NormAxes
-from flax_customgrad.layers.normalization.moments import Devices, Moments, moments, widened_again
+from flax_customgrad.layers.normalization.devices import Devices
+from flax_customgrad.layers.normalization.moments import Moments, moments
 from flax_customgrad.numerics.accumulation import fusion_barrier
 from flax_customgrad.numerics.argument_checks import integers
 from flax_customgrad.numerics.inline_jit import inline_jit
@@ -153,7 +154,8 @@ def normalized(
     """
     axes, dtype, x = config.axes, config.sum_dtype, _rounded(x, config)
     found = moments(x, mask, axes, config.devices, config.epsilon, config.centered, dtype, apart)
-    # Barrier: XLA would make the choice that rstd ends with anew for each element of x.
+    # Barrier: XLA would make the choice that rstd ends with anew for each element of x. A pass that
+    # waits for rstd is none of those over x before, and XLA stores no wide copy for both.
     if apart:
         x, rstd = lax.optimization_barrier((x, found.rstd))
     else:

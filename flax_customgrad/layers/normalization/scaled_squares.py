@@ -1,0 +1,105 @@
+"""The scaled squares of a normalization: mean squares of any numbers, and what they say.
+
+A square overflows from 1.8e19 on, and without an epsilon one may vanish as well. So squares are
+taken of numbers multiplied by a factor, a power of two, which changes no digit: by 1, by a small
+one, and where epsilon is next to nothing by a large one. For each statistic the one is chosen by
+which nothing is lost:
+
+    about    = mean((factor (x - shift))^2) - (factor correction)^2
+    variance = about / factor^2
+    rstd     = factor / sqrt(about + epsilon factor^2)
+
+There is no branch in it, which XLA on a CPU could not fuse.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+TINY = 1e-30
+"""The epsilon, and the variance, below which float32 squares lose digits."""
+
+
+def factors_of(dtype: Any, epsilon: float) -> tuple[float, ...]:
+    """What numbers of a dtype are multiplied by before they are squared."""
+    of_dtype = _range_of(dtype)
+    factors = (1.0, of_dtype.small)
+    return (*factors, of_dtype.large) if epsilon < TINY else factors
+
+
+def about_mean(
+    correction: jax.Array, squares: Sequence[jax.Array], factors: Sequence[Any]
+) -> list[jax.Array]:
+    """Mean squares of `factor (x - shift)` as those about the mean, one for each factor."""
+    number = correction.dtype.type
+    # Where its square would overflow, so does the mean square, and inf - inf is no number.
+    root = number(_range_of(correction.dtype).root)
+    means = [lax.mul(correction, jnp.asarray(factor, correction.dtype)) for factor in factors]
+    return [
+        lax.max(lax.sub(square, lax.square(lax.min(lax.abs(mean), root))), number(0))
+        for square, mean in zip(squares, means, strict=True)
+    ]
+
+
+def chosen_factor(
+    about: Sequence[jax.Array], factors: Sequence[float], of_factors: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """For each statistic the factor by which its squares lose nothing, and what belongs to that.
+
+    Args:
+        about: mean squares about the mean, one for each factor.
+        factors: those of `factors_of`.
+        of_factors: an array for each factor, like the mean squares.
+    """
+    variance, shrunk, *_ = about
+    number = variance.dtype.type
+    is_large = lax.gt(shrunk, number(_range_of(variance.dtype).floor))
+    is_tiny = lax.le(variance, number(TINY))
+
+    def choose(candidates: Sequence[jax.Array]) -> jax.Array:
+        of_plain, of_small, *of_large = candidates
+        chosen = lax.select(is_large, of_small, of_plain)
+        for candidate in of_large:
+            chosen = lax.select(is_tiny, candidate, chosen)
+        return chosen
+
+    return choose([lax.full_like(variance, factor) for factor in factors]), choose(of_factors)
+
+
+def variance_and_rstd(
+    about: jax.Array, factor: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array]:
+    """What a mean square about the mean says, of numbers multiplied by a factor.
+
+    Returns:
+        The variance, inf where it overflows, and 1 / sqrt(variance + epsilon), 0 where there is
+        nothing to divide by.
+    """
+    variance = lax.div(lax.div(about, factor), factor)
+    # In this order, because the square of a factor may be infinite.
+    scaled = lax.add(about, lax.mul(lax.mul(factor, about.dtype.type(epsilon)), factor))
+    rstd = lax.mul(lax.rsqrt(scaled), factor)
+    if epsilon < TINY:
+        rstd = jnp.where(scaled > 0, rstd, 0)
+    return variance, rstd
+
+
+class _Range(NamedTuple):
+    """Which numbers of a dtype can be squared, in powers of two."""
+
+    small: float
+    """A factor for what is too large to be squared; 2^-80 for float32."""
+    floor: float
+    """The least mean square that it is used for, 2^9 below a variance that overflows; 2^-41."""
+    root: float
+    """The largest number that can be squared; 2^60."""
+    large: float
+    """A factor for what is too small to be squared; 2^64."""
+
+
+def _range_of(dtype: Any) -> _Range:
+    half = int(jnp.finfo(dtype).maxexp) // 2
+    return _Range(2.0 ** -(half * 5 // 4), 2.0 ** -(half // 2 + 9), 2.0 ** (half - 4), 2.0**half)
