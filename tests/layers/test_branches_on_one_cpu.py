@@ -67,6 +67,22 @@ def test_normalizations_are_those_of_float64(name, scale, mean, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=5 * tolerance * np.abs(b).max())
 
 
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "InstanceNorm", "BatchNorm"])
+def test_an_output_in_half_precision_takes_no_wide_copy_of_the_input(name):
+    layer = getattr(fcg, name)(FEATURES, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(layer)
+    x = jnp.asarray(_input(name, 1, 0), jnp.bfloat16)
+
+    def call(state, x):
+        return nnx.merge(graphdef, state, copy=True)(x)
+
+    compiled = jax.jit(call).lower(state, x).compile().as_text()
+    entry = compiled[compiled.index("ENTRY") :]
+    shape = ",".join(map(str, x.shape))
+    assert f"= bf16[{shape}]" in entry
+    assert f"= f32[{shape}]" not in entry
+
+
 def test_of_a_single_element_the_mean_is_the_element():
     layer = fcg.InstanceNorm(FEATURES, rngs=nnx.Rngs(0))
     x = jnp.asarray(_input("rows", 1, 3))
