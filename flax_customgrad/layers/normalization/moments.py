@@ -19,6 +19,8 @@ where no mean is further from 0 than about four standard deviations, so that `E[
 four of 24 bits at most, and no square overflows. A branch computes what is above for all else.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -113,31 +115,39 @@ def _of_plain_sums(
     of_numbers = axes.sum(again.astype(dtype)) if centered else nothing
     mean, mean_square = lax.div(of_numbers, count), lax.div(of_squares, count)
     variance = lax.max(lax.sub(mean_square, lax.square(mean)), number(0))
-    is_right = lax.lt(mean_square, number(jnp.finfo(dtype).max))  # neither inf nor NaN
+    is_right = [lax.lt(mean_square, number(jnp.finfo(dtype).max))]  # neither inf nor NaN
     if centered:
         most = lax.mul(lax.add(variance, number(epsilon)), number(_WELL_CONDITIONED))
-        is_right = lax.bitwise_and(is_right, lax.le(mean_square, most))
+        is_right.append(lax.le(mean_square, most))
     if epsilon < TINY:
-        is_right = lax.bitwise_and(is_right, lax.gt(variance, number(TINY)))
+        is_right.append(lax.gt(variance, number(TINY)))
 
     def textbook(x: jax.Array) -> tuple[jax.Array, ...]:
-        return nothing, of_numbers, of_squares, lax.full_like(nothing, 1)
+        return nothing, of_numbers, of_squares, *[nothing] * (len(factors) - 1)
 
     def exact(x: jax.Array) -> tuple[jax.Array, ...]:
         # Widened here again, because the argument of a branch is stored.
-        wide = x.astype(dtype)
-        shift, of_rest, *of_squares = _exact_sums(wide, None, axes, count, factors, centered)
-        squares = [_mean(total, count) for total in of_squares]
-        factor, total = chosen_factor(
-            about_mean(_mean(of_rest, count), squares, factors), factors, of_squares
-        )
-        return shift, of_rest, total, factor
+        return _exact_sums(x.astype(dtype), None, axes, count, factors, centered)
 
-    is_all_right = lax.reduce_and(is_right, range(is_right.ndim))
-    shift, of_rest, of_squares, factor = lax.cond(is_all_right, textbook, exact, x)
-    correction = _mean(of_rest, count)
-    (about,) = about_mean(correction, [_mean(of_squares, count)], [factor])
+    shift, *sums = lax.cond(_all_hold(is_right), textbook, exact, x)
+    correction, *squares = (_mean(total, count) for total in sums)
+    factor, square = chosen_factor(squares, factors)
+    about = about_mean(square, correction, factor)
     return Moments(shift, correction, *variance_and_rstd(about, factor, epsilon), count)
+
+
+def _all_hold(conditions: Sequence[jax.Array]) -> jax.Array:
+    """Whether all elements of several boolean arrays of one shape are True.
+
+    In one reduction: where XLA on a CPU reduces one array, it first stores that array.
+    """
+
+    def both(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        return tuple(map(lax.bitwise_and, left, right))
+
+    of_none = (np.True_,) * len(conditions)
+    axes = tuple(range(conditions[0].ndim))
+    return functools.reduce(lax.bitwise_and, lax.reduce(tuple(conditions), of_none, both, axes))
 
 
 def _exact(
@@ -156,12 +166,12 @@ def _exact(
     factors = factors_of(x.dtype, epsilon)
     shift, *sums = _exact_sums(x, mask, axes, count, factors, centered)
     correction, *squares = (_mean(total, count) for total in sums)
-    squares = about_mean(correction, squares, factors)
+    squares = [about_mean(s, correction, f) for s, f in zip(squares, factors, strict=True)]
     if devices.axis_name is not None:
         count, shift, correction, squares = devices.combine(
             count, shift, correction, squares, factors
         )
-    factor, about = chosen_factor(squares, factors, squares)
+    factor, about = chosen_factor(squares, factors)
     variance, rstd = variance_and_rstd(about, factor, epsilon)
     if mask is not None or size == 0:
         rstd = jnp.where(count > 0, rstd, 0)

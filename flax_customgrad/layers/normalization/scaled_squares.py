@@ -30,34 +30,19 @@ def factors_of(dtype: Any, epsilon: float) -> tuple[float, ...]:
     return (*factors, of_dtype.large) if epsilon < TINY else factors
 
 
-def about_mean(
-    correction: jax.Array, squares: Sequence[jax.Array], factors: Sequence[Any]
-) -> list[jax.Array]:
-    """Mean squares of `factor (x - shift)` as those about the mean, one for each factor."""
-    number = correction.dtype.type
-    # Where its square would overflow, so does the mean square, and inf - inf is no number.
-    root = number(_range_of(correction.dtype).root)
-    means = [lax.mul(correction, jnp.asarray(factor, correction.dtype)) for factor in factors]
-    return [
-        lax.max(lax.sub(square, lax.square(lax.min(lax.abs(mean), root))), number(0))
-        for square, mean in zip(squares, means, strict=True)
-    ]
-
-
 def chosen_factor(
-    about: Sequence[jax.Array], factors: Sequence[float], of_factors: Sequence[jax.Array]
+    squares: Sequence[jax.Array], factors: Sequence[float]
 ) -> tuple[jax.Array, jax.Array]:
-    """For each statistic the factor by which its squares lose nothing, and what belongs to that.
+    """For each statistic the factor by which its squares lose nothing, and the square by that.
 
     Args:
-        about: mean squares about the mean, one for each factor.
+        squares: mean squares, one for each factor.
         factors: those of `factors_of`.
-        of_factors: an array for each factor, like the mean squares.
     """
-    variance, shrunk, *_ = about
-    number = variance.dtype.type
-    is_large = lax.gt(shrunk, number(_range_of(variance.dtype).floor))
-    is_tiny = lax.le(variance, number(TINY))
+    plain, shrunk, *_ = squares
+    number = plain.dtype.type
+    is_large = lax.gt(shrunk, number(_range_of(plain.dtype).floor))
+    is_tiny = lax.le(plain, number(TINY))
 
     def choose(candidates: Sequence[jax.Array]) -> jax.Array:
         of_plain, of_small, *of_large = candidates
@@ -66,7 +51,16 @@ def chosen_factor(
             chosen = lax.select(is_tiny, candidate, chosen)
         return chosen
 
-    return choose([lax.full_like(variance, factor) for factor in factors]), choose(of_factors)
+    return choose([lax.full_like(plain, factor) for factor in factors]), choose(squares)
+
+
+def about_mean(square: jax.Array, correction: jax.Array, factor: Any) -> jax.Array:
+    """The mean square of `factor (x - shift)` as that about the mean."""
+    number = square.dtype.type
+    mean = lax.mul(correction, jnp.asarray(factor, square.dtype))
+    # Where its square would overflow, so does the mean square, and inf - inf is no number.
+    mean = lax.min(lax.abs(mean), number(_range_of(square.dtype).root))
+    return lax.max(lax.sub(square, lax.square(mean)), number(0))
 
 
 def variance_and_rstd(
