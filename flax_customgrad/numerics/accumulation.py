@@ -47,3 +47,21 @@ def fusion_barrier(x: jax.Array) -> jax.Array:
     """
     limits = jnp.finfo(x.dtype)
     return lax.reduce_precision(x, limits.nexp, limits.nmant)
+
+
+def in_turn(arrays: Any, done: Any) -> Any:
+    """Large arrays, for a pass over them that begins when another is done.
+
+    XLA on a CPU computes each sum in a loop of its own, and stores what several of them need, such
+    as an input in float32. Of passes that wait for each other it knows no such thing, and each
+    computes it for itself. It is not for a GPU, which takes several sums in one pass, nor for
+    several devices, which would exchange what several passes need more than once.
+
+    Args:
+        arrays: a tree of arrays that the pass reads.
+        done: a tree of small arrays, the result of the pass before.
+
+    Returns:
+        The same arrays.
+    """
+    return lax.optimization_barrier((arrays, done))[0]

@@ -9,6 +9,11 @@ from flax_customgrad.numerics.sizes import is_known
 _LARGE = 1 << 16
 
 
+def is_one_cpu() -> bool:
+    """Whether JAX computes on one device, a CPU."""
+    return jax.device_count() == 1 and jax.default_backend() == "cpu"
+
+
 def pays_to_branch(size: Any) -> bool:
     """Whether it pays to decide by a value which of two computations of an array runs.
 
@@ -18,5 +23,4 @@ def pays_to_branch(size: Any) -> bool:
     Args:
         size: the number of elements of the array.
     """
-    is_large = is_known(size) and size >= _LARGE
-    return is_large and jax.device_count() == 1 and jax.default_backend() == "cpu"
+    return is_known(size) and size >= _LARGE and is_one_cpu()

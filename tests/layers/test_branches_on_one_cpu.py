@@ -83,6 +83,27 @@ def test_an_output_in_half_precision_takes_no_wide_copy_of_the_input(name):
     assert f"= f32[{shape}]" not in entry
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "copies"),
+    [("RMSNorm", "float32", 0)]
+    + [(name, "bfloat16", 1) for name in ("BatchNorm", "InstanceNorm")]
+    + [(name, "bfloat16", 2) for name in ("RMSNorm", "LayerNorm", "GroupNorm")],
+)
+def test_passes_of_a_backward_share_no_wide_copy(name, dtype, copies):
+    """One in half precision is that of the forward, one more of the sums for scale and bias."""
+    groups = {"num_groups": 4} if name == "GroupNorm" else {}
+    layer = getattr(fcg, name)(FEATURES, dtype=jnp.dtype(dtype), **groups, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(layer)
+    x = jnp.asarray(_input(name, 1, 0), dtype)
+
+    def both(state, x, g):
+        y, pull = jax.vjp(lambda s, x: nnx.merge(graphdef, s, copy=True)(x), state, x)
+        return y, pull(g)
+
+    memory = jax.jit(both).lower(state, x, x[::-1]).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < (copies + 0.5) * 4 * x.size
+
+
 def test_of_a_single_element_the_mean_is_the_element():
     layer = fcg.InstanceNorm(FEATURES, rngs=nnx.Rngs(0))
     x = jnp.asarray(_input("rows", 1, 3))

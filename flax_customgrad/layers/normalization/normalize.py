@@ -50,9 +50,10 @@ from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, para
 from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.normalization.devices import Devices
 from flax_customgrad.layers.normalization.moments import Moments, moments
-from flax_customgrad.numerics.accumulation import fusion_barrier
+from flax_customgrad.numerics.accumulation import fusion_barrier, in_turn
 from flax_customgrad.numerics.argument_checks import integers
 from flax_customgrad.numerics.inline_jit import inline_jit
+from flax_customgrad.numerics.platform import is_one_cpu
 
 NormResidual = Literal["input", "output"]
 """What the backward keeps to find the normalized input again.
@@ -186,30 +187,53 @@ def normalize_bwd(
 ) -> tuple[nnx.State, jax.Array, None, None]:
     """The backward of `normalize`: the cotangents of its parameters and of x."""
     params, found, config, axes = res.params, res.moments, res.config, res.config.axes
-    g = cotangents[0].astype(config.sum_dtype)
-    x_hat = _x_hat_again(res, found)
+    g, x_hat = cotangents[0].astype(config.sum_dtype), _x_hat_again(res, found)
     chex.assert_equal_shape([g, x_hat])
     chex.assert_type([g, x_hat, *found], config.sum_dtype)
     chex.assert_shape(found[:4], axes.statistic_shape(g.shape))
     scale = axes.along(params["scale"], g.shape).astype(g.dtype) if "scale" in params else None
     # Barrier: XLA would store the scale spread over the input, to share it with the forward.
     scale = lax.optimization_barrier(scale)
+    h = g if scale is None else lax.mul(g, scale)
+    # Of float32 XLA stores nothing for sums along the same axes, and with a mean x_hat alone.
+    is_half = {res.x_or_y.dtype, cotangents[0].dtype} != {g.dtype}
+    is_apart = is_one_cpu() and (is_half or not (axes.plain or config.centered))
 
-    def scaled(a: jax.Array) -> jax.Array:
-        return a if scale is None else lax.mul(a, scale)
+    def read_g(done: Any) -> jax.Array:
+        """g, for a pass over it that begins when another is done."""
+        return in_turn(cotangents[0], done).astype(g.dtype) if is_apart else g
 
-    # First over the axes without features: dscale and dbias need no more.
-    sum_g, sum_gx = axes.sum_plain(g), axes.sum_plain(lax.mul(g, x_hat))
-    partial = {"scale": sum_gx, "bias": sum_g}
-    grads = {name: axes.parameter_sum(partial[name], p) for name, p in params.items()}
+    def read_h(done: Any) -> jax.Array:
+        return lax.mul(read_g(done), scale) if is_apart and scale is not None else h
+
+    def read_x_hat(done: Any) -> jax.Array:
+        if not is_apart:
+            return x_hat
+        x_or_y, moments = in_turn((res.x_or_y, found), done)
+        return _x_hat_again(res._replace(x_or_y=x_or_y), moments)
+
+    if axes.plain:
+        # First over the axes without features: dscale and dbias need no more.
+        sum_g = axes.sum_plain(read_g(found))
+        sum_gx = axes.sum_plain(lax.mul(read_g(sum_g), read_x_hat(sum_g)))
+        partial = {"scale": sum_gx, "bias": sum_g}
+        grads = {name: axes.parameter_sum(partial[name], p) for name, p in params.items()}
+        of_h = (a if scale is None else lax.mul(a, scale) for a in (sum_g, sum_gx))
+        sum_h, sum_hx = map(axes.sum_features, of_h)
+    else:
+        grads, done = {}, found
+        if "bias" in params:
+            done = grads["bias"] = axes.parameter_sum(read_g(done), params["bias"])
+        if "scale" in params:
+            of_scale = lax.mul(read_g(done), read_x_hat(done))
+            done = grads["scale"] = axes.parameter_sum(of_scale, params["scale"])
+        # Both sums are of h: on a mesh that splits the scale it is gathered once.
+        sum_h = axes.sum_features(h) if config.centered else jnp.zeros_like(found.rstd)
+        sum_hx = axes.sum_features(lax.mul(read_h(done), read_x_hat(done)))
     chex.assert_trees_all_equal_shapes(grads, dict(params))
 
-    h = scaled(g)
-    # Where every reduced axis has features, both sums are of h: on a mesh that splits the scale it
-    # is gathered once.
-    of_h, of_hx = (scaled(sum_g), scaled(sum_gx)) if axes.plain else (h, lax.mul(h, x_hat))
-    sums = config.devices.sum(axes.sum_features(of_h), axes.sum_features(of_hx))
-    mean_h, mean_hx = (lax.div(s, _count(res, found, g)) for s in sums)
+    count = _count(res, found, g)
+    mean_h, mean_hx = (lax.div(s, count) for s in config.devices.sum(sum_h, sum_hx))
     if axes.groups is not None and not axes.plain:
         # As one pass with the sums over parts of the last axis dx would take twice as long.
         mean_h, mean_hx = fusion_barrier(mean_h), fusion_barrier(mean_hx)
@@ -217,8 +241,9 @@ def normalize_bwd(
     # Barrier: stops XLA from sharing an rstd spread over the input, and where the sums are a pass
     # of their own x_hat itself, with those passes, which would store them as arrays.
     again = Moments(*lax.optimization_barrier(tuple(found)))
-    if axes.plain:
-        x_hat = _x_hat_again(res, again)
+    shares = axes.plain and not is_apart
+    x_hat = _x_hat_again(res, again) if shares else read_x_hat(mean_hx)
+    h = read_h(mean_hx)
     mean_h, mean_hx, rstd = axes.spread((mean_h, mean_hx, again.rstd), g.shape)
     subtracted = lax.mul(x_hat, mean_hx)
     if config.centered:
