@@ -31,12 +31,8 @@ from jax import lax
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, given, parameters
 from flax_customgrad.layers.normalization.axes import NormAxes
-from flax_customgrad.layers.normalization.normalize import (
-    Norm,
-    NormConfig,
-    NormResidual,
-    Statistics,
-)
+from flax_customgrad.layers.normalization.norm import Norm
+from flax_customgrad.layers.normalization.normalize import NormConfig, NormResidual, Statistics
 from flax_customgrad.numerics.dtypes import as_array
 from flax_customgrad.numerics.inline_jit import inline_jit
 

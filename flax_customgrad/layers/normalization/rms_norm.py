@@ -24,7 +24,8 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
 from flax_customgrad.layers.drop_in import given
 from flax_customgrad.layers.normalization.axes import NormAxes
-from flax_customgrad.layers.normalization.normalize import Norm, NormResidual
+from flax_customgrad.layers.normalization.norm import Norm
+from flax_customgrad.layers.normalization.normalize import NormResidual
 from flax_customgrad.numerics.dtypes import as_array
 
 
