@@ -30,7 +30,8 @@ mask is True. Without a mean (RMSNorm) mean_h is left out. Where there is nothin
 is masked, or epsilon and variance are 0) rstd is 0: the output is the bias and dx is 0.
 
 Autodiff of nnx keeps two or three arrays of x's size in float32, whatever the dtype of x. All sums
-run in float32, forward as in nnx and backward too.
+run in float32, forward as in nnx and backward too. On one CPU each pass of the backward reads g and
+x for itself: XLA would store what several passes need, in float32 (`in_turn`).
 """
 
 from dataclasses import dataclass, field
