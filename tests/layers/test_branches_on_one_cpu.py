@@ -104,6 +104,29 @@ def test_passes_of_a_backward_share_no_wide_copy(name, dtype, copies):
     assert memory.temp_size_in_bytes < (copies + 0.5) * 4 * x.size
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("RMSNorm", "float32"), ("LayerNorm", "bfloat16")])
+def test_passes_that_wait_for_each_other_are_transformed(name, dtype):
+    x = jax.random.normal(jax.random.key(0), (3, 5, FEATURES)).astype(dtype)
+    v = jax.random.normal(jax.random.key(1), x.shape).astype(dtype)
+
+    def derivatives(module):
+        layer = getattr(module, name)(FEATURES, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+        graphdef, state = nnx.split(layer)
+
+        def gradient(x):
+            y, pull = jax.vjp(nnx.merge(graphdef, state, copy=True), x)
+            return pull(jnp.sin(y))[0]
+
+        twice = jax.vjp(gradient, x)[1](v)[0]
+        of_each = jax.vmap(jax.checkpoint(gradient))(x)
+        return [gradient(x), jax.jvp(gradient, (x,), (v,))[1], twice, of_each]
+
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    for ours, theirs in zip(derivatives(fcg), derivatives(nnx), strict=True):
+        ours, theirs = (np.asarray(a, np.float32) for a in (ours, theirs))
+        np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max())
+
+
 def test_of_a_single_element_the_mean_is_the_element():
     layer = fcg.InstanceNorm(FEATURES, rngs=nnx.Rngs(0))
     x = jnp.asarray(_input("rows", 1, 3))
