@@ -67,66 +67,6 @@ def test_normalizations_are_those_of_float64(name, scale, mean, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=5 * tolerance * np.abs(b).max())
 
 
-@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "InstanceNorm", "BatchNorm"])
-def test_an_output_in_half_precision_takes_no_wide_copy_of_the_input(name):
-    layer = getattr(fcg, name)(FEATURES, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    graphdef, state = nnx.split(layer)
-    x = jnp.asarray(_input(name, 1, 0), jnp.bfloat16)
-
-    def call(state, x):
-        return nnx.merge(graphdef, state, copy=True)(x)
-
-    compiled = jax.jit(call).lower(state, x).compile().as_text()
-    entry = compiled[compiled.index("ENTRY") :]
-    shape = ",".join(map(str, x.shape))
-    assert f"= bf16[{shape}]" in entry
-    assert f"= f32[{shape}]" not in entry
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "copies"),
-    [("RMSNorm", "float32", 0)]
-    + [(name, "bfloat16", 1) for name in ("BatchNorm", "InstanceNorm")]
-    + [(name, "bfloat16", 2) for name in ("RMSNorm", "LayerNorm", "GroupNorm")],
-)
-def test_passes_of_a_backward_share_no_wide_copy(name, dtype, copies):
-    """One in half precision is that of the forward, one more of the sums for scale and bias."""
-    groups = {"num_groups": 4} if name == "GroupNorm" else {}
-    layer = getattr(fcg, name)(FEATURES, dtype=jnp.dtype(dtype), **groups, rngs=nnx.Rngs(0))
-    graphdef, state = nnx.split(layer)
-    x = jnp.asarray(_input(name, 1, 0), dtype)
-
-    def both(state, x, g):
-        y, pull = jax.vjp(lambda s, x: nnx.merge(graphdef, s, copy=True)(x), state, x)
-        return y, pull(g)
-
-    memory = jax.jit(both).lower(state, x, x[::-1]).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < (copies + 0.5) * 4 * x.size
-
-
-@pytest.mark.parametrize(("name", "dtype"), [("RMSNorm", "float32"), ("LayerNorm", "bfloat16")])
-def test_passes_that_wait_for_each_other_are_transformed(name, dtype):
-    x = jax.random.normal(jax.random.key(0), (3, 5, FEATURES)).astype(dtype)
-    v = jax.random.normal(jax.random.key(1), x.shape).astype(dtype)
-
-    def derivatives(module):
-        layer = getattr(module, name)(FEATURES, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
-        graphdef, state = nnx.split(layer)
-
-        def gradient(x):
-            y, pull = jax.vjp(nnx.merge(graphdef, state, copy=True), x)
-            return pull(jnp.sin(y))[0]
-
-        twice = jax.vjp(gradient, x)[1](v)[0]
-        of_each = jax.vmap(jax.checkpoint(gradient))(x)
-        return [gradient(x), jax.jvp(gradient, (x,), (v,))[1], twice, of_each]
-
-    tolerance = 1e-5 if dtype == "float32" else 2e-2
-    for ours, theirs in zip(derivatives(fcg), derivatives(nnx), strict=True):
-        ours, theirs = (np.asarray(a, np.float32) for a in (ours, theirs))
-        np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max())
-
-
 def test_of_a_single_element_the_mean_is_the_element():
     layer = fcg.InstanceNorm(FEATURES, rngs=nnx.Rngs(0))
     x = jnp.asarray(_input("rows", 1, 3))

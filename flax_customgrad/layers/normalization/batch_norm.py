@@ -32,7 +32,12 @@ from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, given, parameters
 from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.normalization.norm import Norm
-from flax_customgrad.layers.normalization.normalize import NormConfig, NormResidual, Statistics
+from flax_customgrad.layers.normalization.normalize import (
+    NormConfig,
+    NormResidual,
+    Statistics,
+    scaled_and_shifted,
+)
 from flax_customgrad.numerics.dtypes import as_array
 from flax_customgrad.numerics.inline_jit import inline_jit
 
@@ -58,13 +63,7 @@ def normalize_by(params: Parameters, x: jax.Array, config: NormConfig) -> jax.Ar
     Returns:
         Array of x's shape in `config.dtype`.
     """
-    axes = config.axes
-    y = _x_hat(params, x, config)
-    if "scale" in params:
-        y = y * axes.along(params["scale"], x.shape)
-    if "bias" in params:
-        y = y + axes.along(params["bias"], x.shape)
-    return y.astype(config.dtype)
+    return scaled_and_shifted(_x_hat(params, x, config), params, config.axes).astype(config.dtype)
 
 
 def _fwd(params: Parameters, x: jax.Array, config: NormConfig) -> tuple[jax.Array, Residuals]:

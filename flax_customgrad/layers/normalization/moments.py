@@ -37,6 +37,7 @@ from flax_customgrad.layers.normalization.scaled_squares import (
     factors_of,
     variance_and_rstd,
 )
+from flax_customgrad.numerics.accumulation import in_turn
 from flax_customgrad.numerics.platform import pays_to_branch
 from flax_customgrad.numerics.sizes import is_known
 
@@ -111,7 +112,7 @@ def _of_plain_sums(
     count = jnp.asarray(axes.count(x.shape), dtype)
     of_squares = axes.sum(lax.square(x.astype(dtype)))
     nothing = lax.full_like(of_squares, 0)
-    again = lax.optimization_barrier(x) if apart else x
+    again = in_turn(x, of_squares) if apart else x
     of_numbers = axes.sum(again.astype(dtype)) if centered else nothing
     mean, mean_square = lax.div(of_numbers, count), lax.div(of_squares, count)
     variance = lax.max(lax.sub(mean_square, lax.square(mean)), number(0))

@@ -153,20 +153,27 @@ def normalized(
     """
     axes, dtype, x = config.axes, config.sum_dtype, _rounded(x, config)
     found = moments(x, mask, axes, config.devices, config.epsilon, config.centered, dtype, apart)
-    # Barrier: XLA would make the choice that rstd ends with anew for each element of x. A pass that
-    # waits for rstd is none of those over x before, and XLA stores no wide copy for both.
-    if apart:
-        x, rstd = lax.optimization_barrier((x, found.rstd))
-    else:
-        rstd = lax.optimization_barrier(found.rstd)
-    found = found._replace(rstd=rstd)
-    y = _x_hat(x.astype(dtype), found, config)
-    if "scale" in params:
-        y = lax.mul(y, axes.along(params["scale"], x.shape).astype(dtype))
-    if "bias" in params:
-        y = lax.add(y, axes.along(params["bias"], x.shape).astype(dtype))
+    # Barrier: XLA would make the choice that rstd ends with anew for each element of x.
+    found = found._replace(rstd=lax.optimization_barrier(found.rstd))
+    x = in_turn(x, found.rstd) if apart else x
+    y = scaled_and_shifted(_x_hat(x.astype(dtype), found, config), params, axes)
     statistics = Statistics(lax.add(found.shift, found.correction), found.variance, found.n)
     return (y.astype(config.dtype), lax.stop_gradient(statistics)), found
+
+
+def scaled_and_shifted(y: jax.Array, params: Parameters, axes: NormAxes) -> jax.Array:
+    """A normalized input times the scale plus the bias, those of the two that there are.
+
+    Args:
+        y: array of any shape, float, at least as wide as the parameters are to be computed in.
+        params: those of `normalize`.
+        axes: the axes along which they vary.
+    """
+    if "scale" in params:
+        y = lax.mul(y, axes.along(params["scale"], y.shape).astype(y.dtype))
+    if "bias" in params:
+        y = lax.add(y, axes.along(params["bias"], y.shape).astype(y.dtype))
+    return y
 
 
 def _fwd(
@@ -192,7 +199,11 @@ def normalize_bwd(
     scale = axes.along(params["scale"], g.shape).astype(g.dtype) if "scale" in params else None
     # Barrier: XLA would store the scale spread over the input, to share it with the forward.
     scale = lax.optimization_barrier(scale)
-    h = g if scale is None else lax.mul(g, scale)
+
+    def scaled(a: jax.Array) -> jax.Array:
+        return a if scale is None else lax.mul(a, scale)
+
+    h = scaled(g)
     # Of float32 XLA stores nothing for sums along the same axes, and with a mean x_hat alone.
     is_half = {res.x_or_y.dtype, cotangents[0].dtype} != {g.dtype}
     is_apart = is_one_cpu() and (is_half or not (axes.plain or config.centered))
@@ -202,9 +213,11 @@ def normalize_bwd(
         return in_turn(cotangents[0], done).astype(g.dtype) if is_apart else g
 
     def read_h(done: Any) -> jax.Array:
-        return lax.mul(read_g(done), scale) if is_apart and scale is not None else h
+        """h, likewise."""
+        return scaled(read_g(done)) if is_apart else h
 
     def read_x_hat(done: Any) -> jax.Array:
+        """x_hat, likewise."""
         if not is_apart:
             return x_hat
         x_or_y, moments = in_turn((res.x_or_y, found), done)
@@ -216,8 +229,7 @@ def normalize_bwd(
         sum_gx = axes.sum_plain(lax.mul(read_g(sum_g), read_x_hat(sum_g)))
         partial = {"scale": sum_gx, "bias": sum_g}
         grads = {name: axes.parameter_sum(partial[name], p) for name, p in params.items()}
-        of_h = (a if scale is None else lax.mul(a, scale) for a in (sum_g, sum_gx))
-        sum_h, sum_hx = map(axes.sum_features, of_h)
+        sum_h, sum_hx = (axes.sum_features(scaled(a)) for a in (sum_g, sum_gx))
     else:
         grads, done = {}, found
         if "bias" in params:
@@ -239,8 +251,7 @@ def normalize_bwd(
     # Barrier: stops XLA from sharing an rstd spread over the input, and where the sums are a pass
     # of their own x_hat itself, with those passes, which would store them as arrays.
     again = Moments(*lax.optimization_barrier(tuple(found)))
-    shares = axes.plain and not is_apart
-    x_hat = _x_hat_again(res, again) if shares else read_x_hat(mean_hx)
+    x_hat = read_x_hat(mean_hx) if is_apart or not axes.plain else _x_hat_again(res, again)
     h = read_h(mean_hx)
     mean_h, mean_hx, rstd = axes.spread((mean_h, mean_hx, again.rstd), g.shape)
     subtracted = lax.mul(x_hat, mean_hx)

@@ -14,6 +14,7 @@ from jax import lax
 
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.low_bit.int8.int8_codes import Int8Array
+from flax_customgrad.numerics.broadcasting import plus_bias
 from flax_customgrad.numerics.products import MatmulConfig
 
 
@@ -74,7 +75,7 @@ def product_of_codes(
     dtype = op.matmul.preferred_element_type or dtype
     if b is None:
         return y.astype(dtype)
-    return (y + lax.expand_dims(b, range(y.ndim - 1))).astype(jnp.result_type(dtype, b))
+    return plus_bias(y, b).astype(jnp.result_type(dtype, b))
 
 
 def by_channel(scale: jax.Array) -> jax.Array:

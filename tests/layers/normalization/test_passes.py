@@ -1,9 +1,11 @@
 """What XLA on a CPU makes of a normalization: the passes over its input, and what they store."""
 
+import math
 import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -19,12 +21,21 @@ SHAPES = {
 """Arguments, and an input large enough for the textbook's sums."""
 
 
-def compiled(name, dtype):
+def compiled(name, dtype, backward=False):
     arguments, shape = SHAPES[name]
     layer = getattr(fcg, name)(*arguments, dtype=dtype, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(layer)
-    forward = lambda state, x: nnx.merge(graphdef, state, copy=True)(x)  # noqa: E731
-    return jax.jit(forward).lower(state, jax.ShapeDtypeStruct(shape, dtype)).compile()
+
+    def forward(state, x):
+        return nnx.merge(graphdef, state, copy=True)(x)
+
+    def both(state, x, g):
+        y, pull = jax.vjp(forward, state, x)
+        return y, pull(g)
+
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    program, operands = (both, (x, x)) if backward else (forward, (x,))
+    return jax.jit(program).lower(state, *operands).compile()
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -33,6 +44,55 @@ def test_a_forward_in_half_precision_stores_one_wide_copy_at_most(name, monkeypa
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     wide = 4 * 2**16
     assert compiled(name, jnp.bfloat16).memory_analysis().temp_size_in_bytes < 1.2 * wide
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_forward_in_half_precision_widens_its_input_in_each_pass(name, monkeypatch):
+    """The wide copy is that of the branch."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    text = compiled(name, jnp.bfloat16).as_text()
+    entry = text[text.index("ENTRY") :]
+    shape = ",".join(map(str, SHAPES[name][1]))
+    assert f"= bf16[{shape}]" in entry
+    assert f"= f32[{shape}]" not in entry
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "copies"),
+    [("RMSNorm", "float32", 0)]
+    + [(name, "bfloat16", 1) for name in ("BatchNorm", "InstanceNorm", "GroupNorm")]
+    + [(name, "bfloat16", 2) for name in ("RMSNorm", "LayerNorm")],
+)
+def test_passes_of_a_backward_share_no_wide_copy(name, dtype, copies, monkeypatch):
+    """One in half precision is that of the forward, one more of the sums for scale and bias."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    memory = compiled(name, jnp.dtype(dtype), backward=True).memory_analysis()
+    wide = 4 * math.prod(SHAPES[name][1])
+    assert memory.temp_size_in_bytes < (copies + 0.5) * wide
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("RMSNorm", "float32"), ("LayerNorm", "bfloat16")])
+def test_passes_that_wait_for_each_other_are_transformed(name, dtype, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    x = jax.random.normal(jax.random.key(0), (3, 5, 64)).astype(dtype)
+    v = jax.random.normal(jax.random.key(1), x.shape).astype(dtype)
+
+    def derivatives(module):
+        layer = getattr(module, name)(64, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+        graphdef, state = nnx.split(layer)
+
+        def gradient(x):
+            y, pull = jax.vjp(nnx.merge(graphdef, state, copy=True), x)
+            return pull(jnp.sin(y))[0]
+
+        twice = jax.vjp(gradient, x)[1](v)[0]
+        of_each = jax.vmap(jax.checkpoint(gradient))(x)
+        return [gradient(x), jax.jvp(gradient, (x,), (v,))[1], twice, of_each]
+
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    for ours, theirs in zip(derivatives(fcg), derivatives(nnx), strict=True):
+        ours, theirs = (np.asarray(a, np.float32) for a in (ours, theirs))
+        np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max())
 
 
 def test_no_pass_over_the_input_looks_up_a_group():
