@@ -67,6 +67,28 @@ def test_normalizations_are_those_of_float64(name, scale, mean, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=5 * tolerance * np.abs(b).max())
 
 
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_without_an_epsilon_each_row_is_normalized_whatever_the_others_are(name):
+    sizes = 10.0 ** np.linspace(-25, 25, ROWS)[:, None]
+    x = np.float32(sizes * (np.random.default_rng(0).normal(size=(ROWS, FEATURES)) + 1))
+    x[7] = 0
+    layer = getattr(fcg, name)(FEATURES, epsilon=0.0, rngs=nnx.Rngs(0))
+    y, pull = jax.vjp(layer, x)
+    dx = pull(jnp.cos(y))[0]
+
+    for found in (y, dx):
+        np.testing.assert_array_equal(found[7], 0)
+    x, y, dx = (np.delete(np.float64(a), 7, axis=0) for a in (x, y, dx))
+    is_centered = name == "LayerNorm"
+    d = x - is_centered * x.mean(-1, keepdims=True)
+    size = np.sqrt((d**2).mean(-1, keepdims=True))
+    x_hat, g = d / size, np.cos(d / size)
+    rest = is_centered * g.mean(-1, keepdims=True)
+    expected = g - rest - x_hat * (g * x_hat).mean(-1, keepdims=True)
+    np.testing.assert_allclose(y, x_hat, atol=1e-5)
+    np.testing.assert_allclose(dx * size, expected, atol=1e-5)
+
+
 def test_of_a_single_element_the_mean_is_the_element():
     layer = fcg.InstanceNorm(FEATURES, rngs=nnx.Rngs(0))
     x = jnp.asarray(_input("rows", 1, 3))

@@ -69,7 +69,9 @@ def _fwd(
 ) -> tuple[tuple[jax.Array, Statistics], Residuals]:
     (y, statistics), found = norm.normalized(params, x, mask, config, False)
     z = _leaky(y, slope)
-    return (z, statistics), Residuals(norm.Residuals(params, z, mask, found, config), slope)
+    return (z, statistics), Residuals(
+        norm.Residuals(params, z, mask, found.standard, found.n, config), slope
+    )
 
 
 def _bwd(

@@ -19,7 +19,8 @@ class NormAxes:
     """Which elements share statistics, and which share a scale and a bias.
 
     A sum over the reduced axes is taken in two steps: first over those without features, which
-    leaves what the gradients of scale and bias need too, then over the features.
+    leaves what the gradients of scale and bias need too, then over the features. A statistic has
+    the axes that are left.
 
     Axes are counted from the end, so that further leading axes change nothing.
 
@@ -69,38 +70,43 @@ class NormAxes:
         return tuple(i for i in self.reduced if i not in self.features)
 
     def sum_plain(self, a: jax.Array) -> jax.Array:
-        """The sum over the reduced axes that carry no features; they stay, with size 1."""
+        """The sum over the reduced axes that carry no features, which are dropped."""
         if not self.plain:
             return a
         # Barrier: two sums are made of this one. XLA would merge each with it and read `a` twice.
-        return lax.optimization_barrier(_sum_over(self.plain, a))
+        return lax.optimization_barrier(lax.reduce_sum(a, [i + a.ndim for i in self.plain]))
 
-    def sum_features(self, a: jax.Array) -> jax.Array:
+    def sum_features(self, partial: jax.Array) -> jax.Array:
         """The second step: sums what `sum_plain` left over the features, one number a statistic."""
         if self.groups is not None:
-            return lax.reduce_sum(rearrange(a, "... (g k) -> ... g k", g=self.groups), [a.ndim])
-        return _sum_over([i for i in self.reduced if i in self.features], a)
+            grouped = rearrange(partial, "... (g k) -> ... g k", g=self.groups)
+            return lax.reduce_sum(grouped, [partial.ndim])
+        both = [i for i in self.reduced if i in self.features]
+        return lax.reduce_sum(partial, self._left_of_plain(both, partial))
 
     def sum(self, a: jax.Array) -> jax.Array:
-        """The sum over all elements that share a statistic."""
+        """The sum over all elements that share a statistic; the reduced axes are dropped."""
         if self.groups is None:
-            return _sum_over(self.reduced, a)
+            return lax.reduce_sum(a, [i + a.ndim for i in self.reduced])
         return self.sum_features(self.sum_plain(a))
 
     def spread(self, statistics: Any, shape: tuple[int, ...]) -> Any:
-        """A statistic or a tuple of them, so that they broadcast against an input of this shape.
+        """A statistic or a tuple of them, each element of an input with that of its own.
 
         Args:
             statistics: each as `sum` yields it.
             shape: that of the input.
+
+        Returns:
+            The same of arrays of this shape.
         """
-        if self.groups is None:
-            return statistics
-        size = shape[-1] // self.groups
-        # A pass over the input that looks up the group of each element takes up to six times as
-        # long.
-        spread = _stored if self._is_much_smaller(shape) else _to_features
-        return spread(statistics, size)
+        if self.groups is not None:
+            # A pass over the input that looks up the group of each element takes up to six times
+            # as long.
+            to_features = _stored if self._is_much_smaller(shape) else _to_features
+            statistics = to_features(statistics, shape[-1] // self.groups)
+        left = _others(len(shape), self.plain if self.groups is not None else self.reduced)
+        return jax.tree.map(lambda a: lax.broadcast_in_dim(a, shape, left), statistics)
 
     def _is_much_smaller(self, shape: tuple[int, ...]) -> bool:
         """Whether an array of a number for each feature takes next to nothing beside the input."""
@@ -113,11 +119,15 @@ class NormAxes:
 
     def statistic_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a statistic of an input of this shape, as `sum` yields it."""
-        sizes = [1 if i in self.reduced else n for i, n in enumerate(shape, -len(shape))]
-        return (*sizes[:-1], self.groups) if self.groups is not None else tuple(sizes)
+        if self.groups is not None:
+            return (*(shape[i] for i in _others(len(shape), self.plain)[:-1]), self.groups)
+        return tuple(shape[i] for i in _others(len(shape), self.reduced))
 
     def along(self, parameter: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """A scale or bias, so that it broadcasts against an input of this shape.
+        """A scale or bias, each element of an input with that of its feature.
+
+        Returns:
+            Array of the input's shape.
 
         Raises:
             ValueError: the feature axes have another number of elements.
@@ -129,8 +139,14 @@ class NormAxes:
                 f"{self.features} of an input of shape {shape} have {math.prod(sizes)}: check "
                 "num_features and feature_axes"
             )
-        others = [i for i in range(-len(shape), 0) if i not in self.features]
-        return lax.expand_dims(parameter.reshape(sizes), others)
+        places = [i + len(shape) for i in self.features]
+        return lax.broadcast_in_dim(parameter.reshape(sizes), shape, places)
+
+    def along_partial(self, parameter: jax.Array, partial: jax.Array) -> jax.Array:
+        """A scale or bias as `along` has it, for what `sum_plain` left of an input."""
+        places = self._left_of_plain(self.features, partial)
+        sizes = [partial.shape[i] for i in places]
+        return lax.broadcast_in_dim(parameter.reshape(sizes), partial.shape, places)
 
     def parameter_sum(self, partial: jax.Array, like: jax.Array) -> jax.Array:
         """The gradient of a scale or bias: the sum over all axes but its own.
@@ -139,9 +155,14 @@ class NormAxes:
             partial: what `sum_plain` left.
             like: the parameter, for the shape.
         """
-        n = partial.ndim
-        rest = [i for i in range(n) if i - n not in self.features]
+        own = self._left_of_plain(self.features, partial)
+        rest = [i for i in range(partial.ndim) if i not in own]
         return lax.reduce_sum(partial, rest).reshape(like.shape)
+
+    def _left_of_plain(self, axes: Sequence[int], partial: jax.Array) -> list[int]:
+        """Where axes of an input are in what `sum_plain` left of it, counted from 0."""
+        left = _others(partial.ndim + len(self.plain), self.plain)
+        return [left.index(i + partial.ndim + len(self.plain)) for i in axes]
 
 
 def _to_features(statistics: Any, size: int) -> Any:
@@ -151,10 +172,9 @@ def _to_features(statistics: Any, size: int) -> Any:
 _stored = unfused(static_argnums=1)(_to_features)
 
 
-def _sum_over(axes: Sequence[int], a: jax.Array) -> jax.Array:
-    """The sum over axes, counted from the end, which stay with size 1."""
-    axes = [i + a.ndim for i in axes]
-    return lax.expand_dims(lax.reduce_sum(a, axes), axes)
+def _others(ndim: int, axes: Sequence[int]) -> list[int]:
+    """The axes but some, which are counted from the end; counted from 0."""
+    return [i for i in range(ndim) if i - ndim not in axes]
 
 
 def _from_the_end(ndim: int, axes: Any) -> tuple[int, ...]:

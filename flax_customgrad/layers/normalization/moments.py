@@ -1,6 +1,6 @@
 """`moments`: mean and variance that stay right where the textbook's formulas do not.
 
-    shift      = mean(x)
+    shift      = mean(x)                                 with a bit less than mean(x) has
     correction = mean(x - shift)                         what rounding left out of the shift
     variance   = mean((x - shift)^2) - correction^2
     rstd       = 1 / sqrt(variance + epsilon)
@@ -14,13 +14,16 @@ Squares overflow from 1.8e19 on: `scaled_squares` has what is done about it. Onl
 itself overflows (3.4e38 in float32) is the result NaN. Devices may share statistics (`devices`).
 
 On one CPU these sums are most of the time of a large array, because XLA has fast code for the sums
-of x and of x^2 alone. There the textbook's formulas come first, and stay where they are right:
-where no mean is further from 0 than about four standard deviations, so that `E[x^2] - E[x]^2` loses
-four of 24 bits at most, and no square overflows. A branch computes what is above for all else.
+of x and of x^2 alone. Those are the sums above for a shift of 0, and there they come first. They
+stay where they are right: where no mean is further from 0 than about four standard deviations, so
+that `E[x^2] - E[x]^2` loses four of 24 bits at most, and no square overflows. A branch computes the
+sums about the mean for all else.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +38,7 @@ from flax_customgrad.layers.normalization.scaled_squares import (
     about_mean,
     chosen_factor,
     factors_of,
+    is_not_huge,
     variance_and_rstd,
 )
 from flax_customgrad.numerics.accumulation import in_turn
@@ -42,20 +46,27 @@ from flax_customgrad.numerics.platform import pays_to_branch
 from flax_customgrad.numerics.sizes import is_known
 
 
-class Moments(NamedTuple):
-    """Statistics of an input, each one number for all elements that share it.
+class Standard(NamedTuple):
+    """What an input is standardized by, each one number for all elements that share it.
 
-    `NormAxes.spread` makes them broadcast against the input.
+    `NormAxes.spread` makes arrays of the input's shape of them.
     """
 
     shift: jax.Array
     """The rounded mean; 0 where the mean is not taken out."""
     correction: jax.Array
     """The mean of what the shift leaves."""
-    variance: jax.Array
-    """The mean square about the mean; inf where it overflows."""
     rstd: jax.Array
     """1 / sqrt(variance + epsilon); 0 where there is nothing to divide by."""
+
+
+class Moments(NamedTuple):
+    """The statistics of an input."""
+
+    standard: Standard
+    """What it is standardized by."""
+    variance: jax.Array
+    """The mean square about the mean, of the same shape; inf where it overflows."""
     n: jax.Array
     """How many elements there were, over all devices."""
 
@@ -82,13 +93,50 @@ def moments(
         dtype: dtype of the statistics and of all sums, float32 or float64.
         apart: whether each sum over a large array in half precision widens it for itself.
     """
-    if mask is None and devices.axis_name is None:
-        size = axes.count(x.shape)
-        if is_known(size) and size == 1 and centered:
-            return _of_single_elements(x.astype(dtype), axes, epsilon)
-        if pays_to_branch(x.size):
-            return _of_plain_sums(x, axes, epsilon, centered, dtype, apart)
-    return _exact(x.astype(dtype), mask, axes, devices, epsilon, centered)
+    size, is_whole = axes.count(x.shape), mask is None and devices.axis_name is None
+    if is_whole and centered and is_known(size) and size == 1:
+        return _of_single_elements(x.astype(dtype), axes, epsilon)
+    count = jnp.asarray(size, dtype)
+    if mask is not None:
+        count = axes.sum(jnp.broadcast_to(mask, x.shape).astype(dtype))
+    factors = factors_of(dtype, epsilon)
+    sums = _Sums(mask, axes, np.dtype(dtype), factors, centered, apart)
+
+    may_branch = is_whole and pays_to_branch(x.size)
+    shift, totals = _exact_sums(x, sums, count, epsilon, may_branch)
+    squares, correction = [_mean(total, count) for total in totals], shift
+    if centered:
+        correction = squares.pop(0)
+        squares = [about_mean(s, correction, f) for s, f in zip(squares, factors, strict=True)]
+    if devices.axis_name is not None:
+        own = count, shift, correction, squares
+        count, shift, correction, squares = devices.combine(*own, factors)
+    factor, about = chosen_factor(squares, factors)
+    variance, rstd = variance_and_rstd(about, factor, epsilon)
+    if mask is not None or size == 0:
+        rstd = jnp.where(count > 0, rstd, 0)
+    return Moments(Standard(shift, correction, rstd), variance, count)
+
+
+def _exact_sums(
+    x: jax.Array, sums: "_Sums", count: jax.Array, epsilon: float, may_branch: bool
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """A shift, and the sums about it (`_Sums.about`)."""
+    if not may_branch:
+        shift = _rounded(_mean(sums.of_numbers(x), count))
+        return shift, sums.about(x, shift)
+    of_squares = sums.of_squares(x, 1)
+    of_numbers = sums.of_numbers(in_turn(x, of_squares) if sums.apart else x)
+    mean, mean_square = _mean(of_numbers, count), _mean(of_squares, count)
+    is_right = _is_right(mean, mean_square, epsilon)
+    shift = lax.full_like(mean, 0)
+    if sums.centered:
+        # Barrier: XLA would choose it anew for each element of x.
+        shift = lax.optimization_barrier(lax.select(is_right, shift, _rounded(mean)))
+    # The squares by the first factor are those that will be chosen.
+    textbook = (*[of_numbers] * sums.centered, *[of_squares] * len(sums.factors))
+    exact = dataclasses.replace(sums, apart=True)
+    return shift, lax.cond(is_right, lambda _: textbook, lambda x: exact.about(x, shift), x)
 
 
 def _of_single_elements(x: jax.Array, axes: NormAxes, epsilon: float) -> Moments:
@@ -96,127 +144,89 @@ def _of_single_elements(x: jax.Array, axes: NormAxes, epsilon: float) -> Moments
     shift = axes.sum(x)
     nothing = shift - shift  # NaN for what is infinite
     rstd = epsilon**-0.5 if epsilon > 0 else 0.0
-    return Moments(shift, nothing, nothing, nothing + rstd, jnp.ones((), x.dtype))
+    return Moments(Standard(shift, nothing, nothing + rstd), nothing, jnp.ones((), x.dtype))
 
 
-def _of_plain_sums(
-    x: jax.Array, axes: NormAxes, epsilon: float, centered: bool, dtype: Any, apart: bool
-) -> Moments:
-    """The textbook's formulas, where they are right; the exact ones elsewhere.
+@dataclass(frozen=True)
+class _Sums:
+    """The sums of an input, and those of its squares.
 
-    The textbook's are those of a shift of 0: what leads from the sums to the moments is the same,
-    and a program holds it once. The sums are what the branch hands through, because of a mean XLA
-    would make an array for it.
+    Attributes:
+        mask: where they are taken; None for everywhere.
+        axes: which elements share statistics.
+        dtype: the dtype of the sums.
+        factors: what numbers are multiplied by before they are squared.
+        centered: whether the mean is taken out; without, numbers count as summed to 0.
+        apart: whether each sum over a large array reads it for itself.
     """
-    number, factors = np.dtype(dtype).type, factors_of(dtype, epsilon)
-    count = jnp.asarray(axes.count(x.shape), dtype)
-    of_squares = axes.sum(lax.square(x.astype(dtype)))
-    nothing = lax.full_like(of_squares, 0)
-    again = in_turn(x, of_squares) if apart else x
-    of_numbers = axes.sum(again.astype(dtype)) if centered else nothing
-    mean, mean_square = lax.div(of_numbers, count), lax.div(of_squares, count)
-    variance = lax.max(lax.sub(mean_square, lax.square(mean)), number(0))
-    is_right = [lax.lt(mean_square, number(jnp.finfo(dtype).max))]  # neither inf nor NaN
-    if centered:
-        most = lax.mul(lax.add(variance, number(epsilon)), number(_WELL_CONDITIONED))
-        is_right.append(lax.le(mean_square, most))
+
+    mask: jax.Array | None
+    axes: NormAxes
+    dtype: Any
+    factors: tuple[float, ...]
+    centered: bool
+    apart: bool
+
+    def of_numbers(self, x: jax.Array, shift: jax.Array | None = None) -> jax.Array:
+        """The sum of x - shift."""
+        if self.centered:
+            return self._sum(self._moved(x, shift))
+        return jnp.zeros(self.axes.statistic_shape(x.shape), self.dtype)
+
+    def of_squares(self, x: jax.Array, factor: float, shift: jax.Array | None = None) -> jax.Array:
+        """The sum of (factor (x - shift))^2."""
+        d = self._moved(x, shift)
+        return self._sum(lax.square(d if factor == 1 else lax.mul(d, d.dtype.type(factor))))
+
+    def about(self, x: jax.Array, shift: jax.Array) -> tuple[jax.Array, ...]:
+        """The sum of x - shift, where a mean is taken out, and its squares' for each factor."""
+        found = [self.of_numbers(x, shift)] if self.centered else []
+        for factor in self.factors:
+            x, shift = in_turn((x, shift), found) if self.apart else (x, shift)
+            found.append(self.of_squares(x, factor, shift))
+        return tuple(found)
+
+    def _moved(self, x: jax.Array, shift: jax.Array | None) -> jax.Array:
+        x = x.astype(self.dtype)
+        if shift is None or not self.centered:
+            return x
+        return lax.sub(x, self.axes.spread(shift, x.shape))
+
+    def _sum(self, a: jax.Array) -> jax.Array:
+        return self.axes.sum(a if self.mask is None else jnp.where(self.mask, a, 0))
+
+
+def _rounded(mean: jax.Array) -> jax.Array:
+    """A mean with a bit less.
+
+    Where sum / count is rounded XLA may compute x - shift without that rounding, in one pass and
+    not in another. Of a shift with a bit less there is one version only.
+    """
+    limits = jnp.finfo(mean.dtype)
+    return lax.reduce_precision(mean, limits.nexp, limits.nmant - 1)
+
+
+def _is_right(mean: jax.Array, mean_square: jax.Array, epsilon: float) -> jax.Array:
+    """Whether the textbook's formulas are right for all statistics."""
+    number = mean.dtype.type
+    most = lax.add(lax.mul(mean_square, number(_MOST_OF_MEAN)), number(epsilon))
+    conditions = [lax.lt(lax.square(mean), most), is_not_huge(mean_square)]
     if epsilon < TINY:
-        is_right.append(lax.gt(variance, number(TINY)))
-
-    def textbook(x: jax.Array) -> tuple[jax.Array, ...]:
-        return nothing, of_numbers, of_squares, *[nothing] * (len(factors) - 1)
-
-    def exact(x: jax.Array) -> tuple[jax.Array, ...]:
-        # Widened here again, because the argument of a branch is stored.
-        return _exact_sums(x.astype(dtype), None, axes, count, factors, centered)
-
-    shift, *sums = lax.cond(_all_hold(is_right), textbook, exact, x)
-    correction, *squares = (_mean(total, count) for total in sums)
-    factor, square = chosen_factor(squares, factors)
-    about = about_mean(square, correction, factor)
-    return Moments(shift, correction, *variance_and_rstd(about, factor, epsilon), count)
-
-
-def _all_hold(conditions: Sequence[jax.Array]) -> jax.Array:
-    """Whether all elements of several boolean arrays of one shape are True.
-
-    In one reduction: where XLA on a CPU reduces one array, it first stores that array.
-    """
+        # The variance is more than a 16th of it, and not tiny.
+        conditions.append(lax.gt(mean_square, number(32 * TINY)))
 
     def both(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         return tuple(map(lax.bitwise_and, left, right))
 
-    of_none = (np.True_,) * len(conditions)
-    axes = tuple(range(conditions[0].ndim))
-    return functools.reduce(lax.bitwise_and, lax.reduce(tuple(conditions), of_none, both, axes))
+    # In one reduction of several arrays: before XLA on a CPU reduces one array, it stores it.
+    of_none, axes = (np.True_,) * len(conditions), tuple(range(mean.ndim))
+    reduced = lax.reduce(tuple(conditions), of_none, both, axes)
+    return functools.reduce(lax.bitwise_and, reduced)
 
 
-def _exact(
-    x: jax.Array,
-    mask: jax.Array | None,
-    axes: NormAxes,
-    devices: Devices,
-    epsilon: float,
-    centered: bool,
-) -> Moments:
-    """The statistics by the formulas above."""
-    size = axes.count(x.shape)
-    count = jnp.asarray(size, x.dtype)
-    if mask is not None:
-        count = axes.sum(jnp.broadcast_to(mask, x.shape).astype(x.dtype))
-    factors = factors_of(x.dtype, epsilon)
-    shift, *sums = _exact_sums(x, mask, axes, count, factors, centered)
-    correction, *squares = (_mean(total, count) for total in sums)
-    squares = [about_mean(s, correction, f) for s, f in zip(squares, factors, strict=True)]
-    if devices.axis_name is not None:
-        count, shift, correction, squares = devices.combine(
-            count, shift, correction, squares, factors
-        )
-    factor, about = chosen_factor(squares, factors)
-    variance, rstd = variance_and_rstd(about, factor, epsilon)
-    if mask is not None or size == 0:
-        rstd = jnp.where(count > 0, rstd, 0)
-    return Moments(shift, correction, variance, rstd, count)
-
-
-def _exact_sums(
-    x: jax.Array,
-    mask: jax.Array | None,
-    axes: NormAxes,
-    count: jax.Array,
-    factors: tuple[float, ...],
-    centered: bool,
-) -> tuple[jax.Array, ...]:
-    """The shift, the sum of `x - shift`, and that of its square for each factor."""
-    size = axes.count(x.shape)
-
-    def total(a: jax.Array) -> jax.Array:
-        return axes.sum(a if mask is None else jnp.where(mask, a, 0))
-
-    if centered:
-        shift = _mean(total(x), count)
-        if mask is not None or not _is_power_of_two(size):
-            # Where sum / size is rounded XLA may compute x - shift without that rounding, in one
-            # pass and not in another. Of a shift with a bit less there is one version only.
-            info = jnp.finfo(x.dtype)
-            shift = lax.reduce_precision(shift, info.nexp, info.nmant - 1)
-        d = lax.sub(x, axes.spread(shift, x.shape))
-        of_rest = total(d)
-    else:
-        shift = of_rest = jnp.zeros_like(axes.sum(x))
-        d = x
-    of_squares = (total(lax.square(lax.mul(d, x.dtype.type(factor)))) for factor in factors)
-    return shift, of_rest, *of_squares
+_MOST_OF_MEAN = 15 / 16
+"""The share of the mean square that may be that of the mean: the variance is the difference."""
 
 
 def _mean(total: jax.Array, count: jax.Array) -> jax.Array:
     return lax.div(total, lax.max(count, count.dtype.type(1)))
-
-
-_WELL_CONDITIONED = 16
-"""The mean square, in variances, up to which the variance is taken as a difference."""
-
-
-def _is_power_of_two(size: Any) -> bool:
-    """Whether a division by it is exact; not known of a symbolic size."""
-    return is_known(size) and not size & (size - 1)

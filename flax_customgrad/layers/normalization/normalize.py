@@ -48,7 +48,7 @@ from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.normalization.devices import Devices
-from flax_customgrad.layers.normalization.moments import Moments, moments
+from flax_customgrad.layers.normalization.moments import Moments, Standard, moments
 from flax_customgrad.numerics.accumulation import fusion_barrier, in_turn
 from flax_customgrad.numerics.inline_jit import inline_jit
 from flax_customgrad.numerics.platform import is_one_cpu
@@ -108,7 +108,8 @@ class Residuals(NamedTuple):
     params: Parameters
     x_or_y: jax.Array
     mask: jax.Array | None
-    moments: Moments
+    standard: Standard
+    n: jax.Array
     config: NormConfig
 
 
@@ -153,11 +154,13 @@ def normalized(
     """
     axes, dtype, x = config.axes, config.sum_dtype, _rounded(x, config)
     found = moments(x, mask, axes, config.devices, config.epsilon, config.centered, dtype, apart)
+    shift, correction, rstd = found.standard
     # Barrier: XLA would make the choice that rstd ends with anew for each element of x.
-    found = found._replace(rstd=lax.optimization_barrier(found.rstd))
-    x = in_turn(x, found.rstd) if apart else x
-    y = scaled_and_shifted(_x_hat(x.astype(dtype), found, config), params, axes)
-    statistics = Statistics(lax.add(found.shift, found.correction), found.variance, found.n)
+    standard = Standard(shift, correction, lax.optimization_barrier(rstd))
+    found = found._replace(standard=standard)
+    x = in_turn(x, standard.rstd) if apart else x
+    y = scaled_and_shifted(_x_hat(x.astype(dtype), standard, config), params, axes)
+    statistics = Statistics(lax.add(shift, correction), found.variance, found.n)
     return (y.astype(config.dtype), lax.stop_gradient(statistics)), found
 
 
@@ -181,24 +184,25 @@ def _fwd(
 ) -> tuple[tuple[jax.Array, Statistics], Residuals]:
     out, found = normalized(params, x, mask, config, False)
     if config.residual == "input":
-        return out, Residuals(params, x, mask, found, config)
+        return out, Residuals(params, x, mask, found.standard, found.n, config)
     if "scale" in params:
         jax.debug.callback(reject_zeros, params["scale"])
-    return out, Residuals(params, out[0], mask, found, config)
+    return out, Residuals(params, out[0], mask, found.standard, found.n, config)
 
 
 def normalize_bwd(
     res: Residuals, cotangents: tuple[jax.Array, Statistics]
 ) -> tuple[nnx.State, jax.Array, None, None]:
     """The backward of `normalize`: the cotangents of its parameters and of x."""
-    params, found, config, axes = res.params, res.moments, res.config, res.config.axes
+    params, found, config, axes = res.params, res.standard, res.config, res.config.axes
     g, x_hat = cotangents[0].astype(config.sum_dtype), _x_hat_again(res, found)
     chex.assert_equal_shape([g, x_hat])
     chex.assert_type([g, x_hat, *found], config.sum_dtype)
-    chex.assert_shape(found[:4], axes.statistic_shape(g.shape))
-    scale = axes.along(params["scale"], g.shape).astype(g.dtype) if "scale" in params else None
+    chex.assert_shape(found, axes.statistic_shape(g.shape))
     # Barrier: XLA would store the scale spread over the input, to share it with the forward.
-    scale = lax.optimization_barrier(scale)
+    scale = lax.optimization_barrier(params.get("scale"))
+    if scale is not None:
+        scale = axes.along(scale.astype(g.dtype), g.shape)
 
     def scaled(a: jax.Array) -> jax.Array:
         return a if scale is None else lax.mul(a, scale)
@@ -220,8 +224,8 @@ def normalize_bwd(
         """x_hat, likewise."""
         if not is_apart:
             return x_hat
-        x_or_y, moments = in_turn((res.x_or_y, found), done)
-        return _x_hat_again(res._replace(x_or_y=x_or_y), moments)
+        x_or_y, standard = in_turn((res.x_or_y, found), done)
+        return _x_hat_again(res._replace(x_or_y=x_or_y), standard)
 
     if axes.plain:
         # First over the axes without features: dscale and dbias need no more.
@@ -229,7 +233,10 @@ def normalize_bwd(
         sum_gx = axes.sum_plain(lax.mul(read_g(sum_g), read_x_hat(sum_g)))
         partial = {"scale": sum_gx, "bias": sum_g}
         grads = {name: axes.parameter_sum(partial[name], p) for name, p in params.items()}
-        sum_h, sum_hx = (axes.sum_features(scaled(a)) for a in (sum_g, sum_gx))
+        if "scale" in params:
+            of_features = axes.along_partial(params["scale"], sum_g).astype(g.dtype)
+            sum_g, sum_gx = lax.mul(sum_g, of_features), lax.mul(sum_gx, of_features)
+        sum_h, sum_hx = axes.sum_features(sum_g), axes.sum_features(sum_gx)
     else:
         grads, done = {}, found
         if "bias" in params:
@@ -242,7 +249,7 @@ def normalize_bwd(
         sum_hx = axes.sum_features(lax.mul(read_h(done), read_x_hat(done)))
     chex.assert_trees_all_equal_shapes(grads, dict(params))
 
-    count = _count(res, found, g)
+    count = _count(res, g)
     mean_h, mean_hx = (lax.div(s, count) for s in config.devices.sum(sum_h, sum_hx))
     if axes.groups is not None and not axes.plain:
         # As one pass with the sums over parts of the last axis dx would take twice as long.
@@ -250,7 +257,7 @@ def normalize_bwd(
 
     # Barrier: stops XLA from sharing an rstd spread over the input, and where the sums are a pass
     # of their own x_hat itself, with those passes, which would store them as arrays.
-    again = Moments(*lax.optimization_barrier(tuple(found)))
+    again = lax.optimization_barrier(found)
     x_hat = read_x_hat(mean_hx) if is_apart or not axes.plain else _x_hat_again(res, again)
     h = read_h(mean_hx)
     mean_h, mean_hx, rstd = axes.spread((mean_h, mean_hx, again.rstd), g.shape)
@@ -266,10 +273,10 @@ def normalize_bwd(
 normalize.defvjp(_fwd, normalize_bwd)
 
 
-def _count(res: Residuals, found: Moments, g: jax.Array) -> jax.Array:
+def _count(res: Residuals, g: jax.Array) -> jax.Array:
     """How many elements share a statistic, or 1: where it can be, a constant of the program."""
     is_known = res.mask is None and res.config.devices.axis_name is None
-    n = jnp.asarray(res.config.axes.count(g.shape), g.dtype) if is_known else found.n
+    n = jnp.asarray(res.config.axes.count(g.shape), g.dtype) if is_known else res.n
     return lax.max(n, n.dtype.type(1))
 
 
@@ -279,21 +286,20 @@ def _rounded(x: jax.Array, config: NormConfig) -> jax.Array:
     return x if is_exact else x.astype(config.dtype)
 
 
-def _x_hat(x: jax.Array, found: Moments, config: NormConfig) -> jax.Array:
+def _x_hat(x: jax.Array, standard: Standard, config: NormConfig) -> jax.Array:
     """The normalized input."""
     if not config.centered:
-        return lax.mul(x, config.axes.spread(found.rstd, x.shape))
-    statistics = found.shift, found.correction, found.rstd
-    shift, correction, rstd = config.axes.spread(statistics, x.shape)
+        return lax.mul(x, config.axes.spread(standard.rstd, x.shape))
+    shift, correction, rstd = config.axes.spread(tuple(standard), x.shape)
     return lax.mul(lax.sub(lax.sub(x, shift), correction), rstd)
 
 
-def _x_hat_again(res: Residuals, found: Moments) -> jax.Array:
+def _x_hat_again(res: Residuals, standard: Standard) -> jax.Array:
     """The normalized input, from what was kept."""
     params, config = res.params, res.config
     if config.residual == "input":
         x = _rounded(res.x_or_y, config).astype(config.sum_dtype)
-        return _x_hat(x, found, config)
+        return _x_hat(x, standard, config)
     x_hat = res.x_or_y.astype(config.sum_dtype)
     for name, undo in (("bias", jnp.subtract), ("scale", jnp.divide)):
         if name in params:

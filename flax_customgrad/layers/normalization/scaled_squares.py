@@ -7,13 +7,13 @@ which nothing is lost:
 
     about    = mean((factor (x - shift))^2) - (factor correction)^2
     variance = about / factor^2
-    rstd     = factor / sqrt(about + epsilon factor^2)
+    rstd     = factor / sqrt(about + factor^2 epsilon)
 
 There is no branch in it, which XLA on a CPU could not fuse.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,15 @@ TINY = 1e-30
 
 
 def factors_of(dtype: Any, epsilon: float) -> tuple[float, ...]:
-    """What numbers of a dtype are multiplied by before they are squared."""
-    of_dtype = _range_of(dtype)
-    factors = (1.0, of_dtype.small)
-    return (*factors, of_dtype.large) if epsilon < TINY else factors
+    """What numbers of a dtype are multiplied by before they are squared, 1 first."""
+    half = int(jnp.finfo(dtype).maxexp) // 2
+    factors = (1.0, 2.0 ** -(half * 5 // 4))  # 2^-80 for float32
+    return (*factors, 2.0**half) if epsilon < TINY else factors
+
+
+def is_not_huge(squares: jax.Array) -> jax.Array:
+    """Whether mean squares are far from overflowing; not of NaN."""
+    return lax.lt(squares, squares.dtype.type(2.0 ** (int(jnp.finfo(squares.dtype).maxexp) - 8)))
 
 
 def chosen_factor(
@@ -39,14 +44,12 @@ def chosen_factor(
         squares: mean squares, one for each factor.
         factors: those of `factors_of`.
     """
-    plain, shrunk, *_ = squares
-    number = plain.dtype.type
-    is_large = lax.gt(shrunk, number(_range_of(plain.dtype).floor))
-    is_tiny = lax.le(plain, number(TINY))
+    plain = squares[0]
+    is_normal, is_tiny = is_not_huge(plain), lax.le(plain, plain.dtype.type(TINY))
 
     def choose(candidates: Sequence[jax.Array]) -> jax.Array:
         of_plain, of_small, *of_large = candidates
-        chosen = lax.select(is_large, of_small, of_plain)
+        chosen = lax.select(is_normal, of_plain, of_small)
         for candidate in of_large:
             chosen = lax.select(is_tiny, candidate, chosen)
         return chosen
@@ -54,13 +57,11 @@ def chosen_factor(
     return choose([lax.full_like(plain, factor) for factor in factors]), choose(squares)
 
 
-def about_mean(square: jax.Array, correction: jax.Array, factor: Any) -> jax.Array:
+def about_mean(square: jax.Array, correction: jax.Array, factor: float) -> jax.Array:
     """The mean square of `factor (x - shift)` as that about the mean."""
     number = square.dtype.type
-    mean = lax.mul(correction, jnp.asarray(factor, square.dtype))
-    # Where its square would overflow, so does the mean square, and inf - inf is no number.
-    mean = lax.min(lax.abs(mean), number(_range_of(square.dtype).root))
-    return lax.max(lax.sub(square, lax.square(mean)), number(0))
+    about = lax.sub(square, lax.square(lax.mul(correction, number(factor))))
+    return lax.max(about, number(0))
 
 
 def variance_and_rstd(
@@ -79,21 +80,3 @@ def variance_and_rstd(
     if epsilon < TINY:
         rstd = jnp.where(scaled > 0, rstd, 0)
     return variance, rstd
-
-
-class _Range(NamedTuple):
-    """Which numbers of a dtype can be squared, in powers of two."""
-
-    small: float
-    """A factor for what is too large to be squared; 2^-80 for float32."""
-    floor: float
-    """The least mean square that it is used for, 2^9 below a variance that overflows; 2^-41."""
-    root: float
-    """The largest number that can be squared; 2^60."""
-    large: float
-    """A factor for what is too small to be squared; 2^64."""
-
-
-def _range_of(dtype: Any) -> _Range:
-    half = int(jnp.finfo(dtype).maxexp) // 2
-    return _Range(2.0 ** -(half * 5 // 4), 2.0 ** -(half // 2 + 9), 2.0 ** (half - 4), 2.0**half)

@@ -20,6 +20,7 @@ dtype of v: for a float16 kernel filled with 300 its output and its gradient are
 Source: arXiv:1602.07868
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -97,16 +98,16 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[jax.Array, jax.Array | None, Non
     v, scale, r, config = res
     axes = config.axes
     chex.assert_shape(g, v.shape)
-    chex.assert_shape(r, axes.statistic_shape(v.shape))
+    chex.assert_size(r, math.prod(axes.statistic_shape(v.shape)))
     g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
     v_hat = v * r
     sum_gv = axes.sum(g * v_hat)
     s = slope(r, config.epsilon)
-    dv = r * (g - s * v_hat * sum_gv)
+    dv = r * (g - s * v_hat * axes.spread(sum_gv, v.shape))
     if scale is None:
         return dv, None, None
     chex.assert_shape(scale, tuple(v.shape[i] for i in axes.features))
-    return axes.along(scale, v.shape) * dv, axes.parameter_sum(sum_gv, scale), None
+    return axes.along(scale, v.shape) * dv, sum_gv, None
 
 
 weight_norm.defvjp(_fwd, _bwd)

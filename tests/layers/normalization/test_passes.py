@@ -39,22 +39,11 @@ def compiled(name, dtype, backward=False):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_forward_in_half_precision_stores_one_wide_copy_at_most(name, monkeypatch):
-    """On one CPU the branch of the exact statistics takes the input as it came."""
+def test_a_forward_in_half_precision_stores_no_wide_copy(name, monkeypatch):
+    """On one CPU each pass widens the input for itself, in the branch of exact statistics too."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    wide = 4 * 2**16
-    assert compiled(name, jnp.bfloat16).memory_analysis().temp_size_in_bytes < 1.2 * wide
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_a_forward_in_half_precision_widens_its_input_in_each_pass(name, monkeypatch):
-    """The wide copy is that of the branch."""
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    text = compiled(name, jnp.bfloat16).as_text()
-    entry = text[text.index("ENTRY") :]
-    shape = ",".join(map(str, SHAPES[name][1]))
-    assert f"= bf16[{shape}]" in entry
-    assert f"= f32[{shape}]" not in entry
+    memory = compiled(name, jnp.bfloat16).memory_analysis()
+    assert memory.temp_size_in_bytes < 0.2 * 4 * math.prod(SHAPES[name][1])
 
 
 @pytest.mark.parametrize(
