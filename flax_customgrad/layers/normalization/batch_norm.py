@@ -79,7 +79,8 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None]:
 
     x_hat = _x_hat(params, x, config)
     g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
-    sum_g, sum_gx = (axes.sum(a).reshape(F) for a in (g, g * x_hat))
+    rest = [i for i in range(g.ndim) if i - g.ndim not in axes.features]
+    sum_g, sum_gx = (lax.reduce_sum(a, rest).reshape(F) for a in (g, g * x_hat))
 
     rstd = _rstd(params, x, config.epsilon).reshape(F)
     rstd_scale = rstd * params["scale"].reshape(F) if "scale" in params else rstd
