@@ -92,12 +92,13 @@ def _scaled_row(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
     """The part of `_scaled_copies` that one row of the window contributes."""
     *window, ins, groups = w.shape
     n = math.prod(window) * ins
-    scales = iter(lax.split(w.reshape(n, groups), [1] * n))
+    # Of one axis each, which XLA broadcasts in one operation.
+    scales = (s.reshape(groups) for s in lax.split(w.reshape(n, groups), [1] * n))
     copies = []
     for tap in geometry.taps:
         for c in range(ins):
             seen = geometry.slice_at(tap, x if ins == 1 else x[..., c::ins])
-            scale = lax.broadcast_in_dim(next(scales), seen.shape, (0, seen.ndim - 1))
+            scale = lax.broadcast_in_dim(next(scales), seen.shape, (seen.ndim - 1,))
             copies.append(lax.mul(seen, scale))
     return functools.reduce(lax.add, copies)
 
