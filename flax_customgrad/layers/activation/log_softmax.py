@@ -27,8 +27,8 @@ from jax.typing import ArrayLike
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.activation.softmax_rows import (
     ReductionAxes,
-    are_numbers,
     faster_on_one_cpu,
+    has_no_number,
     minus_max,
     nonzero,
     only_where,
@@ -83,7 +83,7 @@ def _log_softmax_on_one_cpu(axis: ReductionAxes, x: jax.Array) -> tuple[jax.Arra
     s = jnp.sum(jnp.exp(shifted), axis, keepdims=True)
     # Barrier: as in `softmax`.
     y = lax.optimization_barrier(in_dtype(shifted - jnp.log(s), x.dtype))
-    return are_numbers(y, axis), (y, jnp.ones_like(s))
+    return has_no_number(y, axis), (y, jnp.ones_like(s))
 
 
 @inline_jit(static_argnums=0)

@@ -24,8 +24,8 @@ from jax.typing import ArrayLike
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.activation.softmax_rows import (
     ReductionAxes,
-    are_numbers,
     faster_on_one_cpu,
+    has_no_number,
     minus_max,
     nonzero,
     only_where,
@@ -77,7 +77,7 @@ def _softmax_on_one_cpu(axis: ReductionAxes, x: jax.Array) -> tuple[jax.Array, j
     e = jnp.exp(wide - row_max(wide, axis))
     # Barrier: XLA would look at elements of e / s that it computes anew, and store e for that.
     y = lax.optimization_barrier(in_dtype(e / jnp.sum(e, axis, keepdims=True), x.dtype))
-    return are_numbers(y, axis), y
+    return has_no_number(y, axis), y
 
 
 @inline_jit(static_argnums=0)

@@ -24,6 +24,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from flax_customgrad.numerics.argument_checks import integers, is_integer
+from flax_customgrad.numerics.everywhere import everywhere
 from flax_customgrad.numerics.platform import pays_to_branch
 
 ReductionAxes = int | tuple[int, ...] | None
@@ -94,7 +95,7 @@ def faster_on_one_cpu(fast: Callable[..., Any]) -> Callable[..., Any]:
 
     Args:
         fast: called like the function, with something static, a large array and others; it returns
-            whether it is right, a bool, and what the function returns.
+            whether it is wrong, a bool, and what the function returns.
 
     Returns:
         A decorator.
@@ -106,11 +107,11 @@ def faster_on_one_cpu(fast: Callable[..., Any]) -> Callable[..., Any]:
             if not pays_to_branch(x.size):
                 return function(static, x, *others)
             # A loop that turns once if at all: what a branch hands through may be copied.
-            is_right, out = fast(static, x, *others)
+            is_wrong, out = fast(static, x, *others)
             _, out = lax.while_loop(
-                lambda state: jnp.logical_not(state[0]),
-                lambda _: (jnp.ones_like(is_right), function(static, x, *others)),
-                (is_right, out),
+                lambda state: state[0],
+                lambda _: (jnp.zeros_like(is_wrong), function(static, x, *others)),
+                (is_wrong, out),
             )
             return out
 
@@ -123,13 +124,14 @@ def faster_on_one_cpu(fast: Callable[..., Any]) -> Callable[..., Any]:
     return decorator
 
 
-def are_numbers(y: jax.Array, axis: ReductionAxes) -> jax.Array:
-    """Whether the first elements of all rows are numbers.
+def has_no_number(y: jax.Array, axis: ReductionAxes) -> jax.Array:
+    """Whether the first element of any row is no number.
 
     Args:
         y: array of any shape, float.
         axis: the axes of a row.
     """
     of_rows = range(y.ndim) if axis is None else np.atleast_1d(axis) % y.ndim
-    first = (slice(0, 1) if i in of_rows else slice(None) for i in range(y.ndim))
-    return jnp.logical_not(jnp.any(jnp.isnan(y[tuple(first)])))
+    first = y[tuple(slice(0, 1) if i in of_rows else slice(None) for i in range(y.ndim))]
+    infinity = first.dtype.type(np.inf)
+    return lax.bitwise_not(everywhere(lax.le(first, infinity), lax.ge(first, -infinity)))

@@ -18,7 +18,7 @@ import jax
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.activation.softmax_rows import are_numbers, faster_on_one_cpu
+from flax_customgrad.layers.activation.softmax_rows import faster_on_one_cpu, has_no_number
 from flax_customgrad.layers.losses.cross_entropy_rows import (
     CrossEntropyConfig,
     row_losses,
@@ -86,7 +86,7 @@ def _losses_on_one_cpu(
     config: CrossEntropyConfig, x: jax.Array, labels: jax.Array, where: jax.Array | None
 ) -> tuple[jax.Array, Any]:
     out = row_losses(x, labels, where, config, lax.sub)
-    return are_numbers(out[0], ()), out
+    return has_no_number(out[0], ()), out
 
 
 # A backward computes x - m again, and XLA shares it with a forward that does as it does.

@@ -26,8 +26,8 @@ from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.activation.softmax_rows import (
-    are_numbers,
     faster_on_one_cpu,
+    has_no_number,
     minus_max,
     nonzero,
     only_where,
@@ -101,7 +101,7 @@ def _losses_on_one_cpu(
     config: CrossEntropyConfig, x: jax.Array, labels: jax.Array, where: jax.Array | None
 ) -> tuple[jax.Array, Any]:
     out = _losses_by(lax.sub, _plain_log_probabilities, config, x, labels, where)
-    return are_numbers(out[0], ()), out
+    return has_no_number(out[0], ()), out
 
 
 # A backward computes x - m again, and XLA shares it with a forward that does as it does.

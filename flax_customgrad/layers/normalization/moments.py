@@ -21,8 +21,6 @@ sums about the mean for all else.
 """
 
 import dataclasses
-import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,6 +40,7 @@ from flax_customgrad.layers.normalization.scaled_squares import (
     variance_and_rstd,
 )
 from flax_customgrad.numerics.accumulation import in_turn
+from flax_customgrad.numerics.everywhere import everywhere
 from flax_customgrad.numerics.platform import pays_to_branch
 from flax_customgrad.numerics.sizes import is_known
 
@@ -214,14 +213,7 @@ def _is_right(mean: jax.Array, mean_square: jax.Array, epsilon: float) -> jax.Ar
     if epsilon < TINY:
         # The variance is more than a 16th of it, and not tiny.
         conditions.append(lax.gt(mean_square, number(32 * TINY)))
-
-    def both(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        return tuple(map(lax.bitwise_and, left, right))
-
-    # In one reduction of several arrays: before XLA on a CPU reduces one array, it stores it.
-    of_none, axes = (np.True_,) * len(conditions), tuple(range(mean.ndim))
-    reduced = lax.reduce(tuple(conditions), of_none, both, axes)
-    return functools.reduce(lax.bitwise_and, reduced)
+    return everywhere(*conditions)
 
 
 _MOST_OF_MEAN = 15 / 16
