@@ -194,11 +194,11 @@ def normalize_bwd(
     res: Residuals, cotangents: tuple[jax.Array, Statistics]
 ) -> tuple[nnx.State, jax.Array, None, None]:
     """The backward of `normalize`: the cotangents of its parameters and of x."""
-    params, found, config, axes = res.params, res.standard, res.config, res.config.axes
-    g, x_hat = cotangents[0].astype(config.sum_dtype), _x_hat_again(res, found)
+    params, standard, config, axes = res.params, res.standard, res.config, res.config.axes
+    g, x_hat = cotangents[0].astype(config.sum_dtype), _x_hat_again(res, standard)
     chex.assert_equal_shape([g, x_hat])
-    chex.assert_type([g, x_hat, *found], config.sum_dtype)
-    chex.assert_shape(found, axes.statistic_shape(g.shape))
+    chex.assert_type([g, x_hat, *standard], config.sum_dtype)
+    chex.assert_shape(standard, axes.statistic_shape(g.shape))
     # Barrier: XLA would store the scale spread over the input, to share it with the forward.
     scale = lax.optimization_barrier(params.get("scale"))
     if scale is not None:
@@ -224,12 +224,12 @@ def normalize_bwd(
         """x_hat, likewise."""
         if not is_apart:
             return x_hat
-        x_or_y, standard = in_turn((res.x_or_y, found), done)
-        return _x_hat_again(res._replace(x_or_y=x_or_y), standard)
+        x_or_y, found = in_turn((res.x_or_y, standard), done)
+        return _x_hat_again(res._replace(x_or_y=x_or_y), found)
 
     if axes.plain:
         # First over the axes without features: dscale and dbias need no more.
-        sum_g = axes.sum_plain(read_g(found))
+        sum_g = axes.sum_plain(read_g(standard))
         sum_gx = axes.sum_plain(lax.mul(read_g(sum_g), read_x_hat(sum_g)))
         partial = {"scale": sum_gx, "bias": sum_g}
         grads = {name: axes.parameter_sum(partial[name], p) for name, p in params.items()}
@@ -238,14 +238,14 @@ def normalize_bwd(
             sum_g, sum_gx = lax.mul(sum_g, of_features), lax.mul(sum_gx, of_features)
         sum_h, sum_hx = axes.sum_features(sum_g), axes.sum_features(sum_gx)
     else:
-        grads, done = {}, found
+        grads, done = {}, standard
         if "bias" in params:
             done = grads["bias"] = axes.parameter_sum(read_g(done), params["bias"])
         if "scale" in params:
             of_scale = lax.mul(read_g(done), read_x_hat(done))
             done = grads["scale"] = axes.parameter_sum(of_scale, params["scale"])
         # Both sums are of h: on a mesh that splits the scale it is gathered once.
-        sum_h = axes.sum_features(h) if config.centered else jnp.zeros_like(found.rstd)
+        sum_h = axes.sum_features(h) if config.centered else jnp.zeros_like(standard.rstd)
         sum_hx = axes.sum_features(lax.mul(read_h(done), read_x_hat(done)))
     chex.assert_trees_all_equal_shapes(grads, dict(params))
 
@@ -257,7 +257,7 @@ def normalize_bwd(
 
     # Barrier: stops XLA from sharing an rstd spread over the input, and where the sums are a pass
     # of their own x_hat itself, with those passes, which would store them as arrays.
-    again = lax.optimization_barrier(found)
+    again = lax.optimization_barrier(standard)
     x_hat = read_x_hat(mean_hx) if is_apart or not axes.plain else _x_hat_again(res, again)
     h = read_h(mean_hx)
     mean_h, mean_hx, rstd = axes.spread((mean_h, mean_hx, again.rstd), g.shape)
