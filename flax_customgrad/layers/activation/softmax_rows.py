@@ -90,12 +90,19 @@ def nonzero(s: jax.Array) -> jax.Array:
     return s + jnp.maximum(0.5 - s, 0) + 0 * s
 
 
-def faster_on_one_cpu(fast: Callable[..., Any]) -> Callable[..., Any]:
+def _is_large(x: jax.Array) -> bool:
+    return pays_to_branch(x.size)
+
+
+def faster_on_one_cpu(
+    fast: Callable[..., Any], pays: Callable[[jax.Array], bool] = _is_large
+) -> Callable[..., Any]:
     """Evaluates a function by another one on one CPU, where that is right; its derivatives stay.
 
     Args:
         fast: called like the function, with something static, a large array and others; it returns
             whether it is wrong, a bool, and what the function returns.
+        pays: whether it pays for such an array: to compile both takes 0.1 s.
 
     Returns:
         A decorator.
@@ -104,7 +111,7 @@ def faster_on_one_cpu(fast: Callable[..., Any]) -> Callable[..., Any]:
     def decorator(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
         def evaluated(static: Any, x: jax.Array, *others: Any) -> Any:
-            if not pays_to_branch(x.size):
+            if not pays(x):
                 return function(static, x, *others)
             # A loop that turns once if at all: what a branch hands through may be copied.
             is_wrong, out = fast(static, x, *others)

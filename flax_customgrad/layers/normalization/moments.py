@@ -41,6 +41,7 @@ from flax_customgrad.layers.normalization.scaled_squares import (
 )
 from flax_customgrad.numerics.accumulation import in_turn
 from flax_customgrad.numerics.everywhere import everywhere
+from flax_customgrad.numerics.operand import operand
 from flax_customgrad.numerics.platform import pays_to_branch
 from flax_customgrad.numerics.sizes import is_known
 
@@ -95,15 +96,16 @@ def moments(
     size, is_whole = axes.count(x.shape), mask is None and devices.axis_name is None
     if is_whole and centered and is_known(size) and size == 1:
         return _of_single_elements(x.astype(dtype), axes, epsilon)
-    count = jnp.asarray(size, dtype)
+    count, share = jnp.asarray(size, dtype), share_of(size, dtype)
     if mask is not None:
         count = axes.sum(jnp.broadcast_to(mask, x.shape).astype(dtype))
+        share = share_of(count, dtype)
     factors = factors_of(dtype, epsilon)
     sums = _Sums(mask, axes, np.dtype(dtype), factors, centered, apart)
 
     may_branch = is_whole and pays_to_branch(x.size)
-    shift, totals = _exact_sums(x, sums, count, epsilon, may_branch)
-    squares, correction = [_mean(total, count) for total in totals], shift
+    shift, totals = _exact_sums(x, sums, share, epsilon, may_branch)
+    squares, correction = [lax.mul(total, share) for total in totals], shift
     if centered:
         correction = squares.pop(0)
         squares = [about_mean(s, correction, f) for s, f in zip(squares, factors, strict=True)]
@@ -118,15 +120,15 @@ def moments(
 
 
 def _exact_sums(
-    x: jax.Array, sums: "_Sums", count: jax.Array, epsilon: float, may_branch: bool
+    x: jax.Array, sums: "_Sums", share: jax.Array, epsilon: float, may_branch: bool
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """A shift, and the sums about it (`_Sums.about`)."""
     if not may_branch:
-        shift = _rounded(_mean(sums.of_numbers(x), count))
+        shift = _rounded(lax.mul(sums.of_numbers(x), share))
         return shift, sums.about(x, shift)
     of_squares = sums.of_squares(x, 1)
     of_numbers = sums.of_numbers(in_turn(x, of_squares) if sums.apart else x)
-    mean, mean_square = _mean(of_numbers, count), _mean(of_squares, count)
+    mean, mean_square = lax.mul(of_numbers, share), lax.mul(of_squares, share)
     is_right = _is_right(mean, mean_square, epsilon)
     shift = lax.full_like(mean, 0)
     if sums.centered:
@@ -220,5 +222,14 @@ _MOST_OF_MEAN = 15 / 16
 """The share of the mean square that may be that of the mean: the variance is the difference."""
 
 
-def _mean(total: jax.Array, count: jax.Array) -> jax.Array:
-    return lax.div(total, lax.max(count, count.dtype.type(1)))
+def share_of(count: Any, dtype: Any) -> jax.Array:
+    """1 / count, by which a sum becomes a mean; 1 where there is nothing.
+
+    Args:
+        count: how many elements are summed: an int, a symbolic size or an array.
+        dtype: that of the sum.
+    """
+    if isinstance(count, int):
+        return operand(1 / max(count, 1), dtype)
+    count = jnp.asarray(count, dtype)
+    return lax.div(count.dtype.type(1), lax.max(count, count.dtype.type(1)))

@@ -48,7 +48,7 @@ from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.normalization.devices import Devices
-from flax_customgrad.layers.normalization.moments import Moments, Standard, moments
+from flax_customgrad.layers.normalization.moments import Moments, Standard, moments, share_of
 from flax_customgrad.numerics.accumulation import fusion_barrier, in_turn
 from flax_customgrad.numerics.inline_jit import inline_jit
 from flax_customgrad.numerics.platform import is_one_cpu
@@ -249,8 +249,8 @@ def normalize_bwd(
         sum_hx = axes.sum_features(lax.mul(read_h(done), read_x_hat(done)))
     chex.assert_trees_all_equal_shapes(grads, dict(params))
 
-    count = _count(res, g)
-    mean_h, mean_hx = (lax.div(s, count) for s in config.devices.sum(sum_h, sum_hx))
+    share = _share(res, g)
+    mean_h, mean_hx = (lax.mul(s, share) for s in config.devices.sum(sum_h, sum_hx))
     if axes.groups is not None and not axes.plain:
         # As one pass with the sums over parts of the last axis dx would take twice as long.
         mean_h, mean_hx = fusion_barrier(mean_h), fusion_barrier(mean_hx)
@@ -273,11 +273,10 @@ def normalize_bwd(
 normalize.defvjp(_fwd, normalize_bwd)
 
 
-def _count(res: Residuals, g: jax.Array) -> jax.Array:
-    """How many elements share a statistic, or 1: where it can be, a constant of the program."""
+def _share(res: Residuals, g: jax.Array) -> jax.Array:
+    """1 / the number of elements that share a statistic."""
     is_known = res.mask is None and res.config.devices.axis_name is None
-    n = jnp.asarray(res.config.axes.count(g.shape), g.dtype) if is_known else res.n
-    return lax.max(n, n.dtype.type(1))
+    return share_of(res.config.axes.count(g.shape) if is_known else res.n, g.dtype)
 
 
 def _rounded(x: jax.Array, config: NormConfig) -> jax.Array:
