@@ -42,15 +42,15 @@ def compiled(name, dtype, backward=False):
     return lowered(name, dtype, backward).compile()
 
 
-@pytest.mark.parametrize("name", ["LayerNorm", "BatchNorm"])
-def test_a_program_holds_fewer_than_twice_as_many_operations_as_with_nnx(name, monkeypatch):
+@pytest.mark.parametrize(("name", "most"), [("LayerNorm", 1.8), ("BatchNorm", 1.95)])
+def test_a_program_holds_fewer_than_twice_as_many_operations_as_with_nnx(name, most, monkeypatch):
     """The branch with them: XLA takes time for each, and for each norm of a model."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     ours, theirs = (
         lowered(name, jnp.float32, backward=True, module=module).as_text("hlo").count(" = ")
         for module in (fcg, nnx)
     )
-    assert ours < 1.95 * theirs
+    assert ours < most * theirs
 
 
 @pytest.mark.parametrize("name", SHAPES)
