@@ -20,8 +20,7 @@ that `E[x^2] - E[x]^2` loses four of 24 bits at most, and no square overflows. A
 sums about the mean for all else.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -96,10 +95,8 @@ def moments(
     size, is_whole = axes.count(x.shape), mask is None and devices.axis_name is None
     if is_whole and centered and is_known(size) and size == 1:
         return _of_single_elements(x.astype(dtype), axes, epsilon)
-    count, share = jnp.asarray(size, dtype), share_of(size, dtype)
-    if mask is not None:
-        count = axes.sum(jnp.broadcast_to(mask, x.shape).astype(dtype))
-        share = share_of(count, dtype)
+    n = size if mask is None else axes.sum(jnp.broadcast_to(mask, x.shape).astype(dtype))
+    count, share = jnp.asarray(n, dtype), share_of(n, dtype)
     factors = factors_of(dtype, epsilon)
     sums = _Sums(mask, axes, np.dtype(dtype), factors, centered, apart)
 
@@ -136,7 +133,7 @@ def _exact_sums(
         shift = lax.optimization_barrier(lax.select(is_right, shift, _rounded(mean)))
     # The squares by the first factor are those that will be chosen.
     textbook = (*[of_numbers] * sums.centered, *[of_squares] * len(sums.factors))
-    exact = dataclasses.replace(sums, apart=True)
+    exact = replace(sums, apart=True)
     return shift, lax.cond(is_right, lambda _: textbook, lambda x: exact.about(x, shift), x)
 
 

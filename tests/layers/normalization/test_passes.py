@@ -61,6 +61,16 @@ def test_a_forward_in_half_precision_stores_no_wide_copy(name, monkeypatch):
     assert memory.temp_size_in_bytes < 0.2 * 4 * math.prod(SHAPES[name][1])
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_forward_in_half_precision_widens_its_input_in_each_pass(name, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    text = compiled(name, jnp.bfloat16).as_text()
+    entry = text[text.index("ENTRY") :]
+    shape = ",".join(map(str, SHAPES[name][1]))
+    assert f"= bf16[{shape}]" in entry
+    assert f"= f32[{shape}]" not in entry
+
+
 @pytest.mark.parametrize(
     ("name", "dtype", "copies"),
     [("RMSNorm", "float32", 0)]
