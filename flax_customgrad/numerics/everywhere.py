@@ -11,8 +11,8 @@ from jax import lax
 def everywhere(*conditions: jax.Array) -> jax.Array:
     """Whether all elements of several boolean arrays are True.
 
-    One reduction of them all. Of a single array XLA on a CPU would store the array and reduce it in
-    two steps, each of which it compiles: give it two that say the same.
+    One reduction of them all. A single array is given to it twice: XLA on a CPU would store the
+    array and reduce it in two steps, each of which it compiles.
 
     Args:
         *conditions: arrays of one shape, bool.
@@ -24,5 +24,6 @@ def everywhere(*conditions: jax.Array) -> jax.Array:
     def both(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         return tuple(map(lax.bitwise_and, left, right))
 
+    conditions = conditions * 2 if len(conditions) == 1 else conditions
     of_none, axes = (np.True_,) * len(conditions), tuple(range(conditions[0].ndim))
     return functools.reduce(lax.bitwise_and, lax.reduce(conditions, of_none, both, axes))

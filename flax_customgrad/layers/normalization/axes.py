@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from einops import rearrange, repeat
+from einops import rearrange
 from jax import lax
 
 from flax_customgrad.numerics.argument_checks import integers
@@ -82,7 +82,7 @@ class NormAxes:
             grouped = rearrange(partial, "... (g k) -> ... g k", g=self.groups)
             return lax.reduce_sum(grouped, [partial.ndim])
         both = [i for i in self.reduced if i in self.features]
-        return lax.reduce_sum(partial, self._left_of_plain(both, partial))
+        return lax.reduce_sum(partial, self._left_of_plain(both, partial)) if both else partial
 
     def sum(self, a: jax.Array) -> jax.Array:
         """The sum over all elements that share a statistic; the reduced axes are dropped."""
@@ -90,21 +90,33 @@ class NormAxes:
             return lax.reduce_sum(a, [i + a.ndim for i in self.reduced])
         return self.sum_features(self.sum_plain(a))
 
-    def spread(self, statistics: Any, shape: tuple[int, ...]) -> Any:
-        """A statistic or a tuple of them, each element of an input with that of its own.
+    def of_features(self, statistics: Any, shape: tuple[int, ...]) -> Any:
+        """Statistics of groups as those of their features: what `spread` takes.
 
         Args:
-            statistics: each as `sum` yields it.
+            statistics: a tree of arrays, each as `sum` yields it.
             shape: that of the input.
 
         Returns:
-            The same of arrays of this shape.
+            The same tree; as it came where no groups are.
         """
-        if self.groups is not None:
-            # A pass over the input that looks up the group of each element takes up to six times
-            # as long.
-            to_features = _stored if self._is_much_smaller(shape) else _to_features
-            statistics = to_features(statistics, shape[-1] // self.groups)
+        if self.groups is None:
+            return statistics
+        # A pass over the input that looks up the group of each element takes up to six times as
+        # long.
+        of_features = _stored if self._is_much_smaller(shape) else _of_features
+        return of_features(statistics, shape[-1] // self.groups)
+
+    def spread(self, statistics: Any, shape: tuple[int, ...]) -> Any:
+        """Statistics of features, each element of an input with that of its own.
+
+        Args:
+            statistics: a tree of arrays, each as `of_features` yields it.
+            shape: that of the input.
+
+        Returns:
+            The same tree, of arrays of this shape.
+        """
         left = _others(len(shape), self.plain if self.groups is not None else self.reduced)
         return jax.tree.map(lambda a: lax.broadcast_in_dim(a, shape, left), statistics)
 
@@ -157,7 +169,7 @@ class NormAxes:
         """
         own = self._left_of_plain(self.features, partial)
         rest = [i for i in range(partial.ndim) if i not in own]
-        return lax.reduce_sum(partial, rest).reshape(like.shape)
+        return (lax.reduce_sum(partial, rest) if rest else partial).reshape(like.shape)
 
     def _left_of_plain(self, axes: Sequence[int], partial: jax.Array) -> list[int]:
         """Where axes of an input are in what `sum_plain` left of it, counted from 0."""
@@ -165,11 +177,15 @@ class NormAxes:
         return [left.index(i + partial.ndim + len(self.plain)) for i in axes]
 
 
-def _to_features(statistics: Any, size: int) -> Any:
-    return jax.tree.map(lambda a: repeat(a, "... g -> ... (g k)", k=size), statistics)
+def _of_features(statistics: Any, size: int) -> Any:
+    def of_features(a: jax.Array) -> jax.Array:
+        repeated = lax.broadcast_in_dim(a, (*a.shape, size), range(a.ndim))
+        return repeated.reshape(*a.shape[:-1], a.shape[-1] * size)
+
+    return jax.tree.map(of_features, statistics)
 
 
-_stored = unfused(static_argnums=1)(_to_features)
+_stored = unfused(static_argnums=1)(_of_features)
 
 
 def _others(ndim: int, axes: Sequence[int]) -> list[int]:

@@ -1,22 +1,23 @@
 """`Devices`: the devices that share statistics, and how they combine their own into one.
 
-They exchange their own (count, shift, correction, squares) in one collective, and combine them
-exactly; a device without any element weighs nothing. That is where they are named, by `axis_name`.
-Where a mesh splits the batch of a BatchNorm under `jax.jit`, the program is that of one device, and
-the mean has to be known before it can be subtracted. This is a collective of its own, of one number
-for each feature: with the backward's there are three, where nnx has two with the textbook's
-formulas, its default, and four with `use_fast_variance=False`. The textbook's sums would lose the
-same digits here, and no shift that all devices know without a collective, such as the running mean,
-is near the mean when training starts.
+They exchange their own (count, square, factor, mean) in one collective, and combine them exactly; a
+device without any element weighs nothing. That is where they are named, by `axis_name`. Where a
+mesh splits the batch of a BatchNorm under `jax.jit`, the program is that of one device, and the
+mean has to be known before it can be subtracted. This is a collective of its own, of one number for
+each feature: with the backward's there are three, where nnx has two with the textbook's formulas,
+its default, and four with `use_fast_variance=False`. The textbook's sums would lose the same digits
+here, and no shift that all devices know without a collective, such as the running mean, is near the
+mean when training starts.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from flax_customgrad.layers.normalization.mean import Mean
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,8 @@ class Devices:
         return self.sum(jnp.where(mine.reshape(-1, *[1] * a.ndim), a, 0))[0]
 
     def combine(
-        self,
-        count: jax.Array,
-        shift: jax.Array,
-        correction: jax.Array,
-        squares: Sequence[jax.Array],
-        factors: Sequence[float],
-    ) -> tuple[jax.Array, jax.Array, jax.Array, list[jax.Array]]:
+        self, count: jax.Array, mean: Mean | None, about: jax.Array, factor: jax.Array
+    ) -> tuple[jax.Array, Mean | None, jax.Array, jax.Array]:
         """Combines the statistics of each device into those of all of them.
 
         The variance is the weighted mean of each device's own and the square of its distance from
@@ -64,22 +60,23 @@ class Devices:
 
         Args:
             count: how many elements a device has.
-            shift: its mean, rounded.
-            correction: what rounding left out of the shift.
-            squares: its mean squares about the mean, one for each factor.
-            factors: what numbers are multiplied by before they are squared.
+            mean: their mean; None where it is not taken out.
+            about: their mean square about it, of numbers multiplied by a factor.
+            factor: that factor.
 
         Returns:
             The same four, of all devices.
         """
-        own = jnp.stack([jnp.broadcast_to(count, shift.shape), shift, correction, *squares])
-        n, m, c, *squares = self.gather(own).swapaxes(0, 1)
+        own = jnp.stack([jnp.broadcast_to(count, about.shape), about, factor, *(mean or ())])
+        n, about, factors, *means = self.gather(own).swapaxes(0, 1)
         weight = n / jnp.maximum(n.sum(0), 1)
-        shift = (weight * m).sum(0)
-        distance = (m - shift) + c
-        correction = (weight * distance).sum(0)
-        about = [
-            (weight * (square + ((distance - correction) * factor) ** 2)).sum(0)
-            for square, factor in zip(squares, factors, strict=True)
-        ]
-        return n.sum(0), shift, correction, about
+        # By the smallest factor nothing overflows, and what vanishes is nothing beside the others.
+        factor = factors.min(0)
+        about = about * (factor / factors) * (factor / factors)
+        if means:
+            m, c = means
+            shift = (weight * m).sum(0)
+            distance = (m - shift) + c
+            mean = Mean(shift, (weight * distance).sum(0))
+            about = about + ((distance - mean.correction) * factor) ** 2
+        return n.sum(0), mean, (weight * about).sum(0), factor

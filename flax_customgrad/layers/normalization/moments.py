@@ -30,6 +30,7 @@ from jax import lax
 
 from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.normalization.devices import Devices
+from flax_customgrad.layers.normalization.mean import Mean, rounded
 from flax_customgrad.layers.normalization.scaled_squares import (
     TINY,
     about_mean,
@@ -51,12 +52,10 @@ class Standard(NamedTuple):
     `NormAxes.spread` makes arrays of the input's shape of them.
     """
 
-    shift: jax.Array
-    """The rounded mean; 0 where the mean is not taken out."""
-    correction: jax.Array
-    """The mean of what the shift leaves."""
     rstd: jax.Array
     """1 / sqrt(variance + epsilon); 0 where there is nothing to divide by."""
+    mean: Mean | None
+    """The mean; None where it is not taken out."""
 
 
 class Moments(NamedTuple):
@@ -102,37 +101,38 @@ def moments(
 
     may_branch = is_whole and pays_to_branch(x.size)
     shift, totals = _exact_sums(x, sums, share, epsilon, may_branch)
-    squares, correction = [lax.mul(total, share) for total in totals], shift
-    if centered:
-        correction = squares.pop(0)
-        squares = [about_mean(s, correction, f) for s, f in zip(squares, factors, strict=True)]
+    totals, mean = [lax.mul(total, share) for total in totals], None
+    if shift is not None:
+        mean = Mean(shift, totals.pop(0))
+    factor, about = chosen_factor(totals, factors)
+    if mean is not None:
+        about = about_mean(about, mean.correction, factor)
     if devices.axis_name is not None:
-        own = count, shift, correction, squares
-        count, shift, correction, squares = devices.combine(*own, factors)
-    factor, about = chosen_factor(squares, factors)
+        count, mean, about, factor = devices.combine(count, mean, about, factor)
     variance, rstd = variance_and_rstd(about, factor, epsilon)
     if mask is not None or size == 0:
         rstd = jnp.where(count > 0, rstd, 0)
-    return Moments(Standard(shift, correction, rstd), variance, count)
+    return Moments(Standard(rstd, mean), variance, count)
 
 
 def _exact_sums(
     x: jax.Array, sums: "_Sums", share: jax.Array, epsilon: float, may_branch: bool
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """A shift, and the sums about it (`_Sums.about`)."""
+) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:
+    """A shift, None without a mean, and the sums about it (`_Sums.about`)."""
     if not may_branch:
-        shift = _rounded(lax.mul(sums.of_numbers(x), share))
+        shift = rounded(lax.mul(sums.of_numbers(x), share)) if sums.centered else None
         return shift, sums.about(x, shift)
-    of_squares = sums.of_squares(x, 1)
-    of_numbers = sums.of_numbers(in_turn(x, of_squares) if sums.apart else x)
-    mean, mean_square = lax.mul(of_numbers, share), lax.mul(of_squares, share)
-    is_right = _is_right(mean, mean_square, epsilon)
-    shift = lax.full_like(mean, 0)
+    of_squares, textbook, mean, shift = sums.of_squares(x, 1), [], None, None
     if sums.centered:
+        textbook = [sums.of_numbers(in_turn(x, of_squares) if sums.apart else x)]
+        mean = lax.mul(textbook[0], share)
+    is_right = _is_right(lax.mul(of_squares, share), epsilon, mean)
+    if mean is not None:
+        shift = lax.select(is_right, lax.full_like(mean, 0), rounded(mean))
         # Barrier: XLA would choose it anew for each element of x.
-        shift = lax.optimization_barrier(lax.select(is_right, shift, _rounded(mean)))
+        shift = lax.optimization_barrier(shift)
     # The squares by the first factor are those that will be chosen.
-    textbook = (*[of_numbers] * sums.centered, *[of_squares] * len(sums.factors))
+    textbook = (*textbook, *[of_squares] * len(sums.factors))
     exact = replace(sums, apart=True)
     return shift, lax.cond(is_right, lambda _: textbook, lambda x: exact.about(x, shift), x)
 
@@ -142,7 +142,8 @@ def _of_single_elements(x: jax.Array, axes: NormAxes, epsilon: float) -> Moments
     shift = axes.sum(x)
     nothing = shift - shift  # NaN for what is infinite
     rstd = epsilon**-0.5 if epsilon > 0 else 0.0
-    return Moments(Standard(shift, nothing, nothing + rstd), nothing, jnp.ones((), x.dtype))
+    standard = Standard(nothing + rstd, Mean(shift, nothing))
+    return Moments(standard, nothing, jnp.ones((), x.dtype))
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class _Sums:
         axes: which elements share statistics.
         dtype: the dtype of the sums.
         factors: what numbers are multiplied by before they are squared.
-        centered: whether the mean is taken out; without, numbers count as summed to 0.
+        centered: whether the mean is taken out.
         apart: whether each sum over a large array reads it for itself.
     """
 
@@ -167,17 +168,16 @@ class _Sums:
 
     def of_numbers(self, x: jax.Array, shift: jax.Array | None = None) -> jax.Array:
         """The sum of x - shift."""
-        if self.centered:
-            return self._sum(self._moved(x, shift))
-        return jnp.zeros(self.axes.statistic_shape(x.shape), self.dtype)
+        return self._sum(self._moved(x, shift))
 
     def of_squares(self, x: jax.Array, factor: float, shift: jax.Array | None = None) -> jax.Array:
         """The sum of (factor (x - shift))^2."""
         d = self._moved(x, shift)
         return self._sum(lax.square(d if factor == 1 else lax.mul(d, d.dtype.type(factor))))
 
-    def about(self, x: jax.Array, shift: jax.Array) -> tuple[jax.Array, ...]:
+    def about(self, x: jax.Array, shift: jax.Array | None) -> tuple[jax.Array, ...]:
         """The sum of x - shift, where a mean is taken out, and its squares' for each factor."""
+        shift = self.axes.of_features(shift, x.shape)
         found = [self.of_numbers(x, shift)] if self.centered else []
         for factor in self.factors:
             x, shift = in_turn((x, shift), found) if self.apart else (x, shift)
@@ -186,29 +186,19 @@ class _Sums:
 
     def _moved(self, x: jax.Array, shift: jax.Array | None) -> jax.Array:
         x = x.astype(self.dtype)
-        if shift is None or not self.centered:
-            return x
-        return lax.sub(x, self.axes.spread(shift, x.shape))
+        return x if shift is None else lax.sub(x, self.axes.spread(shift, x.shape))
 
     def _sum(self, a: jax.Array) -> jax.Array:
         return self.axes.sum(a if self.mask is None else jnp.where(self.mask, a, 0))
 
 
-def _rounded(mean: jax.Array) -> jax.Array:
-    """A mean with a bit less.
-
-    Where sum / count is rounded XLA may compute x - shift without that rounding, in one pass and
-    not in another. Of a shift with a bit less there is one version only.
-    """
-    limits = jnp.finfo(mean.dtype)
-    return lax.reduce_precision(mean, limits.nexp, limits.nmant - 1)
-
-
-def _is_right(mean: jax.Array, mean_square: jax.Array, epsilon: float) -> jax.Array:
-    """Whether the textbook's formulas are right for all statistics."""
-    number = mean.dtype.type
-    most = lax.add(lax.mul(mean_square, number(_MOST_OF_MEAN)), number(epsilon))
-    conditions = [lax.lt(lax.square(mean), most), is_not_huge(mean_square)]
+def _is_right(mean_square: jax.Array, epsilon: float, mean: jax.Array | None) -> jax.Array:
+    """Whether the textbook's formulas are right for all statistics; without a mean, of squares."""
+    number = mean_square.dtype.type
+    conditions = [is_not_huge(mean_square)]
+    if mean is not None:
+        most = lax.add(lax.mul(mean_square, number(_MOST_OF_MEAN)), number(epsilon))
+        conditions.append(lax.lt(lax.square(mean), most))
     if epsilon < TINY:
         # The variance is more than a 16th of it, and not tiny.
         conditions.append(lax.gt(mean_square, number(32 * TINY)))

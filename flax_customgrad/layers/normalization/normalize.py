@@ -154,13 +154,15 @@ def normalized(
     """
     axes, dtype, x = config.axes, config.sum_dtype, _rounded(x, config)
     found = moments(x, mask, axes, config.devices, config.epsilon, config.centered, dtype, apart)
-    shift, correction, rstd = found.standard
+    rstd, mean = found.standard
     # Barrier: XLA would make the choice that rstd ends with anew for each element of x.
-    standard = Standard(shift, correction, lax.optimization_barrier(rstd))
+    standard = Standard(lax.optimization_barrier(rstd), mean)
     found = found._replace(standard=standard)
     x = in_turn(x, standard.rstd) if apart else x
-    y = scaled_and_shifted(_x_hat(x.astype(dtype), standard, config), params, axes)
-    statistics = Statistics(lax.add(shift, correction), found.variance, found.n)
+    of_features = axes.of_features(standard, x.shape)
+    y = scaled_and_shifted(_x_hat(x.astype(dtype), of_features, axes), params, axes)
+    whole = lax.full_like(rstd, 0) if mean is None else lax.add(*mean)
+    statistics = Statistics(whole, found.variance, found.n)
     return (y.astype(config.dtype), lax.stop_gradient(statistics)), found
 
 
@@ -194,11 +196,13 @@ def normalize_bwd(
     res: Residuals, cotangents: tuple[jax.Array, Statistics]
 ) -> tuple[nnx.State, jax.Array, None, None]:
     """The backward of `normalize`: the cotangents of its parameters and of x."""
-    params, standard, config, axes = res.params, res.standard, res.config, res.config.axes
-    g, x_hat = cotangents[0].astype(config.sum_dtype), _x_hat_again(res, standard)
+    params, config, axes = res.params, res.config, res.config.axes
+    g = cotangents[0].astype(config.sum_dtype)
+    chex.assert_shape(res.standard.rstd, axes.statistic_shape(g.shape))
+    standard = axes.of_features(res.standard, g.shape)
+    x_hat = _x_hat_again(res, standard)
     chex.assert_equal_shape([g, x_hat])
-    chex.assert_type([g, x_hat, *standard], config.sum_dtype)
-    chex.assert_shape(standard, axes.statistic_shape(g.shape))
+    chex.assert_type([g, x_hat, standard.rstd], config.sum_dtype)
     # Barrier: XLA would store the scale spread over the input, to share it with the forward.
     scale = lax.optimization_barrier(params.get("scale"))
     if scale is not None:
@@ -260,6 +264,7 @@ def normalize_bwd(
     again = lax.optimization_barrier(standard)
     x_hat = read_x_hat(mean_hx) if is_apart or not axes.plain else _x_hat_again(res, again)
     h = read_h(mean_hx)
+    mean_h, mean_hx = axes.of_features((mean_h, mean_hx), g.shape)
     mean_h, mean_hx, rstd = axes.spread((mean_h, mean_hx, again.rstd), g.shape)
     subtracted = lax.mul(x_hat, mean_hx)
     if config.centered:
@@ -285,12 +290,10 @@ def _rounded(x: jax.Array, config: NormConfig) -> jax.Array:
     return x if is_exact else x.astype(config.dtype)
 
 
-def _x_hat(x: jax.Array, standard: Standard, config: NormConfig) -> jax.Array:
+def _x_hat(x: jax.Array, standard: Standard, axes: NormAxes) -> jax.Array:
     """The normalized input."""
-    if not config.centered:
-        return lax.mul(x, config.axes.spread(standard.rstd, x.shape))
-    shift, correction, rstd = config.axes.spread(tuple(standard), x.shape)
-    return lax.mul(lax.sub(lax.sub(x, shift), correction), rstd)
+    rstd, mean = axes.spread(standard, x.shape)
+    return lax.mul(x if mean is None else mean.subtracted_from(x), rstd)
 
 
 def _x_hat_again(res: Residuals, standard: Standard) -> jax.Array:
@@ -298,7 +301,7 @@ def _x_hat_again(res: Residuals, standard: Standard) -> jax.Array:
     params, config = res.params, res.config
     if config.residual == "input":
         x = _rounded(res.x_or_y, config).astype(config.sum_dtype)
-        return _x_hat(x, standard, config)
+        return _x_hat(x, standard, config.axes)
     x_hat = res.x_or_y.astype(config.sum_dtype)
     for name, undo in (("bias", jnp.subtract), ("scale", jnp.divide)):
         if name in params:

@@ -57,11 +57,10 @@ def chosen_factor(
     return choose([lax.full_like(plain, factor) for factor in factors]), choose(squares)
 
 
-def about_mean(square: jax.Array, correction: jax.Array, factor: float) -> jax.Array:
+def about_mean(square: jax.Array, correction: jax.Array, factor: jax.Array) -> jax.Array:
     """The mean square of `factor (x - shift)` as that about the mean."""
-    number = square.dtype.type
-    about = lax.sub(square, lax.square(lax.mul(correction, number(factor))))
-    return lax.max(about, number(0))
+    about = lax.sub(square, lax.square(lax.mul(correction, factor)))
+    return lax.max(about, about.dtype.type(0))
 
 
 def variance_and_rstd(
@@ -73,9 +72,12 @@ def variance_and_rstd(
         The variance, inf where it overflows, and 1 / sqrt(variance + epsilon), 0 where there is
         nothing to divide by.
     """
-    variance = lax.div(lax.div(about, factor), factor)
-    # In this order, because the square of a factor may be infinite.
-    scaled = lax.add(about, lax.mul(lax.mul(factor, about.dtype.type(epsilon)), factor))
+    number = about.dtype.type
+    # By the inverse: two divisions XLA makes one, by the square of the factor, which may be 0.
+    inverse = lax.div(number(1), factor)
+    variance = lax.mul(lax.mul(about, inverse), inverse)
+    # In this order, because that square may be infinite.
+    scaled = lax.add(about, lax.mul(lax.mul(factor, number(epsilon)), factor))
     rstd = lax.mul(lax.rsqrt(scaled), factor)
     if epsilon < TINY:
         rstd = jnp.where(scaled > 0, rstd, 0)

@@ -64,10 +64,20 @@ def test_every_way_gives_the_sums_of_xla(name, batch):
         (2, (3, 3), sum_all_at_once),
         (2, (7, 7), sum_by_rows),
         (2, (49, 1), sum_all_at_once),
-        (64, (3, 3), sum_by_blocks),
+        (64, (3, 3), sum_all_at_once),
+        (128, (3, 3), sum_by_blocks),
+        (64, (7, 7), sum_all_at_once),
         (512, (7, 7), sum_all_at_once),
     ],
-    ids=["small", "small, large window", "small, a column", "large", "large window"],
+    ids=[
+        "small",
+        "small, large window",
+        "small, a column",
+        "medium",
+        "large",
+        "medium, large window",
+        "large, large window",
+    ],
 )
 def test_the_way_depends_on_what_there_is_to_sum(images, window, expected):
     geometry = Geometry((16, 16), window, 8, 8, (1, 1), ((0, 0), (0, 0)), (1, 1), (1, 1), 8)

@@ -113,6 +113,39 @@ def test_a_named_axis_of_vmap():
     np.testing.assert_allclose(dx.reshape(X.shape), expected[1], atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "epsilon"),
+    [((1e20, 1.0), 1e-5), ((1e20, 0.0), 1e-5), ((1e-25, 1.0), 0.0), ((1e-25, 0.0), 0.0)],
+    ids=["huge and normal", "huge and zero", "tiny and normal", "tiny and zero"],
+)
+def test_devices_with_values_of_different_size(sizes, epsilon):
+    """Each has squared its own by a factor of its own."""
+    x = X * jnp.repeat(jnp.array(sizes, jnp.float32), 8)[:, None, None]
+    run, state = training(layer_of(axis_name="batch", epsilon=epsilon))
+    mapped = jax.vmap(run, axis_name="batch", in_axes=(None, 0, 0, None))
+    y, dx, *_ = jax.jit(mapped)(state, *(a.reshape(8, 2, 2, 6) for a in (x, G)), None)
+
+    x = np.asarray(x, np.float64)
+    deviation = x - x.mean((0, 1))
+    rstd = 1 / np.sqrt((deviation**2).mean((0, 1)) + epsilon)
+    x_hat = deviation * rstd
+    expected = rstd * (G - G.mean((0, 1)) - x_hat * (G * x_hat).mean((0, 1)))
+    np.testing.assert_allclose(y.reshape(X.shape), x_hat, atol=2e-5)
+    np.testing.assert_allclose(dx.reshape(X.shape) / rstd, expected / rstd, atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [1e18, 1e19, 1e20])
+def test_a_huge_variance_is_written_down_where_float32_holds_it(size):
+    """That of 1e19 is 1e38, that of 1e20 infinite."""
+    layer = layer_of(momentum=0.0)
+    layer.train()
+    x = size * np.random.default_rng(0).normal(size=(16, 2, 6)).astype(np.float32)
+    nnx.jit(lambda layer, x: layer(x))(layer, x)
+    with np.errstate(over="ignore"):
+        expected = x.astype(np.float64).var((0, 1)).astype(np.float32)
+    np.testing.assert_allclose(layer.var[...], expected, rtol=1e-5)
+
+
 def collectives(module, how, fast):
     """The number of collectives in the compiled value and gradient of a split batch."""
     named = how == "shard_map"

@@ -32,13 +32,14 @@ from flax_customgrad.numerics.sizes import is_known
 from flax_customgrad.numerics.unfused import unfused
 
 # A window of more elements is summed by one reduction, of which a program holds one alone. So is an
-# array of fewer: sums written out take half a second to compile, and gain nothing there.
+# array of fewer: sums written out take half a second to compile, and gain a tenth of a millisecond.
 _MAX_UNROLLED_TAPS = 16
-_MIN_ELEMENTS = 1 << 16
+_MIN_UNROLLED_ELEMENTS = 1 << 18
 
-# Of a small array a window of more elements is summed by rows, which compiles sooner. A large array
+# A window of more elements is summed by rows, which compiles sooner; not an array of more, which
 # would be read from memory for each of them.
 _MAX_SUMMED_TAPS = 32
+_MAX_ELEMENTS_BY_ROWS = 1 << 16
 
 # A convolution of more elements is computed once, of fewer in each of the passes that use it.
 _MAX_FUSED_TAPS = 4
@@ -109,9 +110,11 @@ _unfused_scaled_copies = unfused(static_argnums=2)(_scaled_copies)
 def _sums(g: jax.Array, geometry: Geometry) -> Callable[..., jax.Array]:
     """What sums a kernel's gradient, for the size of g and of the window."""
     taps, columns = math.prod(geometry.window), math.prod(geometry.window[1:])
-    if not is_known(g.size) or g.size >= _MIN_ELEMENTS:
-        return sum_by_blocks if taps <= _MAX_UNROLLED_TAPS else sum_all_at_once
-    return sum_by_rows if taps > _MAX_SUMMED_TAPS and columns > 1 else sum_all_at_once
+    size = g.size if is_known(g.size) else math.inf
+    if size >= _MIN_UNROLLED_ELEMENTS and taps <= _MAX_UNROLLED_TAPS:
+        return sum_by_blocks
+    is_by_rows = size < _MAX_ELEMENTS_BY_ROWS and taps > _MAX_SUMMED_TAPS and columns > 1
+    return sum_by_rows if is_by_rows else sum_all_at_once
 
 
 def _features_per_group(geometry: Geometry) -> tuple[int, int]:
