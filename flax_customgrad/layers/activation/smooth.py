@@ -38,6 +38,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from flax_customgrad.layers.activation.pointwise import Pointwise
+from flax_customgrad.numerics.normal_distribution import normal_density, normal_distribution
 
 # gelu(x) = x P(x). The approximate form is x (1 + tanh(u)) / 2, which is x s(v) with v = 2 u. The
 # sigmoid is taken from the tanh, which XLA computes faster than an exponential.
@@ -61,12 +62,12 @@ def _gelu_tanh_backward(g: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _gelu_erf(x: jax.Array) -> jax.Array:
-    return 0.5 * jnp.maximum(x, -60.0) * lax.erfc(-math.sqrt(0.5) * x)
+    return jnp.maximum(x, -60.0) * normal_distribution(x)
 
 
 def _gelu_erf_backward(g: jax.Array, x: jax.Array) -> jax.Array:
-    distribution, x = 0.5 * lax.erfc(-math.sqrt(0.5) * x), jnp.clip(x, -40.0, 40.0)
-    return g * (distribution + x * (jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)))
+    # Both of x itself: they have an exponential in common.
+    return g * (normal_distribution(x) + jnp.clip(x, -40.0, 40.0) * normal_density(x))
 
 
 GELU_TANH = Pointwise(
