@@ -35,6 +35,7 @@ from flax_customgrad.layers.activation.softmax_rows import (
     reduction_axes,
     row_max,
 )
+from flax_customgrad.numerics.accumulation import fusion_barrier
 from flax_customgrad.numerics.dtypes import as_array, in_dtype, takes_custom_backward, widened
 from flax_customgrad.numerics.inline_jit import inline_jit
 from flax_customgrad.numerics.platform import pays_to_branch
@@ -106,7 +107,9 @@ def _log_softmax(axis: ReductionAxes, x: jax.Array) -> tuple[jax.Array, jax.Arra
 @inline_jit(static_argnums=0)
 def _cotangent(axis: ReductionAxes, y: jax.Array, w: jax.Array, g: jax.Array) -> jax.Array:
     y, g = widened(g.dtype, y, g)
-    return w * (g - jnp.exp(y) * jnp.sum(g, axis, keepdims=True))
+    # Barrier: the library would compute the exponential too, and take half as long again.
+    sum_g = fusion_barrier(jnp.sum(g, axis, keepdims=True))
+    return w * (g - jnp.exp(y) * sum_g)
 
 
 _of_jax = jax.nn.log_softmax

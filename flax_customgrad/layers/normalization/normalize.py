@@ -198,11 +198,11 @@ def normalize_bwd(
     """The backward of `normalize`: the cotangents of its parameters and of x."""
     params, config, axes = res.params, res.config, res.config.axes
     g = cotangents[0].astype(config.sum_dtype)
-    chex.assert_shape(res.standard.rstd, axes.statistic_shape(g.shape))
+    chex.assert_shape(jax.tree.leaves(res.standard), axes.statistic_shape(g.shape))
     standard = axes.of_features(res.standard, g.shape)
     x_hat = _x_hat_again(res, standard)
     chex.assert_equal_shape([g, x_hat])
-    chex.assert_type([g, x_hat, standard.rstd], config.sum_dtype)
+    chex.assert_type([g, x_hat, *jax.tree.leaves(standard)], config.sum_dtype)
     # Barrier: XLA would store the scale spread over the input, to share it with the forward.
     scale = lax.optimization_barrier(params.get("scale"))
     if scale is not None:
