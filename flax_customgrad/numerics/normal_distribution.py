@@ -7,8 +7,8 @@
 Q is a polynomial of degree 9, fitted to exp(z^2) erfc(z) / t with z = |x| / sqrt(2) from 0 to 20 so
 that its largest relative error is least, 1.2e-8. In float32 x P(x) is right to 5e-7 for |x| < 4,
 and to 4e-6 beyond, where a rounded x^2 is most of the error; by `jax.lax.erfc` it is to 1e-6 and
-1.4e-5. It takes three quarters of the time that erfc takes on a CPU, and with p beside it half. In
-float64 P is that of erfc.
+1.4e-5. On a CPU gelu takes three quarters of the time that it takes by erfc, and with its gradient
+0.55 to 0.7 of it. In float64 P is that of erfc.
 """
 
 import functools
