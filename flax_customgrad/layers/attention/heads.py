@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_customgrad.layers.attention.tiles import Tile
+from flax_customgrad.numerics.platform import is_one_cpu
 
 Segments = tuple[jax.Array, jax.Array] | None
 """The numbers of the segments that queries and keys belong to."""
@@ -46,8 +47,8 @@ class Heads(NamedTuple):
             segments = of_queries[..., None, None, :, None], of_keys[..., None, None, None, :]
         return cls(
             split_heads(q, n_heads),
-            jnp.moveaxis(k, -2, -3),
-            jnp.moveaxis(v, -2, -3),
+            _heads_in_front(k),
+            _heads_in_front(v),
             None if bias is None else _split_scores(bias, q.ndim, n_heads),
             None if mask is None else _split_scores(mask, q.ndim, n_heads),
             segments,
@@ -77,8 +78,18 @@ class Heads(NamedTuple):
 
 def split_heads(a: jax.Array, n_heads: int) -> jax.Array:
     """Queries, or what is like them, of shape (..., T, N, D), as (..., K, G, T, D)."""
-    a = jnp.moveaxis(a, -2, -3)
+    a = _heads_in_front(a)
     return a.reshape(*a.shape[:-3], n_heads, a.shape[-3] // n_heads, *a.shape[-2:])
+
+
+def _heads_in_front(a: jax.Array) -> jax.Array:
+    """An array of shape (..., T, N, D) as (..., N, T, D)."""
+    a = jnp.moveaxis(a, -2, -3)
+    if not is_one_cpu():
+        return a
+    # Barrier: XLA has no fast product in half precision of what is transposed without being
+    # written down, and widens it instead.
+    return lax.optimization_barrier(lax.collapse(a, 0, a.ndim - 1)).reshape(a.shape)
 
 
 def join_heads(a: jax.Array) -> jax.Array:

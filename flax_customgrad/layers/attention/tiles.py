@@ -74,6 +74,11 @@ class Tiling:
                 starts += [(row, key) for key in range(first // keys * keys, last, keys)]
         return cls(tuple(starts), (rows, keys), _up_to(n_rows, rows), _up_to(n_keys, keys))
 
+    @property
+    def single(self) -> Tile | None:
+        """The tile, where there is one alone; else None."""
+        return Tile(*self.starts[0], *self.size) if len(self.starts) == 1 else None
+
     def walk(self, step: Callable[[Carry, Tile], Carry], carry: Carry) -> Carry:
         """Takes a step for each tile.
 
@@ -86,8 +91,8 @@ class Tiling:
         """
         if not self.starts:
             return carry
-        if len(self.starts) == 1:
-            return step(carry, Tile(*self.starts[0], *self.size))
+        if self.single is not None:
+            return step(carry, self.single)
 
         def body(carry: Carry, start: jax.Array) -> tuple[Carry, None]:
             return step(carry, Tile(start[0], start[1], *self.size)), None

@@ -39,7 +39,6 @@ from flax_customgrad.layers.normalization.normalize import (
     scaled_and_shifted,
 )
 from flax_customgrad.numerics.dtypes import as_array
-from flax_customgrad.numerics.inline_jit import inline_jit
 
 
 class Residuals(NamedTuple):
@@ -99,7 +98,7 @@ def _bwd(res: Residuals, g: jax.Array) -> tuple[nnx.State, jax.Array, None]:
 normalize_by.defvjp(_fwd, _bwd)
 
 
-@inline_jit(static_argnums=())
+@jax.jit
 def _mixed(old: jax.Array, new: jax.Array, of_old: Any, of_new: Any) -> jax.Array:
     return of_old * old + of_new * new
 

@@ -34,6 +34,7 @@ run in float32, forward as in nnx and backward too. On one CPU each pass of the 
 x for itself: XLA would store what several passes need, in float32 (`in_turn`).
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -50,7 +51,6 @@ from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.normalization.devices import Devices
 from flax_customgrad.layers.normalization.moments import Moments, Standard, moments, share_of
 from flax_customgrad.numerics.accumulation import fusion_barrier, in_turn
-from flax_customgrad.numerics.inline_jit import inline_jit
 from flax_customgrad.numerics.platform import is_one_cpu
 
 NormResidual = Literal["input", "output"]
@@ -134,7 +134,7 @@ def normalize(
 
 
 # In float32 a forward computes what the function itself does: it is traced once for both.
-@inline_jit(static_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def normalized(
     params: Parameters,
     x: jax.Array,
@@ -196,8 +196,20 @@ def normalize_bwd(
     res: Residuals, cotangents: tuple[jax.Array, Statistics]
 ) -> tuple[nnx.State, jax.Array, None, None]:
     """The backward of `normalize`: the cotangents of its parameters and of x."""
-    params, config, axes = res.params, res.config, res.config.axes
-    g = cotangents[0].astype(config.sum_dtype)
+    # Of float32 XLA stores nothing for sums along the same axes, and with a mean x_hat alone.
+    g, config = cotangents[0], res.config
+    is_half = {res.x_or_y.dtype, g.dtype} != {np.dtype(config.sum_dtype)}
+    is_apart = is_one_cpu() and (is_half or not (config.axes.plain or config.centered))
+    return (*_gradients(res._replace(config=None), g, config, is_apart), None, None)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _gradients(
+    res: Residuals, cotangent: jax.Array, config: NormConfig, is_apart: bool
+) -> tuple[nnx.State, jax.Array]:
+    res = res._replace(config=config)
+    params, axes = res.params, config.axes
+    g = cotangent.astype(config.sum_dtype)
     chex.assert_shape(jax.tree.leaves(res.standard), axes.statistic_shape(g.shape))
     standard = axes.of_features(res.standard, g.shape)
     x_hat = _x_hat_again(res, standard)
@@ -212,13 +224,10 @@ def normalize_bwd(
         return a if scale is None else lax.mul(a, scale)
 
     h = scaled(g)
-    # Of float32 XLA stores nothing for sums along the same axes, and with a mean x_hat alone.
-    is_half = {res.x_or_y.dtype, cotangents[0].dtype} != {g.dtype}
-    is_apart = is_one_cpu() and (is_half or not (axes.plain or config.centered))
 
     def read_g(done: Any) -> jax.Array:
         """g, for a pass over it that begins when another is done."""
-        return in_turn(cotangents[0], done).astype(g.dtype) if is_apart else g
+        return in_turn(cotangent, done).astype(g.dtype) if is_apart else g
 
     def read_h(done: Any) -> jax.Array:
         """h, likewise."""
@@ -272,7 +281,7 @@ def normalize_bwd(
     if res.mask is not None:
         subtracted = jnp.where(res.mask, subtracted, 0)
     dx = lax.mul(lax.sub(h, subtracted), rstd)
-    return nnx.State(grads), dx, None, None
+    return nnx.State(grads), dx
 
 
 normalize.defvjp(_fwd, normalize_bwd)
