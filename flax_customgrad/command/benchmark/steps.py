@@ -1,4 +1,4 @@
-"""What is measured: the value and gradient of a catalogue example, of one layer or a stack."""
+"""What is measured of a catalogue example: value and gradient, output alone, a stack of layers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -61,6 +61,31 @@ def step(example: Example) -> Step:
 
     args = (state, *inputs, g)
     return jax.jit(value_and_gradient).lower(*args).compile(), args
+
+
+def forward(example: Example) -> Step:
+    """The compiled output of an example, and its arguments."""
+    call, state, inputs = _split(example)
+    args = (state, *inputs)
+    return jax.jit(call).lower(*args).compile(), args
+
+
+def in_dtype(example: Example, dtype: Any) -> Example:
+    """An example whose floating parameters and inputs have another dtype.
+
+    Args:
+        example: a layer or function, and its inputs; a layer is changed in place.
+        dtype: the dtype.
+    """
+
+    def cast(a: Any) -> Any:
+        if isinstance(a, nnx.Module):
+            nnx.update(a, jax.tree.map(cast, nnx.state(a)))
+            return a
+        is_floating = hasattr(a, "dtype") and jnp.issubdtype(a.dtype, jnp.floating)
+        return a.astype(dtype) if is_floating else a
+
+    return tuple(map(cast, example))
 
 
 def kept_bytes(example: Example) -> int:

@@ -129,7 +129,7 @@ def sum_by_blocks(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
     x_padding = geometry.padding_to_size(geometry.receptive_size(out))
     g_padding = tuple((0, e - o) for e, o in zip(out, geometry.out, strict=True))
 
-    def strided(a: jax.Array, start: list[int], step: list[int]) -> jax.Array:
+    def strided(a: jax.Array, start: tuple[int, ...], step: list[int]) -> jax.Array:
         stop = [i + (n - 1) * s + 1 for i, n, s in zip(start, counts, step, strict=True)]
         return lax.slice(a, (0, *start, 0), (a.shape[0], *stop, a.shape[-1]), (1, *step, 1))
 
@@ -137,16 +137,19 @@ def sum_by_blocks(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
         """For each element of the window the sum over each block, (images, *counts, features)."""
         x, g = pad_space(x, x_padding), pad_space(g, g_padding)
         steps = [b * s for b, s in zip(block, geometry.strides, strict=True)]
-        parts = []
-        for tap in geometry.taps:
-            products = []
-            for at in itertools.product(*map(range, block)):
-                offset = zip(at, geometry.strides, tap, geometry.kernel_dilation, strict=True)
-                start = [i * s + t * d for i, s, t, d in offset]
-                seen, cotangents = strided(x, start, steps), strided(g, list(at), list(block))
-                products.append(lax.mul(seen, cotangents))
-            parts.append(fusion_barrier(functools.reduce(lax.add, products)))
-        return tuple(parts)
+        places = list(itertools.product(*map(range, block)))
+        # What one element of the window sees in a place another one sees elsewhere.
+        seen = functools.cache(lambda *start: strided(x, start, steps))
+        cotangents = [strided(g, at, list(block)) for at in places]
+
+        def start(at: tuple[int, ...], tap: tuple[int, ...]) -> list[int]:
+            offset = zip(at, geometry.strides, tap, geometry.kernel_dilation, strict=True)
+            return [i * s + t * d for i, s, t, d in offset]
+
+        return tuple(
+            _sum_of_products([seen(*start(at, tap)) for at in places], cotangents)
+            for tap in geometry.taps
+        )
 
     def sums_in_loop(images: int) -> tuple[jax.Array, ...]:
         def add_images(i: int, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -161,6 +164,12 @@ def sum_by_blocks(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
     parts = block_sums(x, g) if images is None else sums_in_loop(images)
     axes = tuple(range(g.ndim - 1))
     return jnp.stack([lax.reduce_sum(part, axes) for part in parts])
+
+
+# XLA inlines the call; JAX traces and lowers it once for all elements of a window.
+@jax.jit
+def _sum_of_products(left: list[jax.Array], right: list[jax.Array]) -> jax.Array:
+    return fusion_barrier(functools.reduce(lax.add, map(lax.mul, left, right)))
 
 
 def _block_counts_and_shape(out: tuple[int, ...]) -> tuple[list[int], list[int]]:
