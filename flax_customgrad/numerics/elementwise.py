@@ -29,7 +29,13 @@ from flax_customgrad.numerics.inline_jit import inline_jit
 
 
 class Elementwise(ABC):
-    """An elementwise function with its backward; a subclass is a frozen dataclass."""
+    """An elementwise function with its backward; a subclass is a frozen dataclass.
+
+    Attributes:
+        selects: whether the backward selects numbers and rounds none; half precision stays so.
+    """
+
+    selects: bool = False
 
     @abstractmethod
     def primal(self, x: jax.Array, /, *parameters: Any) -> Any:
@@ -156,7 +162,8 @@ def _bwd(res: Residuals, g: Any) -> tuple[jax.Array, tuple[Any, ...] | None, Non
 def _cotangents(
     f: Elementwise, shapes: tuple[tuple[int, ...] | None, ...], g: jax.Array, kept: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    cotangents = f.cotangents(*widened(g.dtype, g, *kept))
+    arguments = (g, *kept) if f.selects else widened(g.dtype, g, *kept)
+    cotangents = f.cotangents(*arguments)
     if len(cotangents) > 1:
         chex.assert_equal(len(cotangents), len(shapes))
     return tuple(

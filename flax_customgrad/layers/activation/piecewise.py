@@ -42,11 +42,11 @@ def _relu_backward(g: jax.Array, x_or_y: jax.Array) -> jax.Array:
 
 
 RELU = {
-    "mask": Pointwise(jax.nn.relu, _relu, masked, _is_positive),
-    "bits": Pointwise(jax.nn.relu, _relu, masked, _positive_bits),
-    "output": Pointwise(jax.nn.relu, _relu, _relu_backward, keep_output),
+    "mask": Pointwise(jax.nn.relu, _relu, masked, _is_positive, selects=True),
+    "bits": Pointwise(jax.nn.relu, _relu, masked, _positive_bits, selects=True),
+    "output": Pointwise(jax.nn.relu, _relu, _relu_backward, keep_output, selects=True),
 }
-RELU_OF_INPUT = Pointwise(jax.nn.relu, _relu, _relu_backward)
+RELU_OF_INPUT = Pointwise(jax.nn.relu, _relu, _relu_backward, selects=True)
 
 
 def relu(x: ArrayLike, *, residual: Literal["mask", "bits", "output"] = "mask") -> jax.Array:
@@ -85,15 +85,15 @@ def _between_0_and_6(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _hard_tanh(x: jax.Array) -> jax.Array:
-    return jnp.clip(x, -1, 1)
+    return jnp.where(x > 1, 1, jnp.where(x < -1, -1, x))
 
 
 def _not_beyond_1(x: jax.Array, y: jax.Array) -> jax.Array:
     return ~(jnp.abs(x) > 1)
 
 
-RELU6 = Pointwise(jax.nn.relu6, _relu6, masked, _between_0_and_6)
-HARD_TANH = Pointwise(jax.nn.hard_tanh, _hard_tanh, masked, _not_beyond_1)
+RELU6 = Pointwise(jax.nn.relu6, _relu6, masked, _between_0_and_6, selects=True)
+HARD_TANH = Pointwise(jax.nn.hard_tanh, _hard_tanh, masked, _not_beyond_1, selects=True)
 
 
 def relu6(x: ArrayLike) -> jax.Array:

@@ -50,6 +50,7 @@ class Pointwise(Elementwise):
         keep: what is kept, as a function of (x, y): `keep_input`, `keep_output`, or a mask.
         parameter_backwards: for each parameter that may be trained its cotangent before the sum,
             as a function of (g, x, *parameters); `keep` is then `keep_input`.
+        selects: whether both passes select numbers and round none; half precision stays so.
     """
 
     reference: Callable[..., Any]
@@ -57,6 +58,7 @@ class Pointwise(Elementwise):
     backward: Formula
     keep: Formula = keep_input
     parameter_backwards: tuple[Formula, ...] = ()
+    selects: bool = False
 
     def __call__(self, x: Any, *parameters: Any) -> jax.Array:
         """Applies the function.
@@ -78,6 +80,8 @@ class Pointwise(Elementwise):
 
     def primal(self, x: jax.Array, *parameters: jax.Array) -> jax.Array:
         """The forward, in the dtype to which x and the parameters promote."""
+        if self.selects:
+            return self.forward(x, *parameters)
         return in_float32(self.forward, jnp.result_type(x, *parameters), x, *parameters)
 
     def residuals(self, x: jax.Array, y: jax.Array, *parameters: Any) -> tuple[Any, ...]:

@@ -9,7 +9,8 @@
               dtable[v, f]     = sum_... g[..., v] query[..., f]
     kept      query and table, as they came.
 
-`table` is the parameter `embedding`. `dtable` is summed in float32 and cast once to its dtype.
+`table` is the parameter `embedding`. `dtable` is summed in float32 and cast once to its dtype; of a
+table in half precision with few ids, only the rows that they name.
 Autodiff of nnx.Embed in bfloat16 adds rows in bfloat16: with 8192 tokens that repeat, and
 cotangents of one sign, half of the gradient is lost.
 """
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
+from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, given, has_custom_product, parameters
@@ -28,6 +30,7 @@ from flax_customgrad.numerics.accumulation import accumulator, total
 from flax_customgrad.numerics.dtypes import as_array
 from flax_customgrad.numerics.products import MatmulConfig, input_gradient, parameter_gradient
 from flax_customgrad.numerics.sharding import explicit_sharding
+from flax_customgrad.numerics.sizes import is_known
 
 
 class LookupResiduals(NamedTuple):
@@ -80,9 +83,12 @@ def _lookup_bwd(res: LookupResiduals, g: jax.Array) -> tuple[nnx.State, None, No
         zeros = jnp.zeros(table_type.shape, accumulator(g))
         return zeros.at[_as_row_numbers(ids)].add(g.astype(zeros.dtype), mode="drop")
 
+    is_half = table_type.dtype != accumulator(table_type, g)
     sharding = explicit_sharding(table_type)
     if ids is None:
         dtable = jnp.expand_dims(total(g, range(g.ndim - 1)), 0)
+    elif sharding is None and is_half and _is_mostly_zero(table_type.shape[0], ids.size):
+        dtable = _rows_alone(g, ids, table_type)
     elif sharding is None:
         dtable = scatter(g, ids)
     else:
@@ -93,6 +99,32 @@ def _lookup_bwd(res: LookupResiduals, g: jax.Array) -> tuple[nnx.State, None, No
 
 
 lookup.defvjp(_lookup_fwd, _lookup_bwd)
+
+
+def _is_mostly_zero(n_rows: int, n_ids: Any) -> bool:
+    """Whether it pays to sum the rows that ids name apart from the table's gradient.
+
+    XLA of JAX 0.10 scatters half precision in a float32 copy of the table, as the sum itself does.
+    """
+    return is_known(n_ids) and n_rows >= 4 * n_ids and jax.__version_info__ >= (0, 12)
+
+
+def _rows_alone(g: jax.Array, ids: jax.Array, table_type: Any) -> jax.Array:
+    """The gradient of a table in half precision, without one of it in float32.
+
+    The rows that ids name are summed in float32, an array as large as g, and rounded. Of the ids
+    that name one row, the one that was written down last stands for it.
+    """
+    n_rows, features = table_type.shape
+    ids, g = _as_row_numbers(ids).reshape(-1), g.reshape(-1, features)
+    places = lax.iota(jnp.int32, ids.size)
+    last = jnp.zeros(n_rows, jnp.int32).at[ids].set(places, mode="drop")
+    # Out of range an id stands for nothing, and is dropped as one more place.
+    of_row = last.at[ids].get(mode="fill", fill_value=ids.size)
+    sums = jnp.zeros(g.shape, accumulator(g)).at[of_row].add(g.astype(accumulator(g)), mode="drop")
+    rows = jnp.where(of_row == places, ids, n_rows)
+    zeros = jnp.zeros(table_type.shape, table_type.dtype)
+    return zeros.at[rows].set(sums.astype(zeros.dtype), mode="drop")
 
 
 def _as_row_numbers(ids: jax.Array) -> jax.Array:

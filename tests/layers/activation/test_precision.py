@@ -83,3 +83,13 @@ def test_a_parameter_of_a_function(parametrized, dtype):
         expected = gradients(p, x.astype(jnp.float64), g.astype(jnp.float64))
     for name in parametrized:
         np.testing.assert_allclose(got[name], expected[name], rtol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("f", [fcg.relu, fcg.relu6, fcg.hard_tanh], ids=lambda f: f.__name__)
+def test_what_selects_numbers_widens_none(f):
+    def value_and_gradient(x):
+        y, pull_back = jax.vjp(f, x)
+        return y, pull_back(y)
+
+    text = jax.jit(value_and_gradient).lower(jnp.ones((4, 8), jnp.bfloat16)).as_text()
+    assert "tensor<4x8xf32>" not in text

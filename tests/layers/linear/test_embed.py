@@ -40,6 +40,32 @@ def test_ids_of_any_integer_type_and_out_of_range():
         assert np.isfinite(dtable).all()
 
 
+@pytest.mark.parametrize("size", [8, 300], ids=["many ids", "few ids"])
+def test_a_table_in_half_precision_is_summed_in_float32(size):
+    ids = jnp.array([[7, 0, 7, -1, size], [-1, -size, 7, -size - 1, 5000]], jnp.int16)
+    layer = fcg.Embed(size, 3, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    g = jax.random.normal(jax.random.key(0), (*ids.shape, 3), jnp.bfloat16)
+    graphdef, state = nnx.split(layer)
+    _, pull_back = jax.vjp(lambda state: nnx.merge(graphdef, state)(ids), state)
+    (found,) = jax.tree.leaves(pull_back(g))
+    wide = jnp.zeros((size, 3)).at[ids.astype(int)].add(g.astype(jnp.float32), mode="drop")
+    np.testing.assert_array_equal(found, wide.astype(jnp.bfloat16))
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="XLA widens the table itself")
+def test_few_ids_need_no_table_in_float32():
+    table = jax.ShapeDtypeStruct((4096, 64), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((32,), jnp.int32)
+
+    def gradient(table, ids):
+        layer = fcg.Embed(4096, 64, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        layer.embedding[...] = table
+        return nnx.grad(lambda m: jnp.sum(jnp.sin(m(ids))))(layer).embedding[...]
+
+    memory = jax.jit(gradient).lower(table, ids).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * 4096 * 64 / 4
+
+
 @pytest.mark.parametrize("size", [1, 5])
 def test_any_shape_of_ids(size):
     ids = [jnp.zeros(shape, jnp.int32) for shape in ((), (0,), (2, 0), (2, 3, 1))]
