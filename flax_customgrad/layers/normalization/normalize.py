@@ -198,6 +198,7 @@ def normalize_bwd(
     """The backward of `normalize`: the cotangents of its parameters and of x."""
     # Of float32 XLA stores nothing for sums along the same axes, and with a mean x_hat alone.
     g, config = cotangents[0], res.config
+    chex.assert_shape(jax.tree.leaves(res.standard), config.axes.statistic_shape(g.shape))
     is_half = {res.x_or_y.dtype, g.dtype} != {np.dtype(config.sum_dtype)}
     is_apart = is_one_cpu() and (is_half or not (config.axes.plain or config.centered))
     return (*_gradients(res._replace(config=None), g, config, is_apart), None, None)
@@ -210,7 +211,6 @@ def _gradients(
     res = res._replace(config=config)
     params, axes = res.params, config.axes
     g = cotangent.astype(config.sum_dtype)
-    chex.assert_shape(jax.tree.leaves(res.standard), axes.statistic_shape(g.shape))
     standard = axes.of_features(res.standard, g.shape)
     x_hat = _x_hat_again(res, standard)
     chex.assert_equal_shape([g, x_hat])
