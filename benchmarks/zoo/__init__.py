@@ -6,12 +6,14 @@ a size of which a step takes tens of milliseconds, and in one for tests.
 
 from collections.abc import Callable
 
-from benchmarks.zoo import convnext, decoder, resnet, ssm, unet
+from benchmarks.zoo import convnext, decoder, efficientnet, resnet, ssm, unet, vit
 from benchmarks.zoo.task import Task
 
 TASKS: dict[str, Callable[[bool], Task]] = {
     "ResNet": resnet.task,
     "ConvNeXt": convnext.task,
+    "EfficientNet": efficientnet.task,
+    "ViT": vit.task,
     "decoder": decoder.task,
     "UNet": unet.task,
     "SSM": ssm.task,

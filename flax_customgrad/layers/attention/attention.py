@@ -23,10 +23,10 @@ The last line is why o is kept: it replaces a sum over all keys, which tiles wou
 Scores exist a tile at a time (`tiles`, `scores`). The forward meets the tiles of a query one after
 the other: where one of them has a larger maximum, m becomes it, and what was summed so far shrinks
 by the exponential of the difference. Of a single tile, which short sequences are, m is the maximum
-at once. The backward computes scores, weights and the draws of dropout
-again, tile by tile. It could do with one number, m + log l; but where scores are in the hundreds
-that has lost digits of log l, and weights would be off by 1e-5. Scores, weights and all sums are in
-float32 or wider; in half precision the factors of a product are rounded to it.
+at once. The backward computes scores, weights and the draws of dropout again, tile by tile. It
+could do with one number, m + log l; but where scores are in the hundreds that has lost digits of
+log l, and weights would be off by 1e-5. Scores, weights and all sums are in float32 or wider; in
+half precision the factors of a product are rounded to it.
 
 A query that sees no key, because of masks or of a bias of minus infinity, has output 0 and
 gradient 0.

@@ -196,9 +196,9 @@ def normalize_bwd(
     res: Residuals, cotangents: tuple[jax.Array, Statistics]
 ) -> tuple[nnx.State, jax.Array, None, None]:
     """The backward of `normalize`: the cotangents of its parameters and of x."""
-    # Of float32 XLA stores nothing for sums along the same axes, and with a mean x_hat alone.
     g, config = cotangents[0], res.config
     chex.assert_shape(jax.tree.leaves(res.standard), config.axes.statistic_shape(g.shape))
+    # Of float32 XLA stores nothing for sums along the same axes, and with a mean x_hat alone.
     is_half = {res.x_or_y.dtype, g.dtype} != {np.dtype(config.sum_dtype)}
     is_apart = is_one_cpu() and (is_half or not (config.axes.plain or config.centered))
     return (*_gradients(res._replace(config=None), g, config, is_apart), None, None)
