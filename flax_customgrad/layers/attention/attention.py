@@ -106,7 +106,7 @@ def attention(
     Returns:
         Array of shape (..., T, N, E), in the dtype of q.
     """
-    return _output(config, q, k, v, bias, mask, segments, key)
+    return _forward(config, q, k, v, bias, mask, segments, key)[0]
 
 
 def _fwd(
@@ -139,26 +139,6 @@ attention.defvjp(_fwd, _bwd)
 
 
 @inline_jit()
-def _output(config: AttentionConfig, *args: Any) -> jax.Array:
-    """The output alone, of the arguments of `attention`."""
-    q, *_ = args
-    return with_auto_axes(functools.partial(_attend_alone, config), explicit_spec(q), *args)
-
-
-def _attend_alone(config: AttentionConfig, *args: Any) -> jax.Array:
-    scores = Scores(config, *args)
-    tile = scores.tiling.single
-    if tile is None:
-        return _attend(config, *args)[0]
-    # Divided by l before they are multiplied, weights are a softmax: XLA on a CPU hands it to a
-    # library whole, in half precision with both products.
-    part = scores.heads.tile(tile)
-    _, e, l = _exponentials(scores.of(part, tile))
-    o = scores.product("...kns,...kse->...kne", scores.dropped(e / l, tile), part.v)
-    return join_heads(resize(o, args[0].shape[-3], -2)).astype(args[0].dtype)
-
-
-@inline_jit()
 def _forward(config: AttentionConfig, *args: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The output, and m and l of shape (..., K, G, T), of the arguments of `attention`."""
     q, k, *_ = args
@@ -173,27 +153,28 @@ def _forward(config: AttentionConfig, *args: Any) -> tuple[jax.Array, jax.Array,
 def _attend(config: AttentionConfig, *args: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     scores = Scores(config, *args)
     tile = scores.tiling.single
-    if tile is None:
-        m, l, o = _sums_over_tiles(scores)
-    else:
-        part = scores.heads.tile(tile)
-        m, e, l = _exponentials(scores.of(part, tile))
-        o = scores.product("...kns,...kse->...kne", scores.dropped(e, tile), part.v)
-    m, l, o = (resize(a, args[0].shape[-3], -2) for a in (m, l, o / l))
+    m, l, o = _attend_by_tiles(scores) if tile is None else _attend_at_once(scores, tile)
+    m, l, o = (resize(a, args[0].shape[-3], -2) for a in (m, l, o))
     return join_heads(o).astype(args[0].dtype), m[..., 0], l[..., 0]
 
 
-def _exponentials(s: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """m, exp(s - m) and l of a query's scores for all keys; l is not 0 where it sees no key."""
+def _attend_at_once(scores: Scores, tile: Tile) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """m, l and o where one tile has all scores; l is not 0 where a query sees no key."""
+    part = scores.heads.tile(tile)
+    s = scores.of(part, tile)
     m = lax.stop_gradient(jnp.max(s, -1, keepdims=True))
     m = jnp.maximum(m, jnp.finfo(s.dtype).min)
     e = jnp.exp(s - m)
     # Where it sees one, an exponential is 1.
-    return m, e, jnp.maximum(jnp.sum(e, -1, keepdims=True), 0.5)
+    l = jnp.maximum(jnp.sum(e, -1, keepdims=True), 0.5)
+    # Divided by l before they are multiplied, weights are a softmax: where nothing asks for m and l
+    # XLA on a CPU hands it to a library whole, in half precision with both products.
+    p = scores.dropped(e / l, tile)
+    return m, l, scores.product("...kns,...kse->...kne", p, part.v)
 
 
-def _sums_over_tiles(scores: Scores) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """m, l and the sum of exp(s - m) v, a tile after the other; l is not 0 either."""
+def _attend_by_tiles(scores: Scores) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """m, l and o, a tile after the other; l is not 0 either."""
     heads, lowest = scores.heads, jnp.finfo(scores.dtype).min
 
     def step(carry: Any, tile: Tile) -> Any:
@@ -211,7 +192,8 @@ def _sums_over_tiles(scores: Scores) -> tuple[jax.Array, jax.Array, jax.Array]:
     m = jnp.full((*rows, 1), lowest, scores.dtype)
     l, o = jnp.zeros_like(m), jnp.zeros((*rows, heads.v.shape[-1]), scores.dtype)
     m, l, o = scores.walk(step, (m, l, o))
-    return m, jnp.where(l == 0, 1, l), o
+    l = jnp.where(l == 0, 1, l)
+    return m, l, o / l
 
 
 @inline_jit()
