@@ -1,6 +1,6 @@
 """Drop-ins beside flax.nnx in what `bench` leaves out: the output alone, and bfloat16.
 
-python -m benchmarks.drop_ins [NAME ...] [--family FAMILY] [--seconds S] [--json FILE]
+python -m benchmarks.drop_ins [NAME ...] [--seconds S] [--json FILE]
 
     forward           the output, jitted, in the dtype of the workload
     forward, bf16     parameters and inputs in bfloat16
@@ -12,6 +12,7 @@ The workloads are those of the catalogue. What loses comes first.
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,38 +23,28 @@ import jax.numpy as jnp
 
 from flax_customgrad import catalogue
 from flax_customgrad.command import measurements
-from flax_customgrad.command.benchmark.paired import paired, pin_allocator
-from flax_customgrad.command.benchmark.steps import forward, in_dtype, step
+from flax_customgrad.command.benchmark.paired import Timing, paired, pin_allocator
+from flax_customgrad.command.benchmark.steps import Step, forward, in_dtype, step
 from flax_customgrad.command.benchmark.workloads import SLOWER
 from flax_customgrad.registry.entry import Entry
 
 
 @dataclass(frozen=True)
-class Row:
-    """One program of a workload, against that of nnx.
+class Row(Timing):
+    """What one program of a workload took, and how much faster than that of nnx it is.
 
     Attributes:
         layer: the name of the layer.
         workload: the name of the workload.
         program: one of `PROGRAMS`.
-        milliseconds: the median time of ours.
-        ratio: the median of nnx's time divided by ours.
-        low: the lower quartile of that ratio.
-        high: the upper quartile.
     """
 
     layer: str
     workload: str
     program: str
-    milliseconds: float
-    ratio: float
-    low: float
-    high: float
 
     def __str__(self) -> str:
-        label = f"{self.layer}: {self.workload}, {self.program}"
-        ratio = f"x{self.ratio:.2f} [{self.low:.2f}, {self.high:.2f}]"
-        return f"{label:64} {self.milliseconds:8.3f} ms  {ratio}"
+        return f"{f'{self.layer}: {self.workload}, {self.program}':64} {super().__str__()}"
 
 
 def _in_half(program: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,16 +64,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", help="layers; all drop-ins by default")
-    parser.add_argument("--family", help="only the layers of this family")
+    parser.add_argument("names", nargs="*", help="drop-ins; all by default")
     parser.add_argument("--seconds", type=float, default=1.5, help="time spent on each program")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to save the rows")
     args = parser.parse_args()
-    names = [catalogue.find(name).name for name in args.names]
+    entries = [catalogue.find(name) for name in args.names]
+    if others := [entry.name for entry in entries if not entry.is_drop_in]:
+        parser.error(f"{', '.join(others)}: flax.nnx has no such layer to compare with")
     rows: list[Row] = []
-    for entry in catalogue.entries():
-        is_asked = not names or entry.name in names
-        if entry.is_drop_in and is_asked and args.family in (None, entry.family):
+    for entry in entries or catalogue.entries():
+        if entry.is_drop_in:
             rows += measure(entry, args.seconds)
     rows.sort(key=lambda row: row.ratio)
     print(f"\njax {jax.__version__}, {jax.devices()[0].device_kind}", *rows, sep="\n")
@@ -100,31 +91,30 @@ def measure(entry: Entry, seconds: float) -> list[Row]:
         seconds: how long to time each program.
     """
     rows = []
-    for workload, make in entry.workloads.items():
-        for name, program in PROGRAMS.items():
-            calls = {}
-            for module in (entry.reference, entry.module):
-                try:
-                    compiled, arguments = program(make(module))
-                except (TypeError, ValueError) as error:  # what nnx does not have in half precision
-                    print(f"left out: {entry.name}, {workload}, {name}: {str(error)[:80]}")
-                    break
-                calls[module] = lambda f=compiled, a=arguments: f(*a)
-            else:
-                ours = paired(calls, seconds)[entry.module]
-                rows.append(
-                    Row(
-                        entry.name,
-                        workload,
-                        name,
-                        ours.milliseconds,
-                        ours.ratio,
-                        ours.low,
-                        ours.high,
-                    )
-                )
-                print(f"measured {rows[-1]}", flush=True)
+    for (workload, make), (name, program) in itertools.product(
+        entry.workloads.items(), PROGRAMS.items()
+    ):
+        try:
+            theirs = _call(program(make(entry.reference)))
+        except (TypeError, ValueError) as error:
+            print(f"flax.nnx has no {entry.name}, {workload}, {name}: {str(error)[:80]}")
+            continue
+        timings = paired({"nnx": theirs, "ours": _call(program(make(entry.module)))}, seconds)
+        rows.append(
+            Row(
+                **dataclasses.asdict(timings["ours"]),
+                layer=entry.name,
+                workload=workload,
+                program=name,
+            )
+        )
+        print(f"measured {rows[-1]}", flush=True)
     return rows
+
+
+def _call(step: Step) -> Callable[[], Any]:
+    compiled, arguments = step
+    return lambda: compiled(*arguments)
 
 
 if __name__ == "__main__":
