@@ -27,8 +27,6 @@ from jax.typing import ArrayLike
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.activation.softmax_rows import (
     ReductionAxes,
-    faster_on_one_cpu,
-    has_no_number,
     minus_max,
     nonzero,
     only_where,
@@ -37,6 +35,7 @@ from flax_customgrad.layers.activation.softmax_rows import (
 )
 from flax_customgrad.numerics.accumulation import fusion_barrier
 from flax_customgrad.numerics.dtypes import as_array, in_dtype, takes_custom_backward, widened
+from flax_customgrad.numerics.faster_on_one_cpu import faster_on_one_cpu, has_no_number
 from flax_customgrad.numerics.inline_jit import inline_jit
 from flax_customgrad.numerics.platform import pays_to_branch
 
@@ -88,7 +87,7 @@ def _log_softmax_on_one_cpu(axis: ReductionAxes, x: jax.Array) -> tuple[jax.Arra
     return has_no_number(y, axis), (y, jnp.ones_like(s))
 
 
-def _pays(x: jax.Array) -> bool:
+def _pays(axis: ReductionAxes, x: jax.Array) -> bool:
     """Float32 of fewer than 2^20 elements takes as long by the formulas above."""
     return pays_to_branch(x.size if x.dtype.itemsize < 4 else x.size // 16)
 

@@ -24,8 +24,6 @@ from jax.typing import ArrayLike
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.activation.softmax_rows import (
     ReductionAxes,
-    faster_on_one_cpu,
-    has_no_number,
     minus_max,
     nonzero,
     only_where,
@@ -33,6 +31,7 @@ from flax_customgrad.layers.activation.softmax_rows import (
     row_max,
 )
 from flax_customgrad.numerics.dtypes import as_array, in_dtype, takes_custom_backward, widened
+from flax_customgrad.numerics.faster_on_one_cpu import faster_on_one_cpu, has_no_number
 from flax_customgrad.numerics.inline_jit import inline_jit
 
 

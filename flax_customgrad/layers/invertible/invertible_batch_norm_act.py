@@ -31,7 +31,8 @@ from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.layers.normalization import normalize as norm
 from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.normalization.batch_norm import BatchNorm
-from flax_customgrad.layers.normalization.normalize import NormConfig, Statistics
+from flax_customgrad.layers.normalization.config import NormConfig
+from flax_customgrad.layers.normalization.normalize import Statistics
 from flax_customgrad.numerics.argument_checks import check_positive
 from flax_customgrad.numerics.dtypes import as_array, is_supported_float
 
@@ -218,7 +219,8 @@ class InvertibleBatchNormAct(BatchNorm):
         if use_running_average:
             y = self._normalize_by_running_statistics(x, axes)
             return leaky_relu(y, self.negative_slope)
-        operands = self._operands(x, mask, axes, self.mean[...], self.var[...])
+        running = self.mean[...], self.var[...]
+        operands = self._operands(x, mask, axes, *running, with_statistics=True)
         z, found = normalize_and_activate(*operands, self.negative_slope)
         self._update_running_statistics(found, is_all=mask is None and x.size > 0)
         return z

@@ -18,13 +18,13 @@ import jax
 from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
-from flax_customgrad.layers.activation.softmax_rows import faster_on_one_cpu, has_no_number
 from flax_customgrad.layers.losses.cross_entropy_rows import (
     CrossEntropyConfig,
     row_losses,
     row_slopes,
 )
 from flax_customgrad.numerics.dtypes import widened
+from flax_customgrad.numerics.faster_on_one_cpu import faster_on_one_cpu, has_no_number
 from flax_customgrad.numerics.inline_jit import inline_jit
 
 

@@ -26,8 +26,6 @@ from jax import lax
 
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.activation.softmax_rows import (
-    faster_on_one_cpu,
-    has_no_number,
     minus_max,
     nonzero,
     only_where,
@@ -40,6 +38,7 @@ from flax_customgrad.layers.losses.cross_entropy_rows import (
     row_sums,
 )
 from flax_customgrad.numerics.dtypes import widened
+from flax_customgrad.numerics.faster_on_one_cpu import faster_on_one_cpu, has_no_number
 from flax_customgrad.numerics.inline_jit import inline_jit
 
 

@@ -9,6 +9,7 @@ import jax
 from einops import rearrange
 from jax import lax
 
+from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.numerics.argument_checks import integers
 from flax_customgrad.numerics.sizes import is_known
 from flax_customgrad.numerics.unfused import unfused
@@ -153,6 +154,19 @@ class NormAxes:
             )
         places = [i + len(shape) for i in self.features]
         return lax.broadcast_in_dim(parameter.reshape(sizes), shape, places)
+
+    def scaled_and_shifted(self, y: jax.Array, params: Parameters) -> jax.Array:
+        """A normalized input times the scale plus the bias, those of the two that there are.
+
+        Args:
+            y: array of any shape, float, in the dtype to compute in.
+            params: `scale` and `bias`, float, of as many elements as the feature axes have.
+        """
+        if "scale" in params:
+            y = lax.mul(y, self.along(params["scale"], y.shape).astype(y.dtype))
+        if "bias" in params:
+            y = lax.add(y, self.along(params["bias"], y.shape).astype(y.dtype))
+        return y
 
     def along_partial(self, parameter: jax.Array, partial: jax.Array) -> jax.Array:
         """A scale or bias as `along` has it, for what `sum_plain` left of an input."""

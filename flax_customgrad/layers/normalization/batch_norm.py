@@ -31,13 +31,9 @@ from jax import lax
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters, given, parameters
 from flax_customgrad.layers.normalization.axes import NormAxes
+from flax_customgrad.layers.normalization.config import NormConfig, NormResidual
 from flax_customgrad.layers.normalization.norm import Norm
-from flax_customgrad.layers.normalization.normalize import (
-    NormConfig,
-    NormResidual,
-    Statistics,
-    scaled_and_shifted,
-)
+from flax_customgrad.layers.normalization.normalize import Statistics
 from flax_customgrad.numerics.dtypes import as_array
 
 
@@ -62,7 +58,7 @@ def normalize_by(params: Parameters, x: jax.Array, config: NormConfig) -> jax.Ar
     Returns:
         Array of x's shape in `config.dtype`.
     """
-    return scaled_and_shifted(_x_hat(params, x, config), params, config.axes).astype(config.dtype)
+    return config.axes.scaled_and_shifted(_x_hat(params, x, config), params).astype(config.dtype)
 
 
 def _fwd(params: Parameters, x: jax.Array, config: NormConfig) -> tuple[jax.Array, Residuals]:
@@ -225,7 +221,9 @@ class BatchNorm(nnx.BatchNorm, Norm):
         axes = NormAxes.per_feature(x.ndim, self.axis)
         if use_running_average:
             return self._normalize_by_running_statistics(x, axes)
-        y, found = self._normalize(x, mask, axes, self.mean[...], self.var[...])
+        running = self.mean[...], self.var[...]
+        y, found = self._normalize(x, mask, axes, *running, with_statistics=True)
+        assert found is not None
         self._update_running_statistics(found, is_all=mask is None and x.size > 0)
         return y
 

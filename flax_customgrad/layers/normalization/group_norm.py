@@ -24,8 +24,8 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
 from flax_customgrad.layers.drop_in import given
 from flax_customgrad.layers.normalization.axes import NormAxes, canonical
+from flax_customgrad.layers.normalization.config import NormResidual
 from flax_customgrad.layers.normalization.norm import Norm
-from flax_customgrad.layers.normalization.normalize import NormResidual
 from flax_customgrad.numerics.dtypes import as_array
 
 

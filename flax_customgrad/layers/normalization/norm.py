@@ -9,14 +9,9 @@ from flax.nnx.nn import dtypes
 from flax_customgrad.contract.compat import is_traced
 from flax_customgrad.layers.drop_in import Parameters, has_custom_backward, parameters
 from flax_customgrad.layers.normalization.axes import NormAxes
+from flax_customgrad.layers.normalization.config import NormConfig, NormResidual
 from flax_customgrad.layers.normalization.devices import Devices
-from flax_customgrad.layers.normalization.normalize import (
-    NormConfig,
-    NormResidual,
-    Statistics,
-    normalize,
-    reject_zeros,
-)
+from flax_customgrad.layers.normalization.normalize import Statistics, normalize, reject_zeros
 from flax_customgrad.numerics.argument_checks import integers
 
 
@@ -68,8 +63,9 @@ class Norm:
         axes: NormAxes,
         *promoted_with: jax.Array,
         centered: bool = True,
-    ) -> tuple[jax.Array, Statistics]:
-        """The output and the statistics.
+        with_statistics: bool = False,
+    ) -> tuple[jax.Array, Statistics | None]:
+        """The output, and the statistics or None.
 
         Args:
             x: input of any shape, float.
@@ -77,10 +73,15 @@ class Norm:
             axes: the axes that share statistics.
             *promoted_with: further arrays that the dtype of the output is promoted with.
             centered: whether the mean is taken out.
+            with_statistics: whether the layer needs them.
         """
         if self.residual == "output":
             self._check_scale()
-        return normalize(*self._operands(x, mask, axes, *promoted_with, centered=centered))
+        return normalize(
+            *self._operands(
+                x, mask, axes, *promoted_with, centered=centered, with_statistics=with_statistics
+            )
+        )
 
     def _operands(
         self,
@@ -89,6 +90,7 @@ class Norm:
         axes: NormAxes,
         *promoted_with: jax.Array,
         centered: bool = True,
+        with_statistics: bool = False,
     ) -> tuple[Parameters, jax.Array, jax.Array | None, NormConfig]:
         """The arguments of `normalize`, from those of `_normalize`."""
         params = self._scale_and_bias()
@@ -103,6 +105,7 @@ class Norm:
                 None if groups is None else tuple(map(integers, groups)),
             ),
             self.residual,
+            with_statistics,
         )
         if mask is not None:
             mask = jnp.asarray(mask, bool)

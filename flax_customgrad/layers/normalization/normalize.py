@@ -35,8 +35,7 @@ x for itself: XLA would store what several passes need, in float32 (`in_turn`).
 """
 
 import functools
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -48,44 +47,11 @@ from jax import lax
 from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.layers.normalization.axes import NormAxes
-from flax_customgrad.layers.normalization.devices import Devices
+from flax_customgrad.layers.normalization.config import NormConfig
+from flax_customgrad.layers.normalization.fused import is_fused, normalized_alone
 from flax_customgrad.layers.normalization.moments import Moments, Standard, moments, share_of
 from flax_customgrad.numerics.accumulation import fusion_barrier, in_turn
 from flax_customgrad.numerics.platform import is_one_cpu
-
-NormResidual = Literal["input", "output"]
-"""What the backward keeps to find the normalized input again.
-
-"input" is right where nothing else keeps either. "output" costs nothing where the next layer keeps
-its input, as a Linear does. But it divides by the scale: digits are lost where |bias / scale| is
-large and where the output is in half precision, and a scale of 0 is an error.
-"""
-
-
-@dataclass(frozen=True)
-class NormConfig:
-    """The choices of a normalization that are not arrays.
-
-    Attributes:
-        axes: the axes that share statistics, and those along which scale and bias vary.
-        epsilon: added to the variance.
-        dtype: dtype of the output, in which nnx rounds the input as well.
-        centered: whether the mean is taken out.
-        devices: the devices that share statistics.
-        residual: what the backward keeps to find x_hat again, "input" or "output".
-    """
-
-    axes: NormAxes
-    epsilon: float
-    dtype: Any
-    centered: bool = True
-    devices: Devices = field(default_factory=Devices)
-    residual: NormResidual = "input"
-
-    @property
-    def sum_dtype(self) -> Any:
-        """The dtype of the statistics and of all sums: float32, or wider where `dtype` is."""
-        return jnp.promote_types(self.dtype, jnp.float32)
 
 
 class Statistics(NamedTuple):
@@ -116,7 +82,7 @@ class Residuals(NamedTuple):
 @custom_vjp(leading_axes=True)
 def normalize(
     params: Parameters, x: jax.Array, mask: jax.Array | None, config: NormConfig
-) -> tuple[jax.Array, Statistics]:
+) -> tuple[jax.Array, Statistics | None]:
     """Normalizes an input by its own statistics, then scales and shifts it.
 
     Args:
@@ -127,8 +93,11 @@ def normalize(
         config: axes, dtype and the rest.
 
     Returns:
-        The output, of x's shape in `config.dtype`, and the statistics, which have no gradient.
+        The output, of x's shape in `config.dtype`, and the statistics, which have no gradient, or
+        None for `config.with_statistics` False.
     """
+    if mask is None and not config.with_statistics and is_fused(config, x):
+        return normalized_alone(params, x, config), None
     is_widened = x.dtype != config.sum_dtype
     return normalized(params, x, mask, config, is_widened)[0]
 
@@ -141,7 +110,7 @@ def normalized(
     mask: jax.Array | None,
     config: NormConfig,
     apart: bool,
-) -> tuple[tuple[jax.Array, Statistics], Moments]:
+) -> tuple[tuple[jax.Array, Statistics | None], Moments]:
     """What `normalize` returns, and what its backward needs beside x or y.
 
     Args:
@@ -152,7 +121,7 @@ def normalized(
         apart: whether each pass over x widens it for itself. A backward that reads x again would
             store more for that.
     """
-    axes, dtype, x = config.axes, config.sum_dtype, _rounded(x, config)
+    axes, dtype, x = config.axes, config.sum_dtype, config.rounded(x)
     found = moments(x, mask, axes, config.devices, config.epsilon, config.centered, dtype, apart)
     rstd, mean = found.standard
     # Barrier: XLA would make the choice that rstd ends with anew for each element of x.
@@ -160,30 +129,17 @@ def normalized(
     found = found._replace(standard=standard)
     x = in_turn(x, standard.rstd) if apart else x
     of_features = axes.of_features(standard, x.shape)
-    y = scaled_and_shifted(_x_hat(x.astype(dtype), of_features, axes), params, axes)
-    whole = lax.full_like(rstd, 0) if mean is None else lax.add(*mean)
-    statistics = Statistics(whole, found.variance, found.n)
-    return (y.astype(config.dtype), lax.stop_gradient(statistics)), found
-
-
-def scaled_and_shifted(y: jax.Array, params: Parameters, axes: NormAxes) -> jax.Array:
-    """A normalized input times the scale plus the bias, those of the two that there are.
-
-    Args:
-        y: array of any shape, float, at least as wide as the parameters are to be computed in.
-        params: those of `normalize`.
-        axes: the axes along which they vary.
-    """
-    if "scale" in params:
-        y = lax.mul(y, axes.along(params["scale"], y.shape).astype(y.dtype))
-    if "bias" in params:
-        y = lax.add(y, axes.along(params["bias"], y.shape).astype(y.dtype))
-    return y
+    y = axes.scaled_and_shifted(_x_hat(x.astype(dtype), of_features, axes), params)
+    statistics = None
+    if config.with_statistics:
+        whole = lax.full_like(rstd, 0) if mean is None else lax.add(*mean)
+        statistics = lax.stop_gradient(Statistics(whole, found.variance, found.n))
+    return (y.astype(config.dtype), statistics), found
 
 
 def _fwd(
     params: Parameters, x: jax.Array, mask: jax.Array | None, config: NormConfig
-) -> tuple[tuple[jax.Array, Statistics], Residuals]:
+) -> tuple[tuple[jax.Array, Statistics | None], Residuals]:
     out, found = normalized(params, x, mask, config, False)
     if config.residual == "input":
         return out, Residuals(params, x, mask, found.standard, found.n, config)
@@ -193,7 +149,7 @@ def _fwd(
 
 
 def normalize_bwd(
-    res: Residuals, cotangents: tuple[jax.Array, Statistics]
+    res: Residuals, cotangents: tuple[jax.Array, Statistics | None]
 ) -> tuple[nnx.State, jax.Array, None, None]:
     """The backward of `normalize`: the cotangents of its parameters and of x."""
     g, config = cotangents[0], res.config
@@ -293,12 +249,6 @@ def _share(res: Residuals, g: jax.Array) -> jax.Array:
     return share_of(res.config.axes.count(g.shape) if is_known else res.n, g.dtype)
 
 
-def _rounded(x: jax.Array, config: NormConfig) -> jax.Array:
-    """The input rounded as nnx rounds it; one that the output's dtype holds is left as it is."""
-    is_exact = jnp.promote_types(x.dtype, config.dtype) == config.dtype
-    return x if is_exact else x.astype(config.dtype)
-
-
 def _x_hat(x: jax.Array, standard: Standard, axes: NormAxes) -> jax.Array:
     """The normalized input."""
     rstd, mean = axes.spread(standard, x.shape)
@@ -309,7 +259,7 @@ def _x_hat_again(res: Residuals, standard: Standard) -> jax.Array:
     """The normalized input, from what was kept."""
     params, config = res.params, res.config
     if config.residual == "input":
-        x = _rounded(res.x_or_y, config).astype(config.sum_dtype)
+        x = config.rounded(res.x_or_y).astype(config.sum_dtype)
         return _x_hat(x, standard, config.axes)
     x_hat = res.x_or_y.astype(config.sum_dtype)
     for name, undo in (("bias", jnp.subtract), ("scale", jnp.divide)):

@@ -16,7 +16,8 @@ from jax.typing import ArrayLike
 
 from flax_customgrad.layers.drop_in import has_custom_backward
 from flax_customgrad.layers.normalization.axes import NormAxes
-from flax_customgrad.layers.normalization.normalize import NormConfig, normalize
+from flax_customgrad.layers.normalization.config import NormConfig
+from flax_customgrad.layers.normalization.normalize import normalize
 
 _of_jax = jax.nn.standardize
 """The function of JAX, whose name in `jax.nn` a user may give to ours."""

@@ -23,7 +23,8 @@ from flax.nnx.nn import dtypes
 
 from flax_customgrad.layers.drop_in import has_custom_backward
 from flax_customgrad.layers.normalization.axes import NormAxes
-from flax_customgrad.layers.normalization.normalize import NormConfig, normalize
+from flax_customgrad.layers.normalization.config import NormConfig
+from flax_customgrad.layers.normalization.normalize import normalize
 from flax_customgrad.numerics.accumulation import accumulator
 
 _KERNELS = nnx.PathContains("kernel")

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flax_customgrad as fcg
 from flax_customgrad.layers.normalization.axes import NormAxes
-from flax_customgrad.layers.normalization.normalize import NormConfig, normalize
+from flax_customgrad.layers.normalization.config import NormConfig
+from flax_customgrad.layers.normalization.normalize import normalize
 
 X = 100 + jax.random.normal(jax.random.key(0), (16, 2, 6))
 G = jax.random.normal(jax.random.key(1), X.shape)
@@ -217,7 +218,7 @@ def test_a_batch_without_elements_leaves_the_running_statistics_alone():
 
 def test_statistics_have_no_gradient():
     """As the layer, which writes them down; with the derivative that JAX takes as well."""
-    config = NormConfig(NormAxes.of(3, (0, 1), 2), 1e-5, jnp.dtype("float32"))
+    config = NormConfig(NormAxes.of(3, (0, 1), 2), 1e-5, jnp.dtype("float32"), with_statistics=True)
 
     def loss(x):
         y, found = normalize(nnx.State({}), x, None, config)
