@@ -1,4 +1,4 @@
-"""`normalized_alone`: the output alone of a normalization of rows, which XLA on a CPU fuses whole.
+"""Normalizations of many rows, which XLA on a CPU fuses whole: `normalized_alone`, without more.
 
     d = x - mean(x),  e = d - mean(d)     mean(d) is what rounding left out of the mean
     v = mean(e^2) + epsilon
@@ -31,8 +31,8 @@ _LARGE, _LITTLE = np.float32(2.0**26), np.float32(2.0**-126)
 _LEAST_STATISTICS = 4096
 
 
-def is_fused(config: NormConfig, x: jax.Array) -> bool:
-    """Whether XLA fuses `normalized_alone` whole.
+def fuses(config: NormConfig, x: jax.Array) -> bool:
+    """Whether XLA fuses a normalization whole, and in a backward what leads to dx.
 
     Args:
         config: axes, dtype and the rest.

@@ -31,7 +31,8 @@ is masked, or epsilon and variance are 0) rstd is 0: the output is the bias and 
 
 Autodiff of nnx keeps two or three arrays of x's size in float32, whatever the dtype of x. All sums
 run in float32, forward as in nnx and backward too. On one CPU each pass of the backward reads g and
-x for itself: XLA would store what several passes need, in float32 (`in_turn`).
+x for itself: XLA would store what several passes need, in float32 (`in_turn`). The sums of many
+rows and their dx are one pass, which XLA fuses (`fused`).
 """
 
 import functools
@@ -48,7 +49,7 @@ from flax_customgrad.contract.custom_vjp import custom_vjp
 from flax_customgrad.layers.drop_in import Parameters
 from flax_customgrad.layers.normalization.axes import NormAxes
 from flax_customgrad.layers.normalization.config import NormConfig
-from flax_customgrad.layers.normalization.fused import is_fused, normalized_alone
+from flax_customgrad.layers.normalization.fused import fuses, normalized_alone
 from flax_customgrad.layers.normalization.moments import Moments, Standard, moments, share_of
 from flax_customgrad.numerics.accumulation import fusion_barrier, in_turn
 from flax_customgrad.numerics.platform import is_one_cpu
@@ -96,7 +97,7 @@ def normalize(
         The output, of x's shape in `config.dtype`, and the statistics, which have no gradient, or
         None for `config.with_statistics` False.
     """
-    if mask is None and not config.with_statistics and is_fused(config, x):
+    if mask is None and not config.with_statistics and fuses(config, x):
         return normalized_alone(params, x, config), None
     is_widened = x.dtype != config.sum_dtype
     return normalized(params, x, mask, config, is_widened)[0]
@@ -140,7 +141,9 @@ def normalized(
 def _fwd(
     params: Parameters, x: jax.Array, mask: jax.Array | None, config: NormConfig
 ) -> tuple[tuple[jax.Array, Statistics | None], Residuals]:
-    out, found = normalized(params, x, mask, config, False)
+    # Half precision that a backward reads as it is: nothing is widened for two passes.
+    is_apart = mask is None and fuses(config, x) and x.dtype != config.sum_dtype
+    out, found = normalized(params, x, mask, config, is_apart)
     if config.residual == "input":
         return out, Residuals(params, x, mask, found.standard, found.n, config)
     if "scale" in params:
@@ -157,14 +160,15 @@ def normalize_bwd(
     # Of float32 XLA stores nothing for sums along the same axes, and with a mean x_hat alone.
     is_half = {res.x_or_y.dtype, g.dtype} != {np.dtype(config.sum_dtype)}
     is_apart = is_one_cpu() and (is_half or not (config.axes.plain or config.centered))
-    return (*_gradients(res._replace(config=None), g, config, is_apart), None, None)
+    is_fused = res.mask is None and fuses(config, g)
+    return (*_gradients(res._replace(config=None), g, config, is_apart, is_fused), None, None)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _gradients(
-    res: Residuals, cotangent: jax.Array, config: NormConfig, is_apart: bool
+    res: Residuals, cotangent: jax.Array, config: NormConfig, is_apart: bool, is_fused: bool
 ) -> tuple[nnx.State, jax.Array]:
-    res = res._replace(config=config)
+    res, is_apart = res._replace(config=config), is_apart or is_fused
     params, axes = res.params, config.axes
     g = cotangent.astype(config.sum_dtype)
     standard = axes.of_features(res.standard, g.shape)
@@ -173,11 +177,9 @@ def _gradients(
     chex.assert_type([g, x_hat, *jax.tree.leaves(standard)], config.sum_dtype)
     # Barrier: XLA would store the scale spread over the input, to share it with the forward.
     scale = lax.optimization_barrier(params.get("scale"))
-    if scale is not None:
-        scale = axes.along(scale.astype(g.dtype), g.shape)
 
     def scaled(a: jax.Array) -> jax.Array:
-        return a if scale is None else lax.mul(a, scale)
+        return a if scale is None else lax.mul(a, axes.along(scale.astype(a.dtype), a.shape))
 
     h = scaled(g)
 
@@ -213,6 +215,13 @@ def _gradients(
         if "scale" in params:
             of_scale = lax.mul(read_g(done), read_x_hat(done))
             done = grads["scale"] = axes.parameter_sum(of_scale, params["scale"])
+        if is_fused:
+            # XLA fuses dx and the sums for it into one pass, if no other shares what that reads.
+            read = in_turn((cotangent, res.x_or_y, standard, scale), done)
+            cotangent, x_or_y, standard, scale = read
+            x_hat = _x_hat_again(res._replace(x_or_y=x_or_y), standard)
+            g = cotangent.astype(g.dtype)
+            h, is_apart = scaled(g), False
         # Both sums are of h: on a mesh that splits the scale it is gathered once.
         sum_h = axes.sum_features(h) if config.centered else jnp.zeros_like(standard.rstd)
         sum_hx = axes.sum_features(lax.mul(read_h(done), read_x_hat(done)))

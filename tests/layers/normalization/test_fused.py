@@ -84,23 +84,70 @@ def test_several_axes_make_a_row():
     np.testing.assert_allclose(y.reshape(ROWS, -1), jax.jit(layer)(x.reshape(ROWS, -1)), atol=2e-6)
 
 
+def _gradients(layer, x, g):
+    """Those of scale, bias and x in float64."""
+    is_centered = isinstance(layer, nnx.LayerNorm)
+    d, g = np.float64(x), np.float64(g)
+    h = g * np.float64(layer.scale[...])
+    d = d - is_centered * d.mean(-1, keepdims=True)
+    rstd = 1 / np.sqrt((d**2).mean(-1, keepdims=True) + layer.epsilon)
+    rest = is_centered * h.mean(-1, keepdims=True)
+    x_hat = d * rstd
+    dx = rstd * (h - rest - x_hat * (h * x_hat).mean(-1, keepdims=True))
+    return (g * x_hat).sum(0), g.sum(0), dx
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize(
+    ("residual", "dtype", "mean", "tolerance"),
+    [
+        ("input", jnp.float32, 0, 2e-6),
+        ("input", jnp.float32, 1e4, 2e-6),
+        ("input", jnp.bfloat16, 0, 1e-2),
+        ("output", jnp.float32, 0, 2e-6),
+    ],
+)
+def test_gradients_are_those_of_float64(name, residual, dtype, mean, tolerance):
+    layer = _layer(name, dtype=dtype, residual=residual)
+    x, g = jnp.asarray(_normal(1, mean), dtype), jnp.asarray(_normal(1, 0, seed=1), dtype)
+    graphdef, params = nnx.split(layer)
+    _, pull = jax.vjp(lambda params, x: nnx.merge(graphdef, params)(x), params, x)
+    dparams, dx = jax.jit(pull)(g)
+    dscale, dbias, expected = _gradients(layer, x, g)
+    pairs = [(dparams["scale"][...], dscale), (dx, expected)]
+    if name == "LayerNorm":
+        pairs.append((dparams["bias"][...], dbias))
+    for a, b in pairs:
+        np.testing.assert_allclose(np.float64(a), b, rtol=0, atol=tolerance * np.abs(b).max())
+
+
 @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
 def test_the_derivative_for_the_input_alone(name):
     """That of flax.nnx is wrong for RMSNorm with jax 0.12, whose XLA fuses it whole."""
-    layer, x = _layer(name), _normal(1, 3)
-    g = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+    layer, x, g = _layer(name), _normal(1, 3), _normal(1, 0, seed=1)
     dx = jax.jit(lambda x, g: jax.vjp(layer, x)[1](g)[0])(x, g)
-
-    d, h = np.float64(x), g * np.float64(layer.scale[...])
-    d = d - (name == "LayerNorm") * d.mean(-1, keepdims=True)
-    rstd = 1 / np.sqrt((d**2).mean(-1, keepdims=True) + layer.epsilon)
-    rest = (name == "LayerNorm") * h.mean(-1, keepdims=True)
-    expected = rstd * (h - rest - d * rstd * (h * d * rstd).mean(-1, keepdims=True))
+    *_, expected = _gradients(layer, x, g)
     np.testing.assert_allclose(dx, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
     with fcg.use_autodiff():
         along_g = jax.jvp(layer, (x,), (g,))[1]
     np.testing.assert_allclose(np.sum(along_g * g), np.sum(expected * g), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_step_stores_no_array_in_between(name, dtype):
+    graphdef, params = nnx.split(_layer(name, dtype=dtype))
+
+    def step(params, x, g):
+        y, pull = jax.vjp(lambda params, x: nnx.merge(graphdef, params)(x), params, x)
+        return y, pull(g)
+
+    x = jnp.ones((ROWS, FEATURES), dtype)
+    memory = jax.jit(step).lower(params, x, x).compile().memory_analysis()
+    # A few numbers for each row.
+    assert memory.temp_size_in_bytes < 8 * 4 * ROWS
+    assert memory.temp_size_in_bytes < x.nbytes
 
 
 def test_rows_without_elements_and_with_one():
