@@ -17,6 +17,7 @@ from flax.nnx.nn import dtypes
 from jax import lax
 
 from flax_customgrad.numerics.accumulation import accumulator
+from flax_customgrad.numerics.row_products import sum_over_rows
 from flax_customgrad.numerics.sharding import explicit_sharding
 
 
@@ -115,14 +116,26 @@ def product(
     Returns:
         An array with the axes in the order of `like`.
     """
-    out = lax.dot_general(
-        lhs,
-        rhs,
-        numbers,
-        precision=precision,
-        preferred_element_type=dtype,
-        out_sharding=explicit_sharding(jax.typeof(like), order),
-    )
+    out_sharding = explicit_sharding(jax.typeof(like), order)
+    if _are_rows(numbers) and out_sharding is None:
+        lhs_rows, rhs_rows = numbers[0]
+        out = sum_over_rows(lhs, rhs, lhs_rows, rhs_rows, dtype, precision)
+    else:
+        out = lax.dot_general(
+            lhs,
+            rhs,
+            numbers,
+            precision=precision,
+            preferred_element_type=dtype,
+            out_sharding=out_sharding,
+        )
     if order is None:
         return out
     return lax.transpose(out, sorted(range(out.ndim), key=order.__getitem__))
+
+
+def _are_rows(numbers: Any) -> bool:
+    """Whether the axes that a product contracts are the leading ones of both arrays."""
+    contracting, batch = numbers
+    leading = tuple(range(len(contracting[0])))
+    return all(tuple(axes) == leading for axes in contracting) and not any(map(len, batch))

@@ -15,6 +15,7 @@ from jax import lax
 
 from flax_customgrad.layers.conv.geometry import Geometry, mirror_kernel, pad_space
 from flax_customgrad.layers.conv.lowerings.lowering import Lowering
+from flax_customgrad.numerics.row_products import sum_over_rows
 
 
 class PatchLowering(Lowering):
@@ -39,8 +40,8 @@ class PatchLowering(Lowering):
         if not _cuts_input(geometry):
             return mirror_kernel(self.kernel_gradient(g, x, geometry.transposed), 1)
         blocks = _cut_blocks(x, geometry)
-        axes = (0, *_block_axes(geometry)), range(g.ndim - 1)
-        dw = lax.dot_general(blocks, g, (axes, ((), ())))
+        rows = (0, *_block_axes(geometry))
+        dw = sum_over_rows(blocks, g, rows, range(g.ndim - 1), blocks.dtype)
         return dw.reshape(*geometry.window, geometry.in_features, geometry.out_features)
 
 
