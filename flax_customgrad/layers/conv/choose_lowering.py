@@ -18,11 +18,13 @@ would: `use_lowering("xla")`.
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from flax_customgrad.contract.ordering import is_transposing
 from flax_customgrad.layers.conv.geometry import Geometry, mirror_kernel
@@ -133,10 +135,9 @@ def correlate(
     """
 
     def by_shape(x: jax.Array, w: jax.Array) -> jax.Array:
-        wide = accumulator(x, dtype or x.dtype)
-        return _BY_SHAPE.correlate(x.astype(wide), w.astype(wide), geometry).astype(
-            dtype or x.dtype
-        )
+        out = dtype or x.dtype
+        x, w = _widened(geometry, accumulator(x, out), x, w)
+        return _BY_SHAPE.correlate(x, w, geometry).astype(out)
 
     def by_xla(x: jax.Array, w: jax.Array) -> jax.Array:
         return xla_correlate(
@@ -176,7 +177,7 @@ def correlate_gradients(
 
     def by_shape(x: jax.Array, w: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         dtype = x.dtype
-        x, w, g = (a.astype(wide) for a in (x, w, g))
+        x, w, g = _widened(geometry, wide, x, w, g)
         dx = _BY_SHAPE.correlate(g, mirror_kernel(w, geometry.groups), geometry.transposed)
         return dx.astype(dtype), _BY_SHAPE.kernel_gradient(x, g, geometry)
 
@@ -188,6 +189,14 @@ def correlate_gradients(
         return dx, xla_kernel_gradient(x, g, geometry, w, **of_output).astype(wide)
 
     return _on_this_platform(geometry, by_shape, by_xla, x, w, g)
+
+
+def _widened(geometry: Geometry, wide: Any, *arrays: jax.Array) -> Sequence[jax.Array]:
+    """Arrays in a dtype to sum in; of bfloat16 a product does, which is all that a 1 x 1 one is."""
+    is_product = math.prod(geometry.window) == 1 and chosen_lowering(geometry) == "patch"
+    if is_product and {a.dtype for a in arrays} == {jnp.dtype(jnp.bfloat16)}:
+        return arrays
+    return [a.astype(wide) for a in arrays]
 
 
 def _on_this_platform(

@@ -9,12 +9,15 @@ sees the first elements. The second map, whose input is dilated, is of the trans
 the first.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from flax_customgrad.layers.conv.geometry import Geometry, mirror_kernel, pad_space
 from flax_customgrad.layers.conv.lowerings.lowering import Lowering
+from flax_customgrad.numerics.accumulation import accumulator
 from flax_customgrad.numerics.row_products import sum_over_rows
 
 
@@ -30,9 +33,9 @@ class PatchLowering(Lowering):
         if _cuts_input(geometry):
             blocks, w = _cut_blocks(x, geometry), _merge_last(w)
             axes = _element_axes(geometry), range(geometry.rank)
-            return lax.dot_general(blocks, w, (axes, ((), ())))
+            return _product(blocks, w, axes)
         w = _merge_last(mirror_kernel(w, 1))
-        blocks = lax.dot_general(x, w, (((x.ndim - 1,), (w.ndim - 1,)), ((), ())))
+        blocks = _product(x, w, ([x.ndim - 1], [w.ndim - 1]))
         return _join_blocks(blocks, geometry.transposed)
 
     def kernel_gradient(self, x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
@@ -41,8 +44,13 @@ class PatchLowering(Lowering):
             return mirror_kernel(self.kernel_gradient(g, x, geometry.transposed), 1)
         blocks = _cut_blocks(x, geometry)
         rows = (0, *_block_axes(geometry))
-        dw = sum_over_rows(blocks, g, rows, range(g.ndim - 1), blocks.dtype)
+        dw = sum_over_rows(blocks, g, rows, range(g.ndim - 1), accumulator(blocks))
         return dw.reshape(*geometry.window, geometry.in_features, geometry.out_features)
+
+
+def _product(a: jax.Array, b: jax.Array, axes: Any) -> jax.Array:
+    """The product over some axes of each, in float32 or wider."""
+    return lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=accumulator(a, b))
 
 
 def _cuts_input(geometry: Geometry) -> bool:
