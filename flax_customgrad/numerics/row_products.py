@@ -36,7 +36,7 @@ def sum_over_rows(
         lhs_rows: the axes of `lhs` that count rows.
         rhs_rows: those of `rhs`, in the same order.
         dtype: dtype of the result.
-        precision: `jax.lax.Precision`.
+        precision: `jax.lax.Precision`, or one for each array.
 
     Returns:
         Array of the other axes of `lhs`, then those of `rhs`.
@@ -48,14 +48,15 @@ def sum_over_rows(
         lhs, rhs = lax.expand_dims(lhs, [0]), lax.expand_dims(rhs, [0])
         rows = (0, lhs_rows[0] + 1), (0, rhs_rows[0] + 1)
 
-    def product(a: jax.Array, b: jax.Array, rows: Any) -> jax.Array:
+    def product(a: jax.Array, b: jax.Array, rows: Any, precision: Any) -> jax.Array:
         numbers = (rows, ((), ()))
         return lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=dtype)
 
     if not is_turned:
-        return product(lhs, rhs, rows)
+        return product(lhs, rhs, rows, precision)
+    precision = precision[::-1] if isinstance(precision, tuple) else precision
     # Barrier: XLA would turn the first factor after all, so as not to turn the result.
-    turned = lax.optimization_barrier(product(rhs, lhs, rows[::-1]))
+    turned = lax.optimization_barrier(product(rhs, lhs, rows[::-1], precision))
     first = rhs.ndim - len(rows[1])
     return lax.transpose(turned, (*range(first, turned.ndim), *range(first)))
 
