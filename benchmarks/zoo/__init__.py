@@ -6,7 +6,7 @@ a size of which a step takes tens of milliseconds, and in one for tests.
 
 from collections.abc import Callable
 
-from benchmarks.zoo import convnext, decoder, efficientnet, resnet, ssm, unet, vit
+from benchmarks.zoo import convnext, decoder, efficientnet, mixer, resnet, ssm, unet, vit
 from benchmarks.zoo.task import Task
 
 TASKS: dict[str, Callable[[bool], Task]] = {
@@ -14,6 +14,7 @@ TASKS: dict[str, Callable[[bool], Task]] = {
     "ConvNeXt": convnext.task,
     "EfficientNet": efficientnet.task,
     "ViT": vit.task,
+    "Mixer": mixer.task,
     "decoder": decoder.task,
     "UNet": unet.task,
     "SSM": ssm.task,
