@@ -15,9 +15,9 @@ from benchmarks.zoo.task import Task, cross_entropy, images, integers
 class FeedForward(nnx.Module):
     """Two Linears with gelu between them."""
 
-    def __init__(self, width: int, wide: int, rngs: nnx.Rngs):
+    def __init__(self, width: int, wide: int, rngs: nnx.Rngs, use_bias: bool = True):
         self.up = nnx.Linear(width, wide, rngs=rngs)
-        self.down = nnx.Linear(wide, width, rngs=rngs)
+        self.down = nnx.Linear(wide, width, use_bias=use_bias, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies it to the last axis of `x`."""
@@ -29,7 +29,8 @@ class Block(nnx.Module):
 
     def __init__(self, width: int, n_patches: int, rngs: nnx.Rngs):
         self.norm1 = nnx.LayerNorm(width, rngs=rngs)
-        self.patches = FeedForward(n_patches, 2 * n_patches, rngs)
+        # A bias for each patch, the same for all features, every LayerNorm would take out again.
+        self.patches = FeedForward(n_patches, 2 * n_patches, rngs, use_bias=False)
         self.norm2 = nnx.LayerNorm(width, rngs=rngs)
         self.features = FeedForward(width, 4 * width, rngs)
 
