@@ -19,19 +19,19 @@ from flax_customgrad.numerics.everywhere import everywhere
 from flax_customgrad.numerics.platform import pays_to_branch
 
 
-def _is_large(static: Any, x: jax.Array) -> bool:
+def _is_large(x: jax.Array) -> bool:
     return pays_to_branch(x.size)
 
 
 def faster_on_one_cpu(
-    fast: Callable[..., Any], pays: Callable[[Any, jax.Array], bool] = _is_large
+    fast: Callable[..., Any], pays: Callable[[jax.Array], bool] = _is_large
 ) -> Callable[..., Any]:
     """Evaluates a function by another one on one CPU, where that is right; its derivatives stay.
 
     Args:
         fast: called like the function, with something static, a large array and others; it returns
             whether it is wrong, a bool, and what the function returns.
-        pays: whether it pays for such arguments, the first two: to compile both takes 0.1 s.
+        pays: whether it pays for such an array: to compile both takes 0.1 s.
 
     Returns:
         A decorator.
@@ -40,7 +40,7 @@ def faster_on_one_cpu(
     def decorator(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
         def evaluated(static: Any, x: jax.Array, *others: Any) -> Any:
-            if not pays(static, x):
+            if not pays(x):
                 return function(static, x, *others)
             # A loop that turns once if at all: what a branch hands through may be copied.
             is_wrong, out = fast(static, x, *others)

@@ -87,7 +87,7 @@ def _log_softmax_on_one_cpu(axis: ReductionAxes, x: jax.Array) -> tuple[jax.Arra
     return has_no_number(y, axis), (y, jnp.ones_like(s))
 
 
-def _pays(axis: ReductionAxes, x: jax.Array) -> bool:
+def _pays(x: jax.Array) -> bool:
     """Float32 of fewer than 2^20 elements takes as long by the formulas above."""
     return pays_to_branch(x.size if x.dtype.itemsize < 4 else x.size // 16)
 

@@ -159,8 +159,8 @@ def normalize_bwd(
     chex.assert_shape(jax.tree.leaves(res.standard), config.axes.statistic_shape(g.shape))
     # Of float32 XLA stores nothing for sums along the same axes, and with a mean x_hat alone.
     is_half = {res.x_or_y.dtype, g.dtype} != {np.dtype(config.sum_dtype)}
-    is_apart = is_one_cpu() and (is_half or not (config.axes.plain or config.centered))
     is_fused = res.mask is None and fuses(config, g)
+    is_apart = is_one_cpu() and (is_fused or is_half or not (config.axes.plain or config.centered))
     return (*_gradients(res._replace(config=None), g, config, is_apart, is_fused), None, None)
 
 
@@ -168,7 +168,7 @@ def normalize_bwd(
 def _gradients(
     res: Residuals, cotangent: jax.Array, config: NormConfig, is_apart: bool, is_fused: bool
 ) -> tuple[nnx.State, jax.Array]:
-    res, is_apart = res._replace(config=config), is_apart or is_fused
+    res = res._replace(config=config)
     params, axes = res.params, config.axes
     g = cotangent.astype(config.sum_dtype)
     standard = axes.of_features(res.standard, g.shape)
